@@ -1,0 +1,502 @@
+"""Any text -> SentencePiece BPE tokenizer + token shards in the published format + manifest.json.
+
+    sources -> scan (hash every document) -> split train/val -> tokenizer -> encode, check decode(encode(x)) == x -> shards
+
+    python data/prepare.py stdlib --name stdlib --vocab-size 1024 --val-docs 60
+    python data/prepare.py docs.jsonl.zst --name mine --tokenizer some.model --val-first 50000
+
+The same request gives the same bytes whatever --workers is, also when it was killed and started again. The texts are
+read three times (scan, tokenizer sample, encode) and never held in memory. Layouts: data/README.md.
+"""
+import argparse
+import collections
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import shutil
+import signal
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import sentencepiece as spm
+import zstandard
+
+VERSION = 1  # of manifest.json and of everything below that decides the output bytes
+MAGIC, HEADER_INTS, BOS_ID = 20240520, 256, 1  # shard header: magic, version 1, token count, zeros (int32 little-endian)
+MAX_VOCAB_SIZE = 65_535  # token ids are stored as uint16
+MIN_VOCAB_SIZE = 4 + 256 + 2  # pad, bos, eos, unk; the bytes; space and newline
+SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.zst")
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
+SPACE_MARK = "\u2581"  # what SentencePiece writes for a space: a text that holds the mark itself cannot round-trip
+CHUNK_CHARS = 4_000  # the tokenizer trains on pieces of text of this length: pieces may cross spaces and line ends
+BATCH_BYTES, BATCHES_AHEAD = 1 << 18, 4  # text per task of a worker; tasks in flight per worker
+MAX_LOSSY_FRACTION = 0.01  # of the documents may fail the round trip of a tokenizer that was given
+MAX_REPORTED = 20  # printed lines about single documents
+TRAIN, VAL, DUPLICATE = 0, 1, 2  # side of a document
+
+
+class InputError(ValueError):
+    """A mistake of the user, told in one line: what, its value, the remedy."""
+
+
+# ------------------------------------------------------------------------------------------------ files and progress
+def write_atomic(path: Path, *parts: bytes) -> None:
+    """Writes the joined parts to `path`: whole or not at all (temporary name, then rename)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    with open(temporary, "wb") as file:
+        for part in parts:
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    write_atomic(path, json.dumps(value, indent=1).encode() + b"\n")
+
+
+def file_sha256(path: Path) -> str | None:
+    """Hex digest of a file's bytes; None where it is absent."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return None
+
+
+def make_bar(stage: str, total_bytes: int) -> Any:
+    """tqdm's bar on a terminal; None elsewhere or without tqdm."""
+    if not sys.stderr.isatty():
+        return None
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(total=total_bytes, desc=stage, unit="B", unit_scale=True)
+
+
+class Progress:
+    """Progress of one stage over the bytes of the source files: a bar, or about ten plain lines."""
+
+    def __init__(self, stage: str, total_bytes: int):
+        self.stage, self.total_bytes, self.done_bytes, self.tenths = stage, max(total_bytes, 1), 0, 0
+        self.bar = make_bar(stage, total_bytes)
+
+    def reach(self, done_bytes: int) -> None:
+        tenths = done_bytes * 10 // self.total_bytes
+        if self.bar is not None:
+            self.bar.update(done_bytes - self.done_bytes)
+        elif tenths > self.tenths:
+            print(f"{self.stage}: {tenths * 10} % of {self.total_bytes:,} bytes read", flush=True)
+        self.done_bytes, self.tenths = done_bytes, tenths
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+# ------------------------------------------------------------------------------------------------ sources -> documents
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One positional argument: a name for messages and the manifest, and its files in reading order."""
+
+    name: str
+    files: tuple[Path, ...]
+
+
+def walk(root: Path, suffixes: tuple[str, ...]) -> tuple[Path, ...]:
+    """The files below `root` with one of the suffixes, sorted by relative POSIX path."""
+    found = []
+    for folder, names, files in os.walk(root):
+        names[:] = [name for name in names if name not in SKIPPED_FOLDERS]
+        found += [Path(folder, name) for name in files if name.endswith(suffixes)]
+    return tuple(sorted(found, key=lambda path: path.relative_to(root).as_posix()))
+
+
+def find_source(argument: str) -> Source:
+    """`stdlib`, a folder or a file -> Source. InputError for a missing path or an unsupported extension."""
+    if argument == "stdlib":
+        return Source("stdlib", walk(Path(sysconfig.get_path("stdlib")), (".py",)))
+    path = Path(argument)
+    if path.is_dir():
+        return Source(path.resolve().name, walk(path, SUFFIXES))
+    if not path.exists():
+        raise InputError(f"source {argument}: no such file or folder; give 'stdlib' or an existing path")
+    if not path.name.endswith(SUFFIXES):
+        raise InputError(f"source {argument}: unsupported extension; use one of {' '.join(SUFFIXES)} or a folder")
+    return Source(path.name, (path,))
+
+
+def parse_line(line: bytes, where: str, text_key: str) -> bytes | None:
+    """One line of .jsonl -> the UTF-8 text under `text_key`; None where it is not valid UTF-8."""
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError:
+        return None
+    except json.JSONDecodeError as error:
+        problem = f"{error.msg} at column {error.colno}"
+        raise InputError(f"{where}: malformed JSON ({problem}); repair or remove this line") from None
+    text = record.get(text_key) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise InputError(f"{where}: no text under the key '{text_key}'; name the right one with --text-key")
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # a lone surrogate
+        return None
+
+
+def read_file(path: Path, text_key: str) -> Iterator[tuple[bytes | None, int]]:
+    """Yields (UTF-8 text or None where it is not valid UTF-8, bytes of the file read so far) for each document."""
+    with open(path, "rb", buffering=0) as raw:
+        if not path.name.endswith((".jsonl", ".jsonl.zst")):
+            text = raw.readall()
+            try:
+                text.decode()
+            except UnicodeDecodeError:
+                text = None
+            yield text, raw.tell()
+            return
+        stream: Any = raw
+        if path.name.endswith(".zst"):
+            decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+            stream = decompressor.stream_reader(raw, read_across_frames=True, closefd=False)
+        try:
+            for number, line in enumerate(io.BufferedReader(stream, 1 << 20), 1):
+                if line.strip():
+                    yield parse_line(line, f"{path}: line {number}", text_key), raw.tell()
+        except zstandard.ZstdError as error:
+            raise InputError(f"{path}: not a whole zstd file ({error}); fetch or compress it again") from None
+
+
+class Document(NamedTuple):
+    index: int  # in reading order, over the documents that are neither empty nor dropped as not UTF-8
+    source: int
+    path: Path
+    text: bytes
+
+
+def read_documents(sources: list[Source], config: argparse.Namespace, stage: str,
+                   dropped: collections.Counter[str] | None = None) -> Iterator[Document]:
+    """Yields every document in order, with a progress bar; counts `empty` and `not_utf8` ones in `dropped`."""
+    dropped = collections.Counter() if dropped is None else dropped
+    files = [(number, path) for number, source in enumerate(sources) for path in source.files]
+    progress = Progress(stage, sum(path.stat().st_size for _, path in files))
+    index, before_bytes = 0, 0
+    with contextlib.closing(progress):
+        for number, path in files:
+            for text, position in read_file(path, config.text_key):
+                progress.reach(min(before_bytes + position, progress.total_bytes))
+                if not text:
+                    dropped["not_utf8" if text is None else "empty"] += 1
+                    continue
+                if index == config.max_docs:
+                    return
+                yield Document(index, number, path, text)
+                index += 1
+            before_bytes += path.stat().st_size
+            progress.reach(min(before_bytes, progress.total_bytes))
+
+
+# ------------------------------------------------------------------------------------------------ scan and split
+@dataclasses.dataclass
+class Scan:
+    """What one pass over the documents leaves in memory: 40 bytes for each."""
+
+    keys: np.ndarray  # (documents, 4) big-endian uint64: SHA-256 of the seed and the text's SHA-256
+    sizes: np.ndarray  # (documents,) int64, UTF-8 bytes
+    sources: list[dict[str, Any]]  # for the manifest
+    dropped: collections.Counter[str]
+
+
+def document_key(text: bytes, seed: int) -> bytes:
+    """32 bytes that order the documents at random, but equally wherever they stand; equal for equal texts."""
+    return hashlib.sha256(f"{seed}:".encode() + hashlib.sha256(text).digest()).digest()
+
+
+def scan(sources: list[Source], config: argparse.Namespace) -> Scan:
+    """First pass. InputError where there is no document."""
+    keys, sizes, dropped = bytearray(), [], collections.Counter({"not_utf8": 0, "empty": 0})
+    counts = [[0, 0] for _ in sources]
+    hashes = [hashlib.sha256() for _ in sources]
+    for document in read_documents(sources, config, "scan", dropped):
+        key = document_key(document.text, config.seed)
+        keys += key
+        sizes.append(len(document.text))
+        counts[document.source][0] += 1
+        counts[document.source][1] += len(document.text)
+        hashes[document.source].update(key)
+    if not sizes:
+        names = " ".join(config.sources)
+        raise InputError(f"sources {names}: no documents ({dropped['empty']} empty, {dropped['not_utf8']} not UTF-8); "
+                         f"give 'stdlib' or {' '.join(SUFFIXES)} files with text")
+    rows = [{"name": source.name, "files": len(source.files), "documents": count, "bytes": size, "sha256_keys": h.hexdigest()}
+            for source, (count, size), h in zip(sources, counts, hashes, strict=True)]
+    return Scan(np.frombuffer(keys, ">u8").reshape(-1, 4), np.array(sizes, np.int64), rows, dropped)
+
+
+def split(keys: np.ndarray, config: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+    """Decides the side of every document.
+
+    keys (documents, 4) -> sides (documents,) uint8 of TRAIN, VAL, DUPLICATE (an equal text is in val), and the first
+    copy of every text in the order of the keys. --val-docs and --val-fraction take the texts with the smallest keys,
+    one copy each; --val-first takes the first documents as they are. InputError where one side would be empty.
+    """
+    order = np.lexsort(keys.T[::-1])  # stable: equal texts stay in reading order
+    is_first = np.ones(len(keys), bool)
+    is_first[1:] = (keys[order[1:]] != keys[order[:-1]]).any(axis=1)
+    firsts = order[is_first]
+    group = np.empty(len(keys), np.int64)  # rank of the document's text among the different texts
+    group[order] = np.cumsum(is_first) - 1
+    option, value = next(((name, getattr(config, name)) for name in ("val_docs", "val_first", "val_fraction")
+                          if getattr(config, name) is not None))
+    count = max(1, math.floor(value * len(firsts) + 0.5)) if option == "val_fraction" else value
+    chosen = np.arange(min(count, len(keys))) if option == "val_first" else firsts[:count]
+    sides = np.where(np.isin(group, group[chosen]), DUPLICATE, TRAIN).astype(np.uint8)
+    sides[chosen] = VAL
+    if count >= len(keys if option == "val_first" else firsts) or not (sides == TRAIN).any():
+        raise InputError(f"--{option.replace('_', '-')} {value}: no training text is left of {len(keys)} documents "
+                         f"({len(firsts)} different); take fewer for validation or give more documents")
+    return sides, firsts
+
+
+# ------------------------------------------------------------------------------------------------ tokenizer
+def sample_texts(sources: list[Source], config: argparse.Namespace, scanned: Scan, sides: np.ndarray,
+                 firsts: np.ndarray) -> list[str]:
+    """Training documents for the tokenizer, at random by their keys, together at most tokenizer_sample_bytes (at least one)."""
+    candidates = firsts[sides[firsts] == TRAIN]
+    count = int(np.searchsorted(np.cumsum(scanned.sizes[candidates]), config.tokenizer_sample_bytes, "right"))
+    wanted, texts = set(candidates[:max(count, 1)].tolist()), []
+    for document in read_documents(sources, config, "tokenizer sample"):
+        if document.index in wanted:
+            texts.append(document.text.decode())
+            if len(texts) == len(wanted):
+                break
+    return texts
+
+
+def training_chunks(texts: Iterable[str]) -> Iterator[str]:
+    """Cuts texts into chunks that the trainer takes whole: it skips long lines, NUL and its own two marks."""
+    for text in texts:
+        for part in re.split(f"[\0{SPACE_MARK}\u2585]+", text):
+            yield from (part[i:i + CHUNK_CHARS] for i in range(0, len(part), CHUNK_CHARS))
+
+
+def train_tokenizer(texts: list[str], vocab_size: int, coverage: float) -> bytes:
+    """BPE with byte fallback that keeps every character -> bytes of a SentencePiece model.
+
+    Pieces may cross spaces, line ends and scripts ("):\\n        self."): 5 to 9 % fewer tokens on Python source than
+    words alone. InputError where the text is too small or has too many characters for `vocab_size`.
+    """
+    model = io.BytesIO()
+    try:
+        spm.SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
+            sentence_iterator=training_chunks(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            add_dummy_prefix=False, allow_whitespace_only_pieces=True, split_by_whitespace=False,
+            split_by_unicode_script=False, max_sentencepiece_length=32, max_sentence_length=8 * CHUNK_CHARS,
+            character_coverage=coverage, required_chars=f"{SPACE_MARK}\n", pad_id=0, bos_id=BOS_ID, eos_id=2, unk_id=3,
+            num_threads=1, minloglevel=2)  # the model file records num_threads: a constant keeps its bytes the same
+    except RuntimeError as error:
+        what, problem, size = f"--vocab-size {vocab_size}", str(error), sum(map(len, texts))
+        if limit := re.search(r"value <= (\d+)", problem):
+            remedy = f"too large for {size:,} characters of training text; take at most {limit[1]} or give more text"
+        elif limit := re.search(r"\d+ vs (\d+)", problem):
+            remedy = f"too small for the characters of the text; take at least {limit[1]} or lower --character-coverage"
+        else:
+            remedy = f"the tokenizer cannot be trained on {size:,} characters ({problem[-80:].strip()}); give more text"
+        raise InputError(f"{what}: {remedy}") from None
+    return model.getvalue()
+
+
+def load_tokenizer(model: bytes, where: str) -> spm.SentencePieceProcessor:
+    """InputError for a file that is no model or does not suit the shard format."""
+    try:
+        tokenizer = spm.SentencePieceProcessor(model_proto=model)  # pyright: ignore[reportCallIssue]
+    except RuntimeError:
+        raise InputError(f"--tokenizer {where}: not a SentencePiece model; give a .model file") from None
+    if tokenizer.vocab_size() > MAX_VOCAB_SIZE or tokenizer.bos_id() != BOS_ID:
+        raise InputError(f"--tokenizer {where}: vocabulary {tokenizer.vocab_size()}, BOS id {tokenizer.bos_id()}; "
+                         f"shards need at most {MAX_VOCAB_SIZE} pieces (uint16) and BOS id {BOS_ID}")
+    return tokenizer
+
+
+# ------------------------------------------------------------------------------------------------ encode in parallel
+@functools.lru_cache(maxsize=1)
+def cached_tokenizer(path: str, sha256: str) -> spm.SentencePieceProcessor:
+    assert file_sha256(Path(path)) == sha256, path
+    return load_tokenizer(Path(path).read_bytes(), path)
+
+
+def encode_texts(path: str, sha256: str, check: bool, texts: list[bytes]) -> list[tuple[np.ndarray, str | None]]:
+    """Runs in a worker: texts -> (uint16 tokens with BOS first, reason why decode(encode(x)) != x or None)."""
+    tokenizer = cached_tokenizer(path, sha256)
+    result = []
+    for data in texts:
+        text, reason = data.decode(), None
+        ids = tokenizer.encode(text)  # pyright: ignore[reportAttributeAccessIssue]
+        if check and (back := tokenizer.decode(ids)) != text:  # pyright: ignore[reportAttributeAccessIssue]
+            place = next((i for i, (a, b) in enumerate(zip(text, back)) if a != b), min(len(text), len(back)))
+            reason = "the tokenizer changes the text"
+            if text[place:place + 1] == SPACE_MARK:
+                reason = "the text holds U+2581, SentencePiece's mark for a space"
+        result.append((np.array([BOS_ID, *ids], np.uint16), reason))
+    return result
+
+
+def start_worker() -> None:
+    """A worker leaves Ctrl-C to its parent and ends when its parent is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def map_ordered(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[tuple[Any, Any]]:
+    """Yields (item, function(item)) in the order of the items, a bounded number of them ahead in worker processes."""
+    if workers == 1:
+        yield from ((item, function(item)) for item in items)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+    try:
+        pending = collections.deque()
+        for item in items:
+            pending.append((item, pool.submit(function, item)))
+            if len(pending) > workers * BATCHES_AHEAD:
+                item, future = pending.popleft()
+                yield item, future.result()
+        for item, future in pending:
+            yield item, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Groups documents into lists of about BATCH_BYTES of text."""
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# ------------------------------------------------------------------------------------------------ shards and state
+class ShardWriter:
+    """Cuts the tokens of one side into shards of `shard_tokens`; each file appears whole, under its final name."""
+
+    def __init__(self, folder: Path, side: str, shard_tokens: int, shards: list[dict[str, Any]]):
+        self.folder, self.side, self.shard_tokens, self.shards = folder, side, shard_tokens, shards
+        self.parts: list[np.ndarray] = []
+        self.pending_tokens = 0
+        self.sha256_text = hashlib.sha256()
+        self.totals = {"documents": 0, "tokens": 0, "bytes": 0}
+        # Finished shards hold all documents of this side before `document`, and the first `used_tokens` of it.
+        self.document, self.used_tokens = (shards[-1]["document"], shards[-1]["used_tokens"]) if shards else (0, 0)
+
+    def count(self, text: bytes) -> None:
+        self.sha256_text.update(text)
+        self.totals["documents"] += 1
+        self.totals["bytes"] += len(text)
+
+    def add(self, index: int, tokens: np.ndarray) -> bool:
+        """Appends document `index`; True when a shard was finished."""
+        used = self.used_tokens if index == self.document else 0
+        finished = False
+        while used < len(tokens):
+            part = tokens[used:used + self.shard_tokens - self.pending_tokens]
+            self.parts.append(part)
+            self.pending_tokens += len(part)
+            used += len(part)
+            if self.pending_tokens == self.shard_tokens:
+                self.flush(index, used)
+                finished = True
+        return finished
+
+    def flush(self, index: int, used_tokens: int) -> None:
+        """Writes what is pending as the next shard; what follows starts at token `used_tokens` of document `index`."""
+        if not self.pending_tokens:
+            return
+        header = np.zeros(HEADER_INTS, "<i4")
+        header[:3] = MAGIC, 1, self.pending_tokens
+        content = header.tobytes() + np.concatenate(self.parts).astype("<u2").tobytes()
+        name = f"fineweb_{self.side}_{len(self.shards):06d}.bin"
+        write_atomic(self.folder / name, content)
+        self.shards.append({"file": name, "tokens": self.pending_tokens, "sha256": hashlib.sha256(content).hexdigest(),
+                            "document": index, "used_tokens": used_tokens})
+        self.parts, self.pending_tokens = [], 0
+
+    def summary(self) -> dict[str, Any]:
+        self.totals["tokens"] = sum(shard["tokens"] for shard in self.shards)
+        shards = [{key: shard[key] for key in ("file", "tokens", "sha256")} for shard in self.shards]
+        return {**self.totals, "sha256_text": self.sha256_text.hexdigest(), "shards": shards}
+
+
+class Job:
+    """One dataset folder: where its files are and how far the request has come (state file, then manifest)."""
+
+    def __init__(self, config: argparse.Namespace, request: str):
+        self.folder = Path(config.out) / "datasets" / config.name
+        self.model_path = Path(config.out) / "tokenizers" / f"{config.name}.model"
+        self.manifest_path, self.state_path = self.folder / "manifest.json", self.folder / "prepare_state.json"
+        self.state: dict[str, Any] = {"request": request, "tokenizer": None, "train": [], "val": [], "failed": {}}
+
+    def open(self, force: bool) -> bool:
+        """True where the request is already complete and intact; else takes over what is finished.
+
+        InputError where the folder or the tokenizer's name belongs to something else and not `force`.
+        """
+        found = self.read(self.manifest_path) or self.read(self.state_path)
+        ours = found is not None and found.get("request") == self.state["request"]
+        taken = [path for path in [self.model_path, *self.folder.glob("*")] if path.exists()]
+        if taken and not ours and not force:
+            raise InputError(f"{taken[0]}: exists and belongs to another request; take another --name, or --force to replace it")
+        if ours and self.manifest_path.exists() and self.is_intact(found["tokenizer"]["sha256"], found):
+            return True
+        if ours and not self.manifest_path.exists() and self.is_intact(found["tokenizer"], found):
+            self.state = found
+            return False
+        if found and ours:
+            print("some finished files are damaged or missing: starting over", flush=True)
+        for path in [*self.folder.glob("*fineweb_*"), self.manifest_path]:
+            path.unlink(missing_ok=True)
+        self.save()
+        return False
+
+    @staticmethod
+    def read(path: Path) -> dict[str, Any] | None:
+        try:
+            return json.loads(path.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def is_intact(self, tokenizer: str | None, found: dict[str, Any]) -> bool:
+        """The tokenizer and all finished shards of a manifest or a state have the recorded hashes."""
+        shards = [shard for side in ("train", "val")
+                  for shard in (found[side]["shards"] if isinstance(found[side], dict) else found[side])]
+        return (tokenizer is None or file_sha256(self.model_path) == tokenizer) and all(
+            file_sha256(self.folder / shard["file"]) == shard["sha256"] for shard in shards)
+
+    def save(self) -> None:
+        write_json(self.state_path, self.state)

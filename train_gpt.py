@@ -1,0 +1,2237 @@
+"""Trains the best language model that fits in 16,000,000 bytes, writes it as one artifact, and scores that artifact.
+
+    token shards -> train (Muon + Adam, EMA) -> quantize -> compress -> artifact on disk
+                                                                            |
+    bits per byte of the validation text  <-  model rebuilt from those bytes
+
+    torchrun --standalone --nproc_per_node=8 train_gpt.py     eight GPUs (any number that divides the batch)
+    python train_gpt.py                                       one GPU
+    set -a; . presets/laptop.env; set +a; python train_gpt.py a laptop's CPU
+    PREFLIGHT=1 python train_gpt.py                           check data, disk, memory and size, then stop
+    python train_gpt.py --help                                all settings; each is an environment variable
+
+The sections read like the pipeline, and each uses only names from sections above it:
+config, runtime, data, model, optim, schedules, train, quantize, compress, evaluate, main.
+
+Shapes: T tokens of a packed micro-batch, D model width, H query heads, K key/value heads, E head width, F MLP width,
+V vocabulary, L layers. A batch is one row of T tokens that holds many documents: a segment is a piece of one document,
+at most TRAIN_SEQ_LEN tokens long, and attention never leaves a segment.
+"""
+import ast
+import contextlib
+import difflib
+import functools
+import gc
+import hashlib
+import inspect
+import json
+import lzma
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+VERSION = "0.1.0"
+MIN_TORCH = (2, 11)
+SIZE_LIMIT_BYTES = 16_000_000  # decimal; artifact plus packed code
+BOS = 1  # begin of document, the same id in every published tokenizer
+
+
+class UserError(ValueError):
+    """A mistake of the user or a fault of the machine: printed without a traceback. Says what, its value, the remedy."""
+
+
+# ====================================================================================================================
+# 1. config: environment variables -> one frozen Config. Every setting is a field; its variable is the name in capitals.
+#    Nothing else reads the environment, but World.start for the variables that torchrun sets.
+# ====================================================================================================================
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings. The comment of a field is its help; fractions are of the training progress in [0, 1]."""
+
+    # --- run
+    run_id: str = ""  # name of the run's files in LOG_DIR; empty = date and time
+    seed: int = 1337  # of the initial weights
+    log_dir: str = "logs"  # folder of logs, checkpoints and artifacts
+    artifact_path: str = ""  # empty = LOG_DIR/RUN_ID.artifact
+    resume: str = ""  # checkpoint to continue from
+    preflight: bool = False  # check everything, project seconds and bytes, stop before training
+    checkpoint_every_seconds: float = 0.0  # seconds between checkpoints in training; 0 = only at its end and on signals
+    device: str = "auto"  # auto, cuda, mps or cpu
+    compile: str = "auto"  # torch.compile: auto (on CUDA), 0 or 1
+    attention: str = "auto"  # auto, or one of fa3, fa4, varlen, sdpa
+    allow_oversize: bool = False  # a submission above 16,000,000 bytes is no error
+    # --- data
+    data_dir: str = "./data"  # holds datasets/ and tokenizers/
+    data_path: str = ""  # folder of fineweb_{train,val}_*.bin; empty = DATA_DIR/datasets/fineweb10B_spVOCAB_SIZE
+    tokenizer_path: str = ""  # SentencePiece model; empty = DATA_DIR/tokenizers/fineweb_VOCAB_SIZE_bpe.model
+    vocab_size: int = 8192  # pieces; must equal the tokenizer's
+    train_seq_len: int = 2048  # tokens of the longest attention segment in training
+    document_mask: bool = True  # segments begin at document starts; 0 = plain rows of TRAIN_SEQ_LEN tokens
+    max_leaked_documents: int = 0  # validation documents that may occur in the training shards
+    # --- training length
+    iterations: int = 20000  # optimizer steps at most
+    max_wallclock_seconds: float = 600.0  # of training and calibration; 0 = run ITERATIONS
+    gptq_reserve_seconds: float = 8.0  # kept back from the wallclock for calibration on training data
+    force_stop_step: int = 0  # stop after this step, schedules unchanged; 0 = off
+    warmup_steps: int = 3  # throw-away steps per graph that compile before the clock starts
+    train_batch_tokens: int = 786432  # tokens per optimizer step over all ranks
+    micro_batch_tokens: int = 98304  # tokens per forward pass and rank
+    val_batch_tokens: int = 524288  # tokens per scoring batch over all ranks; lowered to fit the free memory
+    val_loss_every: int = 0  # steps between validations in training, outside the clock; 0 = only at the end
+    train_log_every: int = 0  # steps between progress lines; 0 = about 20 lines
+    # --- model
+    num_layers: int = 11  # physical layers
+    model_dim: int = 512  # D
+    num_heads: int = 8  # H, query heads
+    num_kv_heads: int = 4  # K, key/value heads; query head h reads h // (H / K)
+    mlp_mult: float = 4.0  # F = D x this
+    leaky_relu_slope: float = 0.5  # MLP activation leaky_relu(x)^2; 0 = ReLU^2
+    tied_embed_init_std: float = 0.005  # of the embedding, which is also the head
+    logit_softcap: float = 30.0  # logits = cap x tanh(logits / cap)
+    rope_base: float = 10000.0  # of the rotation frequencies
+    rope_dims: int = 16  # channels per head that rotate; 0 = no positions
+    ln_scale: bool = True  # block inputs are scaled by 1 / sqrt(layer + 1)
+    qk_gain_init: float = 5.0  # start of the learned gain on normalized queries
+    xsa_last_n: int = 11  # layers, from the end, with exclusive self attention; 0 = off
+    skip_gates_enabled: bool = True  # U-Net skips are gated blends; 0 = weighted sums
+    num_loops: int = 2  # extra passes over layers LOOP_START..LOOP_END; 0 = no depth recurrence
+    loop_start: int = 3  # first looped layer
+    loop_end: int = 5  # last looped layer
+    enable_looping_at: float = 0.35  # fraction at which looping starts
+    parallel_start_layer: int = 8  # from here attention and MLP run on two lanes; 0 = off
+    gate_window: int = 12  # channels that the head gate and the smear gate read
+    sparse_attn_gate_scale: float = 0.5  # per-head output gate sigmoid(scale x W x); 0 = off
+    smear_gate_enabled: bool = True  # adds a gated previous token to each embedding
+    # --- optimizer
+    matrix_lr: float = 0.026  # Muon
+    tied_embed_lr: float = 0.03  # Adam, embedding
+    scalar_lr: float = 0.02  # Adam, everything small
+    muon_momentum: float = 0.97  # after the warm-up
+    muon_momentum_warmup_start: float = 0.92  # at step 0
+    muon_momentum_warmup_steps: int = 1500  # steps; 0 = constant
+    muon_backend_steps: int = 5  # Newton-Schulz steps
+    muon_coefficients: str = "polar"  # of Newton-Schulz: polar (Polar Express) or quintic
+    muon_row_normalize: bool = True  # rows of the update get unit norm before Newton-Schulz (MuonEq-R)
+    muon_wd: float = 0.095  # decoupled weight decay, times the learning rate
+    embed_wd: float = 0.085  # the same for the embedding
+    adam_wd: float = 0.02  # the same for everything small
+    beta1: float = 0.9  # Adam
+    beta2: float = 0.99  # Adam
+    adam_eps: float = 1e-8  # Adam
+    grad_clip_norm: float = 0.3  # global norm of the reduced gradient; 0 = off
+    ema_decay: float = 0.9965  # per step, of the averaged weights that are shipped; 0 = ship the last weights
+    warmdown_frac: float = 0.85  # fraction at the end over which the learning rates fall linearly
+    min_lr: float = 0.1  # floor of the learning rate multiplier
+    # --- artifact
+    matrix_quantizer: str = "rtn"  # of the banks: rtn or fp16
+    embed_quantizer: str = "rtn"  # of the embedding: rtn or fp16
+    matrix_bits: int = 6  # per weight of the banks
+    embed_bits: int = 7  # per weight of the embedding
+    attn_clip_sigmas: float = 13.0  # rows are clipped at this many standard deviations
+    mlp_clip_sigmas: float = 11.5  # the same for the MLP
+    embed_clip_sigmas: float = 14.0  # the same for the embedding
+    compressor: str = "brotli"  # brotli, zstd or lzma
+    # --- evaluation
+    eval_seq_len: int = 2048  # tokens of the longest context
+    eval_stride: int = 64  # tokens between sliding windows
+    eval_mode: str = "sliding"  # stage that is the score: packed (each token once, cheap) or sliding
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> tuple["Config", list[str]]:
+        """Environment -> (Config, notes for the log). UserError names the variable, the value and the remedy."""
+        known = {f.name.upper(): f for f in fields(cls)}
+        values, notes = {}, []
+        for variable, text in environ.items():
+            if variable in known:
+                values[known[variable].name] = parse_value(variable, text, known[variable].type)
+        for variable, text in environ.items():
+            if variable in ALIASES:
+                name, value = ALIASES[variable](variable, text.strip())
+                if name is None:
+                    notes.append(f"{variable}={text} has no effect here: it asks for what is always so")
+                elif name in values and values[name] != value:
+                    raise UserError(f"{variable}={text} contradicts {name.upper()}={values[name]}: set one of them")
+                else:
+                    values[name] = value
+            elif variable not in known:
+                refuse_near_miss(variable, [*known, *ALIASES])
+        return cls(**values), notes
+
+    def __post_init__(self):
+        for condition, complaint in self.checks():
+            if not condition:
+                raise UserError(complaint)
+
+    def checks(self) -> Iterator[tuple[bool, str]]:
+        """Yields (holds, complaint) for every rule between settings."""
+        for f in fields(self):
+            value, name = getattr(self, f.name), f.name.upper()
+            if f.type in (int, float):
+                yield math.isfinite(value) and value >= 0, f"{name}={value}: must be a finite number, at least 0"
+            if f.name in POSITIVE:
+                yield value > 0, f"{name}={value}: must be above 0"
+            if f.name in FRACTIONS:
+                yield value <= 1, f"{name}={value}: is a fraction, at most 1"
+            if f.name in CHOICES:
+                yield value in CHOICES[f.name], f"{name}={value}: must be one of {', '.join(CHOICES[f.name])}"
+        yield self.model_dim % self.num_heads == 0, \
+            f"MODEL_DIM={self.model_dim} is not divisible by NUM_HEADS={self.num_heads}: change one of them"
+        yield self.num_heads % self.num_kv_heads == 0, \
+            f"NUM_HEADS={self.num_heads} is not divisible by NUM_KV_HEADS={self.num_kv_heads}: change one of them"
+        yield float(self.mlp_mult * self.model_dim).is_integer(), \
+            f"MLP_MULT={self.mlp_mult} x MODEL_DIM={self.model_dim} is no whole width: change one of them"
+        yield self.rope_dims % 2 == 0 and self.rope_dims <= self.model_dim // self.num_heads, \
+            f"ROPE_DIMS={self.rope_dims}: must be even and at most the head width {self.model_dim // self.num_heads}"
+        yield self.gate_window <= self.model_dim, \
+            f"GATE_WINDOW={self.gate_window}: must be at most MODEL_DIM={self.model_dim}"
+        yield self.xsa_last_n <= self.num_layers, \
+            f"XSA_LAST_N={self.xsa_last_n}: must be at most NUM_LAYERS={self.num_layers}"
+        yield self.parallel_start_layer < self.num_layers, \
+            f"PARALLEL_START_LAYER={self.parallel_start_layer}: must be below NUM_LAYERS={self.num_layers}; 0 = off"
+        yield not self.parallel_start_layer or self.parallel_start_layer >= self.num_layers // 2, \
+            f"PARALLEL_START_LAYER={self.parallel_start_layer}: lanes are for the second half of NUM_LAYERS={self.num_layers}"
+        if self.num_loops:
+            yield self.loop_start <= self.loop_end < self.num_layers, \
+                f"LOOP_START={self.loop_start} LOOP_END={self.loop_end}: no range of the {self.num_layers} layers"
+            yield not self.parallel_start_layer or self.loop_end < self.parallel_start_layer, \
+                f"LOOP_END={self.loop_end}: must be below PARALLEL_START_LAYER={self.parallel_start_layer}, " \
+                "lanes that were joined do not part again; NUM_LOOPS=0 = no loops"
+        yield self.vocab_size <= 65536, f"VOCAB_SIZE={self.vocab_size}: shards hold 16-bit tokens, at most 65536"
+        yield self.train_batch_tokens % self.micro_batch_tokens == 0, \
+            f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not divisible by MICRO_BATCH_TOKENS=" \
+            f"{self.micro_batch_tokens}: change one of them"
+        yield self.eval_stride <= self.eval_seq_len, \
+            f"EVAL_STRIDE={self.eval_stride}: must be at most EVAL_SEQ_LEN={self.eval_seq_len}"
+        yield not self.max_wallclock_seconds or self.gptq_reserve_seconds < self.max_wallclock_seconds, \
+            f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds}: leaves nothing of MAX_WALLCLOCK_SECONDS=" \
+            f"{self.max_wallclock_seconds}"
+        for name in ("matrix_bits", "embed_bits"):
+            yield 2 <= getattr(self, name) <= 8, f"{name.upper()}={getattr(self, name)}: must be 2 to 8"
+        yield self.muon_backend_steps <= len(NEWTON_SCHULZ[self.muon_coefficients]), \
+            f"MUON_BACKEND_STEPS={self.muon_backend_steps}: at most {len(NEWTON_SCHULZ[self.muon_coefficients])} with " \
+            f"MUON_COEFFICIENTS={self.muon_coefficients}"
+
+    def overrides(self) -> dict[str, Any]:
+        """{variable: value} of the settings that differ from the defaults."""
+        return {f.name.upper(): getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches per optimizer step and rank. UserError where they do not share the batch out evenly."""
+        count, rest = divmod(self.train_batch_tokens, world_size * self.micro_batch_tokens)
+        if rest or not count:
+            raise UserError(
+                f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not a multiple of {world_size} processes x "
+                f"MICRO_BATCH_TOKENS={self.micro_batch_tokens}: change one of them or the number of processes")
+        return count
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.mlp_mult * self.model_dim)
+
+
+# Newton-Schulz coefficients (a, b, c) per step: x <- a x + (b A + c A^2) x with A = x x^T.
+NEWTON_SCHULZ = {
+    "polar": (  # Polar Express (arXiv:2505.16932) as in PR #1787: the optimal odd polynomial for each step
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)),
+    "quintic": ((3.4445, -4.7750, 2.0315),) * 10,  # Keller Jordan's Muon
+}
+CHOICES = {
+    "device": ("auto", "cuda", "mps", "cpu"), "compile": ("auto", "0", "1"),
+    "attention": ("auto", "fa3", "fa4", "varlen", "sdpa"), "muon_coefficients": tuple(NEWTON_SCHULZ),
+    "matrix_quantizer": ("rtn", "fp16"), "embed_quantizer": ("rtn", "fp16"),
+    "compressor": ("brotli", "zstd", "lzma"), "eval_mode": ("packed", "sliding"),
+}
+POSITIVE = {"train_seq_len", "iterations", "train_batch_tokens", "micro_batch_tokens", "val_batch_tokens", "num_layers",
+            "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "logit_softcap", "rope_base", "gate_window",
+            "vocab_size", "muon_backend_steps", "adam_eps", "attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas",
+            "eval_seq_len", "eval_stride"}
+FRACTIONS = {"enable_looping_at", "warmdown_frac", "min_lr", "ema_decay", "muon_momentum", "leaky_relu_slope",
+             "muon_momentum_warmup_start", "beta1", "beta2"}
+FAMILY_WORDS = {"TTT", "EMA", "SWA", "GPTQ", "LQER", "MUON", "LOOP", "LOOPS", "LOOPING", "ROPE", "XSA", "QAT", "SMEAR",
+                "SMEARGATE", "LORA", "WARMDOWN", "BIGRAM", "SOFTCAP"}
+NOT_OURS = {"COMPILER"}  # close to a field, but everybody's
+
+
+def parse_value(variable: str, text: str, kind: Any) -> Any:
+    """'1' -> True, 1, 1.0 or '1'. UserError names the variable."""
+    text = text.strip()
+    try:
+        if kind is bool:
+            return {"0": False, "1": True, "false": False, "true": True}[text.lower()]
+        return kind(text.replace("_", "")) if kind is int else kind(text)
+    except (ValueError, KeyError):
+        wanted = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
+        raise UserError(f"{variable}={text}: must be {wanted}") from None
+
+
+def rename(name: str) -> Callable[[str, str], tuple[str, Any]]:
+    """The published variable is our field `name` under another name."""
+    kind = next(f.type for f in fields(Config) if f.name == name)
+    return lambda variable, text: (name, parse_value(variable, text, kind))
+
+
+def translate(values: Mapping[str, tuple[str | None, Any]], remedy: str) -> Callable[[str, str], tuple[str | None, Any]]:
+    """The published variable's value -> (our field or None for no effect, our value); other values are refused."""
+    def lookup(variable: str, text: str) -> tuple[str | None, Any]:
+        if text.lower() in values:
+            return values[text.lower()]
+        raise UserError(f"{variable}={text}: {remedy}")
+    return lookup
+
+
+def inert(*texts: str) -> Callable[[str, str], tuple[str | None, Any]]:
+    """A switch of the published scripts that is accepted only where it asks for what we do anyway."""
+    return translate(dict.fromkeys(texts, (None, None)), f"is not supported here; leave it out or set it to {texts[0]}")
+
+
+ALIASES: dict[str, Callable[[str, str], tuple[str | None, Any]]] = {
+    "MUON_WEIGHT_DECAY": rename("muon_wd"), "ADAM_WEIGHT_DECAY": rename("adam_wd"),
+    "EMBED_WEIGHT_DECAY": rename("embed_wd"), "VAL_BATCH_SIZE": rename("val_batch_tokens"),
+    "EMBEDDING_BITS": rename("embed_bits"), "TIED_EMBEDDING_LR": rename("tied_embed_lr"),
+    "USE_SMEARGATE": rename("smear_gate_enabled"),
+    "SPARSE_ATTN_GATE_ENABLED": translate({"0": ("sparse_attn_gate_scale", 0.0), "1": (None, None)}, "must be 0 or 1"),
+    "EMA_ENABLED": translate({"0": ("ema_decay", 0.0), "1": (None, None)}, "must be 0 or 1"),
+    "SKIP_GATE_ENABLED": rename("skip_gates_enabled"), "TIE_EMBEDDINGS": inert("1"), "ROPE_YARN": inert("0"),
+    "FUSED_CE_ENABLED": inert("0", "1"), "CASEOPS_ENABLED": inert("0", "1"), "PARALLEL_FINAL_LANE": inert("mean"),
+    "SMEAR_GATE_BOS_FIX": inert("1"), "SPARSE_ATTN_GATE_INIT_STD": inert("0", "0.0"),
+    "ATTN_OUT_GATE_ENABLED": inert("0"), "GATED_ATTN_ENABLED": inert("0"), "LQER_ENABLED": inert("0"),
+    "TTT_ENABLED": inert("0"), "PHASED_TTT_ENABLED": inert("0"), "SWA_ENABLED": inert("0"), "LATE_QAT": inert("0"),
+    "QAT_ENABLED": inert("0"), "OPTROT_ENABLED": inert("0"), "BIGRAM_HASH_BUCKETS": inert("0"),
+}
+
+
+def refuse_near_miss(variable: str, names: Sequence[str]) -> None:
+    """UserError for a variable that looks meant for us but is none of `names`; others pass."""
+    close = difflib.get_close_matches(variable, names, 1, 0.87)
+    if variable in NOT_OURS or not (close or FAMILY_WORDS & set(variable.split("_"))):
+        return
+    guess = close or difflib.get_close_matches(variable, names, 1, 0.5)
+    hint = f"did you mean {guess[0]}?" if guess else "no setting has this name."
+    raise UserError(f"{variable}: unknown setting; {hint} See --help; unset it if it is not meant for this program")
+
+
+def help_text() -> str:
+    """The title and one line per setting, made from the comments of Config."""
+    comments = dict(re.findall(r"^    (\w+): \w+ = .+?  # (.*)$", Path(__file__).read_text("latin1"), re.MULTILINE))
+    lines = [(__doc__ or "").strip(), "", "Settings (environment variables) and their defaults:"]
+    return "\n".join(lines + [f"  {f.name.upper()}={f.default}".ljust(38) + comments.get(f.name, "") for f in fields(Config)])
+
+
+# ====================================================================================================================
+# 2. runtime: World = which process this is, its device, and the few values that processes agree on; the log; signals.
+#    In: Config and torchrun's variables. Out: a World and a Log. The only place that knows torch.distributed's setup.
+# ====================================================================================================================
+
+
+@dataclass
+class World:
+    """Process `rank` of `size` on `device`. Sums and agreements travel over gloo on the CPU, tensors over NCCL."""
+
+    rank: int
+    size: int
+    device: torch.device
+    dtype: torch.dtype  # of activations: bfloat16 where the device computes in it, else float32
+
+    @classmethod
+    def start(cls, config: Config, environ: Mapping[str, str]) -> "World":
+        """Joins torchrun's process group, if any. UserError for a device that is missing or cannot do it."""
+        rank, size, local = (int(environ.get(name, default)) for name, default in
+                             (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        device = choose_device(config, local, size)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        half = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        world = cls(rank, size, device, torch.bfloat16 if half else torch.float32)
+        config.accumulation_steps(size)
+        if "RANK" in environ and not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+        torch.set_float32_matmul_precision("high")
+        return world
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sums over ranks in float64."""
+        return self.reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: Sequence[float]) -> list[float]:
+        return self.reduce(values, dist.ReduceOp.MAX)
+
+    def reduce(self, values: Sequence[float], operation: Any) -> list[float]:
+        buffer = torch.tensor(values, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(buffer, operation)
+        return buffer.tolist()
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def synchronize(self) -> None:
+        """Waits for this rank's device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def peak_memory_bytes(self) -> int:
+        """Largest allocation so far: of the GPU, else of the process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        import resource
+        scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+    def describe(self) -> str:
+        if self.device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability()
+            return f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
+        return f"{self.device.type} ({torch.get_num_threads()} threads)"
+
+
+def choose_device(config: Config, local_rank: int, world_size: int) -> torch.device:
+    """auto -> cuda, else mps, else cpu. UserError where the asked device is missing or cannot serve all processes."""
+    mps = torch.backends.mps.is_available()
+    kind = config.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if mps and world_size == 1 else "cpu"
+    if kind == "cpu":
+        return torch.device("cpu")
+    if kind == "mps":
+        if not mps or world_size > 1:
+            raise UserError(f"DEVICE=mps with {world_size} processes: needs an Apple GPU and one process; use DEVICE=cpu")
+        return torch.device("mps")
+    if not torch.cuda.is_available():
+        raise UserError("DEVICE=cuda: torch finds no CUDA device; check the driver or use DEVICE=cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"{local_rank + 1} or more processes on this host, {torch.cuda.device_count()} GPUs: "
+                        "lower --nproc_per_node")
+    capability = torch.cuda.get_device_capability(local_rank)
+    if capability < (7, 0):
+        raise UserError(f"DEVICE=cuda: {torch.cuda.get_device_name(local_rank)} has compute capability "
+                        f"{capability[0]}.{capability[1]}, 7.0 is the oldest supported; use DEVICE=cpu")
+    return torch.device("cuda", local_rank)
+
+
+class Log:
+    """One event per line, to the terminal and the run's file; rank 0 only. Other ranks' lines vanish."""
+
+    def __init__(self, world: World, config: Config):
+        self.path = Path(config.log_dir) / f"{config.run_id}.txt"
+        self.file = None
+        if world.rank == 0:
+            with naming_path(self.path, "LOG_DIR"):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.file = open(self.path, "a", buffering=1)
+
+    def __call__(self, text: str, to_terminal: bool = True) -> None:
+        if self.file:
+            with naming_path(self.path, "LOG_DIR"):
+                self.file.write(text + "\n")
+            if to_terminal:
+                print(text, flush=True)
+
+    def progress(self, text: str) -> None:
+        """Overwrites one line of the terminal, if there is one; empty text clears it."""
+        if self.file and sys.stderr.isatty():
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def naming_path(path: Path, variable: str):
+    """Turns OSError into a UserError that names the file and the variable that moves it elsewhere."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; free the space or the permission, or set {variable}") from None
+
+
+def write_atomic(path: Path, write: Callable[[Any], Any], variable: str) -> None:
+    """Calls write(file) on a temporary name and renames: `path` is old or new, never half. UserError for a full disk."""
+    temporary = path.with_name(f".{path.name}.part")
+    with naming_path(path, variable):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except RuntimeError as error:  # torch.save's writer turns a full disk into this
+            temporary.unlink(missing_ok=True)
+            raise OSError(str(error).splitlines()[0]) from None
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+class StopRequest:
+    """SIGINT and SIGTERM. While `deferred` (in training) the first one only sets `received`; else it ends the program.
+
+    A launcher passes a Ctrl-C on that the terminal has sent to us already: repeats within two seconds count once.
+    """
+
+    def __init__(self):
+        self.deferred, self.received, self.received_at = False, False, 0.0
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
+        if self.received and now - self.received_at < 2:
+            return
+        if self.received or not self.deferred:
+            raise KeyboardInterrupt
+        self.received, self.received_at = True, now
+
+
+# ====================================================================================================================
+# 3. data: shard files -> one circular training stream and the validation tokens with their byte counts.
+#    Micro-slice m is tokens [m T, m T + T] of all shards in a row, whatever the number of ranks: a batch is a function
+#    of the step alone, so every world size sees the same data, resuming needs no state, and no shard's tail is dropped.
+# ====================================================================================================================
+
+SHARD_MAGIC, SHARD_HEADER_INTS = 20240520, 256
+PREPARE_HINT = "python data/prepare.py SOURCE... makes shards from any text"
+
+
+def resolve_path(text: str) -> Path:
+    """A path as given, or, when absent, below a parent folder of this file: copies in records/*/* find data/ too."""
+    path = Path(text)
+    if not path.is_absolute() and not path.exists():
+        for parent in Path(__file__).resolve().parents:
+            if (parent / path).exists():
+                return parent / path
+    return path
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Shard file -> its tokens (n,) uint16, memory-mapped. UserError for a file that is none, or not a whole one."""
+    try:
+        size = path.stat().st_size
+        header = np.fromfile(path, "<i4", SHARD_HEADER_INTS)
+        data = np.memmap(path, "<u2", "r") if size else np.empty(0, np.uint16)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; make it readable") from None
+    if len(header) < SHARD_HEADER_INTS or header[0] != SHARD_MAGIC or header[1] != 1:
+        raise UserError(f"{path}: no token shard (its header does not start with {SHARD_MAGIC}, 1); {PREPARE_HINT}")
+    expected = 4 * SHARD_HEADER_INTS + 2 * int(header[2])
+    if size != expected:
+        raise UserError(f"{path}: has {size} bytes, its header promises {expected}: truncated or altered; fetch or make it again")
+    if not header[2]:
+        raise UserError(f"{path}: holds no tokens; remove it or make it again")
+    return data[2 * SHARD_HEADER_INTS:]
+
+
+class TokenStream:
+    """Shards in a row, read as if they were one array that repeats for ever."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = list(paths)
+        self.shards = [read_shard(path) for path in paths]
+        self.offsets = np.cumsum([0, *map(len, self.shards)])
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    def slice(self, start: int, count: int) -> np.ndarray:
+        """Tokens [start, start + count), start modulo the length -> (count,) uint16."""
+        parts, start = [], start % len(self)
+        while count > 0:
+            shard = int(np.searchsorted(self.offsets, start, "right")) - 1
+            part = self.shards[shard][start - self.offsets[shard]:][:count]
+            parts.append(part)
+            count -= len(part)
+            start = (start + len(part)) % len(self)
+        return np.concatenate(parts)
+
+
+class Segments(NamedTuple):
+    """Where attention may look: token t sees tokens boundaries[s] <= u <= t of its own segment s."""
+
+    boundaries: Tensor  # (S + 1,) int32: segment starts, then T; repeated T = empty segments that keep the shape fixed
+    positions: Tensor  # (T,) int32: index of each token in its segment
+    max_length: int  # no segment is longer
+
+
+class Batch(NamedTuple):
+    ids: Tensor  # (1, T) int64
+    targets: Tensor  # (1, T) int64
+    segments: Segments
+
+
+def cut_segments(ids: np.ndarray, seq_len: int, document_mask: bool) -> np.ndarray:
+    """Segment starts in ids (T,): 0, every BOS (if document_mask), and every seq_len tokens after those."""
+    starts = np.union1d([0], np.flatnonzero(ids == BOS)) if document_mask else np.zeros(1, np.int64)
+    counts = -(-np.diff(starts, append=len(ids)) // seq_len)  # pieces of each document
+    piece = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(starts, counts) + piece * seq_len
+
+
+def make_segments(starts: np.ndarray, total: int, seq_len: int, num_segments: int) -> Segments:
+    """starts (S,) of segments in `total` tokens -> Segments; padded to num_segments unless that is 0.
+
+    Padded segments promise max_length = seq_len whatever the lengths, so that compiled graphs see one shape.
+    """
+    lengths = np.diff(starts, append=total)
+    assert len(starts) <= (num_segments or len(starts)) and lengths.max() <= seq_len, (len(starts), lengths.max())
+    boundaries = np.full(max(num_segments, len(starts)) + 1, total, np.int32)
+    boundaries[:len(starts)] = starts
+    positions = np.arange(total, dtype=np.int32) - np.repeat(starts, lengths).astype(np.int32)
+    longest = seq_len if num_segments else int(lengths.max())
+    return Segments(torch.from_numpy(boundaries), torch.from_numpy(positions), longest)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Copies the tensors of a batch (pinned ones without waiting)."""
+    ids, targets, segments = batch
+    move = functools.partial(Tensor.to, device=device, non_blocking=True)
+    return Batch(move(ids), move(targets), Segments(move(segments[0]), move(segments[1]), segments[2]))
+
+
+def pin(batch: Batch) -> Batch:
+    ids, targets, segments = batch
+    return Batch(ids.pin_memory(), targets.pin_memory(),
+                 Segments(segments[0].pin_memory(), segments[1].pin_memory(), segments[2]))
+
+
+class TrainLoader:
+    """micro(step, j) = micro-batch j of a step for this rank, prepared by a thread while the device works."""
+
+    def __init__(self, config: Config, world: World, stream: TokenStream, num_segments: int):
+        self.config, self.world, self.stream, self.num_segments = config, world, stream, num_segments
+        self.accumulation_steps = config.accumulation_steps(world.size)
+        self.worker = ThreadPoolExecutor(1)
+        self.pending: dict[tuple[int, int], Any] = {}
+
+    def build(self, step: int, micro: int) -> Batch:
+        tokens, seq_len = self.config.micro_batch_tokens, self.config.train_seq_len
+        index = (step * self.accumulation_steps + micro) * self.world.size + self.world.rank
+        window = self.stream.slice(index * tokens, tokens + 1).astype(np.int64)
+        starts = cut_segments(window[:-1], seq_len, self.config.document_mask)
+        segments = make_segments(starts, tokens, seq_len, self.num_segments)
+        batch = Batch(torch.from_numpy(window[None, :-1]), torch.from_numpy(window[None, 1:]), segments)
+        return pin(batch) if self.world.device.type == "cuda" else batch
+
+    def micro(self, step: int, micro: int) -> Batch:
+        upcoming = [divmod(step * self.accumulation_steps + micro + ahead, self.accumulation_steps) for ahead in range(3)]
+        self.pending = {key: self.pending.get(key) or self.worker.submit(self.build, *key) for key in upcoming}
+        return to_device(self.pending.pop(upcoming[0]).result(), self.world.device)
+
+    def close(self) -> None:
+        self.worker.shutdown(cancel_futures=True)
+
+
+@dataclass
+class Dataset:
+    """Everything a run reads, checked."""
+
+    train: TokenStream
+    val_tokens: np.ndarray  # (n,) uint16
+    val_bytes: np.ndarray  # (n - 1,) int64: bytes of text that target i = val_tokens[i + 1] stands for
+    tokenizer_sha256: str  # "" without a tokenizer file
+    fingerprint: str  # sha256 over validation tokens, their bytes and all training shards
+    leaked_documents: int  # validation documents found in the training shards
+    max_documents: int  # BOS tokens in any micro-batch window, at most
+    notes: list[str]
+
+
+def find_shards(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
+    """Folder -> (training, validation, validation byte sidecar) shards by name. UserError where one kind is missing."""
+    train, val = sorted(folder.glob("fineweb_train_*.bin")), sorted(folder.glob("fineweb_val_*.bin"))
+    sidecar = [path for path in val if "_bytes_" in path.name]
+    val = [path for path in val if path not in sidecar]
+    for paths, kind in ((train, "train"), (val, "val")):
+        if not paths:
+            raise UserError(f"DATA_PATH={folder}: no fineweb_{kind}_*.bin in it; {PREPARE_HINT}")
+    if sidecar and len(sidecar) != len(val):
+        raise UserError(f"{folder}: {len(val)} validation shards, {len(sidecar)} byte sidecars: fetch or remove the sidecars")
+    return train, val, sidecar
+
+
+def document_bounds(ids: np.ndarray) -> np.ndarray:
+    """ids (n,) -> (documents + 1,) starts of the documents, then n; what precedes the first BOS is one too."""
+    return np.union1d(np.flatnonzero(ids == BOS), [0, len(ids)])
+
+
+def document_keys(ids: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """A cheap 64-bit key per document, from its length and five of its tokens: equal documents have equal keys."""
+    start, length = bounds[:-1].astype(np.uint64), np.diff(bounds).astype(np.uint64)
+    key = length
+    for numerator in (1, 2, 4, 6, 7):
+        token = ids[(start + length * np.uint64(numerator) // np.uint64(8)).astype(np.int64)].astype(np.uint64)
+        key = (key ^ token) * np.uint64(0x9E3779B97F4A7C15)
+        key ^= key >> np.uint64(29)
+    return key
+
+
+def digest(data: np.ndarray) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(data), digest_size=16).digest()
+
+
+class ShardScan(NamedTuple):
+    """What one reading of a training shard tells."""
+
+    sha256: str
+    max_token: int
+    max_documents: int  # BOS in any window of the micro-batch size that starts in this shard
+    leaked: set[bytes]  # digests of documents that are also in validation
+
+
+def scan_shard(stream: TokenStream, shard: int, val_keys: np.ndarray, val_digests: set[bytes], window_tokens: int) -> ShardScan:
+    """Reads a shard once. Documents are looked up whole: one that continues in the next shard belongs to this one."""
+    ids, end = np.array(stream.shards[shard]), int(stream.offsets[shard + 1])
+    sha256 = hashlib.sha256(ids).hexdigest()
+    tail, rest = 0, len(stream) - end  # the last document ends at the next BOS
+    while tail < rest:
+        more = stream.slice(end + tail, min(1 << 16, rest - tail))
+        found = np.flatnonzero(more == BOS)
+        tail += int(found[0]) if len(found) else len(more)
+        if len(found):
+            break
+    whole = np.concatenate((ids, stream.slice(end, tail))) if tail else ids
+    bounds = document_bounds(whole)
+    if shard and len(bounds) > 2 and whole[0] != BOS:
+        bounds = bounds[1:]  # the head belongs to the previous shard
+    candidates = np.flatnonzero(np.isin(document_keys(whole, bounds), val_keys))
+    digests = {digest(whole[bounds[i]:bounds[i + 1]]) for i in candidates}
+    reach = min(window_tokens, len(stream))
+    places = np.flatnonzero(np.concatenate((ids, stream.slice(end, reach))) == BOS)
+    counts = np.searchsorted(places, places + window_tokens) - np.arange(len(places))
+    return ShardScan(sha256, int(ids.max()), int(counts.max(initial=0)), digests & val_digests)
+
+
+def open_dataset(config: Config, world: World) -> Dataset:
+    """Finds, reads and checks training shards, validation shards, sidecar and tokenizer. UserError for any fault."""
+    folder = resolve_path(config.data_path or f"{config.data_dir}/datasets/fineweb10B_sp{config.vocab_size}")
+    if not folder.is_dir():
+        raise UserError(f"DATA_PATH={folder}: no such folder; {PREPARE_HINT}")
+    train_paths, val_paths, sidecar_paths = find_shards(folder)
+    train = TokenStream(train_paths)
+    val = TokenStream(val_paths)
+    val_tokens = val.slice(0, len(val))
+    if len(val_tokens) < 2:
+        raise UserError(f"{val_paths[0]}: holds no target to score; {PREPARE_HINT}")
+    check_tokens(int(val_tokens.max()), config, val_paths[0])
+    tokenizer, sha256 = load_tokenizer(config, bool(sidecar_paths))
+    notes = check_manifest(folder, sha256)
+    if sidecar_paths:
+        val_bytes = read_sidecar(val, sidecar_paths, tokenizer)
+    else:
+        val_bytes = table_bytes(val_tokens, tokenizer)
+    bounds = document_bounds(val_tokens)
+    keys = np.unique(document_keys(val_tokens, bounds))
+    digests = {digest(val_tokens[a:b]) for a, b in zip(bounds[:-1], bounds[1:])}
+    window = config.micro_batch_tokens + 1
+    mine = [scan_shard(train, i, keys, digests, window) for i in range(world.rank, len(train.shards), world.size)]
+    by_rank = world.gather(mine)
+    scans = [by_rank[i % world.size][i // world.size] for i in range(len(train.shards))]
+    for scan, path in zip(scans, train_paths):
+        check_tokens(scan.max_token, config, path)
+    leaked = len(set().union(*(scan.leaked for scan in scans)))
+    if leaked > config.max_leaked_documents:
+        culprit = next(path for scan, path in zip(scans, train_paths) if scan.leaked)
+        raise UserError(f"{culprit}: {leaked} of {len(digests)} validation documents occur in the training shards, first in "
+                        f"this one; remove them, or accept them with MAX_LEAKED_DOCUMENTS={leaked}")
+    parts = [hashlib.sha256(val_tokens).hexdigest(), hashlib.sha256(val_bytes).hexdigest(), *(scan.sha256 for scan in scans)]
+    fingerprint = hashlib.sha256(" ".join(parts).encode()).hexdigest()
+    return Dataset(train, val_tokens, val_bytes, sha256, fingerprint, leaked, max(s.max_documents for s in scans), notes)
+
+
+def check_tokens(largest: int, config: Config, path: Path) -> None:
+    if largest >= config.vocab_size:
+        raise UserError(f"{path}: holds token {largest}, outside VOCAB_SIZE={config.vocab_size}: set the vocabulary of "
+                        "these shards")
+
+
+def load_tokenizer(config: Config, optional: bool) -> tuple[Any, str]:
+    """-> (SentencePiece processor or None, sha256 of the file). UserError for a missing or unsuitable model."""
+    import sentencepiece
+    path = resolve_path(config.tokenizer_path or f"{config.data_dir}/tokenizers/fineweb_{config.vocab_size}_bpe.model")
+    if not path.is_file():
+        if optional and not config.tokenizer_path:
+            return None, ""
+        raise UserError(f"TOKENIZER_PATH={path}: no such file; it counts the bytes of the validation text. {PREPARE_HINT}")
+    model = path.read_bytes()
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError:
+        raise UserError(f"TOKENIZER_PATH={path}: not a SentencePiece model") from None
+    if tokenizer.vocab_size() != config.vocab_size:
+        raise UserError(f"TOKENIZER_PATH={path}: has {tokenizer.vocab_size()} pieces, VOCAB_SIZE={config.vocab_size}: "
+                        "set the one that made the shards")
+    if tokenizer.bos_id() not in (BOS, -1):
+        raise UserError(f"TOKENIZER_PATH={path}: its BOS is {tokenizer.bos_id()}, shards use {BOS}")
+    return tokenizer, hashlib.sha256(model).hexdigest()
+
+
+def check_manifest(folder: Path, tokenizer_sha256: str) -> list[str]:
+    """Notes for the log. The manifest is used for nothing but this: a tokenizer that is not the shards' is refused."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        expected = manifest["tokenizer"]["sha256"]
+    except FileNotFoundError:
+        return [f"{folder}: no manifest.json; whether the tokenizer is that of the shards is not known"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{folder / 'manifest.json'}: unreadable; make the data again or remove it") from None
+    if tokenizer_sha256 and tokenizer_sha256 != expected:
+        raise UserError(f"{folder / 'manifest.json'}: the shards were made with tokenizer {expected[:12]}, TOKENIZER_PATH "
+                        f"is {tokenizer_sha256[:12]}: set the right one")
+    return []
+
+
+def byte_table(tokenizer: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """SentencePiece model -> per id: bytes without the first space (int64), has that space, is no text (both bool)."""
+    size = tokenizer.vocab_size()
+    count, space, silent = np.zeros(size, np.int64), np.zeros(size, bool), np.ones(size, bool)
+    for i in range(size):
+        if tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i):
+            continue
+        silent[i] = False
+        piece = tokenizer.id_to_piece(i)
+        if tokenizer.is_byte(i):
+            count[i] = 1
+            continue
+        space[i] = piece.startswith("\u2581")
+        count[i] = len(piece[space[i]:].replace("\u2581", " ").encode())
+    return count, space, silent
+
+
+def table_bytes(tokens: np.ndarray, tokenizer: Any) -> np.ndarray:
+    """Validation tokens (n,) -> bytes of each target (n - 1,) int64, checked against decoded documents.
+
+    A tokenizer that puts a space before every text drops it again when it decodes: then a leading space after BOS is
+    no byte of the text. UserError where the table and the decoder disagree.
+    """
+    count, space, silent = byte_table(tokenizer)
+    spaced = next((i for i in np.flatnonzero(space) if count[i]), None)
+    drops_space = spaced is not None and not tokenizer.decode([int(spaced)]).startswith(" ")
+    previous, target = tokens[:-1], tokens[1:]
+    val_bytes = count[target] + (space[target] & ~(silent[previous] & drops_space))
+    bounds = document_bounds(tokens)
+    documents = len(bounds) - 1
+    for i in sorted({*range(min(8, documents)), *range(0, documents, max(documents // 24, 1))}):
+        start, end = bounds[i], bounds[i + 1]
+        text = tokenizer.decode(tokens[start + 1:end].tolist())
+        if int(val_bytes[start:end - 1].sum()) != len(text.encode()):
+            raise UserError(f"validation document {i}: {int(val_bytes[start:end - 1].sum())} bytes by the piece table, "
+                            f"{len(text.encode())} decoded: TOKENIZER_PATH does not fit these shards")
+    return val_bytes
+
+
+def read_sidecar(val: TokenStream, paths: Sequence[Path], tokenizer: Any) -> np.ndarray:
+    """Byte sidecar -> bytes of each validation target (n - 1,) int64.
+
+    UserError where lengths differ, BOS has bytes, or, with the tokenizer, where plain ASCII pieces without a space do not
+    count their letters. CaseOps changes case and spaces only; but a normalizing tokenizer also makes a few ASCII letters
+    of others, so one piece in a thousand may differ.
+    """
+    for shard, path in zip(val.shards, paths):
+        sidecar = read_shard(path)
+        if len(sidecar) != len(shard):
+            raise UserError(f"{path}: {len(sidecar)} counts for {len(shard)} tokens: fetch or make it again")
+    counts, tokens = TokenStream(paths).slice(0, len(val)).astype(np.int64), val.slice(0, len(val))
+    if counts[tokens == BOS].any():
+        raise UserError(f"{paths[0]}: counts bytes for BOS; it is not the sidecar of these shards")
+    if tokenizer is not None:
+        pieces = [tokenizer.id_to_piece(i) for i in range(tokenizer.vocab_size())]
+        length = np.array([len(p) if p.isascii() and p.isalpha() else 0 for p in pieces], np.int64)[tokens]
+        wrong = np.flatnonzero((length > 0) & (counts != length))
+        if 1000 * len(wrong) > np.count_nonzero(length):
+            place = int(wrong[0])
+            raise UserError(f"{paths[0]}: counts {counts[place]} bytes for token {place} = {pieces[tokens[place]]!r}; it is "
+                            "not the sidecar of these shards or TOKENIZER_PATH is not theirs")
+    return counts[1:]
+
+
+# ====================================================================================================================
+# 5. model: one forward pass, model(ids, targets, segments) -> nats of every target, for training and scoring alike.
+#    Depth recurrence, U-Net skips and lanes are data: a tuple of visits. Weights live in banks, one per role, stacked
+#    over layers: float32 masters, cast to the activation dtype where they are used, so that gradients add in float32.
+# ====================================================================================================================
+
+RMS_EPS = 1.1920929e-07  # float32 machine epsilon, also for bfloat16 input: what the published models train with
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMS norm over the last dimension, no weight; computed in float32, returned in x's dtype."""
+    return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
+
+
+def rotary_angles(positions: Tensor, dims: int, base: float) -> tuple[Tensor, Tensor]:
+    """positions (T,) -> cos, sin (T, 1, dims / 2) float32 of position x base^(-2j / dims)."""
+    exponent = torch.arange(0, dims, 2, device=positions.device, dtype=torch.float32) / max(dims, 1)
+    angles = positions.float()[:, None, None] * base ** -exponent
+    return angles.cos(), angles.sin()
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates channel pairs (j, j + R/2) of the first R = 2 x cos.size(-1) channels; x (T, heads, E); the rest passes."""
+    half = cos.size(-1)
+    a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), -1).to(x.dtype)
+
+
+def exclusive(y: Tensor, v: Tensor) -> Tensor:
+    """Exclusive self attention (XSA): y (T, H, E) without its component along the token's own value v (T, K, E); float32."""
+    grouped = y.float().unflatten(1, (v.size(1), -1))
+    direction = F.normalize(v.float(), dim=-1, eps=1e-12)[:, :, None]
+    return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(1, 2)
+
+
+# --- attention back ends: one signature, (q (T, H, E), k (T, K, E), v (T, K, E), segments) -> (T, H, E), causal within segments
+Attention = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
+
+
+def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """torch's scaled_dot_product_attention on segments laid out as rows: any device, any dtype."""
+    length = segments.max_length
+    rows = segments.boundaries.numel() - 1
+    if rows * length == q.size(0):  # every segment is full
+        spread = [x.unflatten(0, (rows, length)).transpose(1, 2) for x in (q, k, v)]
+        return F.scaled_dot_product_attention(*spread, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1)
+    place = ((segments.positions == 0).cumsum(0) - 1) * length + segments.positions
+    spread = [x.new_zeros(rows * length, *x.shape[1:]).index_copy(0, place, x).unflatten(0, (rows, length)).transpose(1, 2)
+              for x in (q, k, v)]
+    y = F.scaled_dot_product_attention(*spread, is_causal=True, enable_gqa=True)
+    return y.transpose(1, 2).flatten(0, 1)[place]
+
+
+def load_sdpa() -> Attention:
+    return attention_sdpa
+
+
+def load_varlen() -> Attention:
+    """torch.nn.attention.varlen: the FlashAttention-2 kernels that come with torch."""
+    from torch.nn.attention.varlen import varlen_attn
+    options: dict[str, Any] = {"window_size": (-1, 0)}  # any distance back, none ahead
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+        bounds, longest = segments.boundaries, segments.max_length
+        return varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
+    return attention
+
+
+def load_fa3() -> Attention:
+    """FlashAttention-3 (Hopper), built from its repository."""
+    from flash_attn_interface import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+        bounds, longest = segments.boundaries, segments.max_length
+        y = flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, causal=True)
+        return y[0] if isinstance(y, tuple) else y
+    return attention
+
+
+@functools.cache
+def load_fa4() -> Attention:
+    """FlashAttention-4 (the flash-attn-4 package), as a torch operator that compiles.
+
+    Its own autograd function forgets the longest length in the backward pass, which makes that slow on Hopper.
+    """
+    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd  # pyright: ignore[reportMissingImports]
+
+    @torch.library.custom_op("train_gpt::fa4", mutates_args=())
+    def forward(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
+        y, lse = _flash_attn_fwd(q, k, v, cu_seqlens_q=boundaries, cu_seqlens_k=boundaries, max_seqlen_q=max_length,
+                                 max_seqlen_k=max_length, causal=True, return_lse=True)[:2]
+        return y, lse
+
+    @torch.library.custom_op("train_gpt::fa4_backward", mutates_args=())
+    def backward(q: Tensor, k: Tensor, v: Tensor, y: Tensor, dy: Tensor, lse: Tensor, boundaries: Tensor,
+                 max_length: int) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = _flash_attn_bwd(q, k, v, y, dy, lse, q.size(-1) ** -0.5, True, cu_seqlens_q=boundaries,
+                                     cu_seqlens_k=boundaries, max_seqlen_q=max_length, max_seqlen_k=max_length)[:3]
+        return dq, dk, dv
+
+    def remember(ctx: Any, inputs: Any, output: Any) -> None:
+        q, k, v, boundaries, ctx.max_length = inputs
+        ctx.save_for_backward(q, k, v, boundaries, *output)
+
+    def gradient(ctx: Any, dy: Tensor, dlse: Tensor):
+        q, k, v, boundaries, y, lse = ctx.saved_tensors
+        return *backward(q, k, v, y, dy.contiguous(), lse, boundaries, ctx.max_length), None, None
+
+    forward.register_fake(lambda q, k, v, b, n: (torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)))
+    backward.register_fake(lambda q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
+    forward.register_autograd(gradient, setup_context=remember)
+    return lambda q, k, v, segments: forward(q, k, v, segments.boundaries, segments.max_length)[0]
+
+
+# name -> (loader, oldest compute capability, None = any device); in order of preference
+ATTENTIONS: dict[str, tuple[Callable[[], Attention], tuple[int, int] | None]] = {
+    "fa3": (load_fa3, (9, 0)), "fa4": (load_fa4, (9, 0)), "varlen": (load_varlen, (8, 0)), "sdpa": (load_sdpa, None)}
+
+
+def choose_attention(wanted: str, device: torch.device) -> tuple[str, Attention]:
+    """'auto' or a name -> (name, back end): the first that this machine has. UserError where a named one is absent."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    for name, (load, needed) in ATTENTIONS.items():
+        if wanted not in ("auto", name):
+            continue
+        try:
+            if needed and capability < needed:
+                raise ImportError(f"needs a GPU of compute capability {needed[0]}.{needed[1]}, this is {device.type}")
+            return name, load()
+        except (ImportError, OSError, AttributeError) as error:
+            if wanted == name:
+                raise UserError(f"ATTENTION={wanted}: {error}; install it or use ATTENTION=auto") from None
+    raise AssertionError("sdpa is always there")
+
+
+# --- the plan of a forward pass
+class Visit(NamedTuple):
+    """One application of a layer."""
+
+    layer: int
+    push: bool  # keep the output for a skip
+    skip: int  # row of skip_weight that blends the newest kept output in before the block; -1 = none
+    lane: int  # row of the lane parameters; -1 = a plain sequential block
+
+
+def layer_order(config: Config, looping: bool) -> list[int]:
+    """Layers in the order of application, e.g. 0 1 2 (3 4 5) (3 4 5) (3 4 5) 6 ... 10."""
+    layers = list(range(config.num_layers))
+    if not (looping and config.num_loops):
+        return layers
+    first, last = config.loop_start, config.loop_end + 1
+    return layers[:last] + layers[first:last] * config.num_loops + layers[last:]
+
+
+def skip_keys(config: Config, looping: bool) -> list[tuple[int, int]]:
+    """(layer, how many times the decoder saw it before) of each decoder application that takes a skip."""
+    order = layer_order(config, looping)
+    encoder = len(order) // 2
+    decoder = order[encoder:2 * encoder]
+    return [(layer, decoder[:j].count(layer)) for j, layer in enumerate(decoder)]
+
+
+def skip_rows(config: Config) -> dict[tuple[int, int], int]:
+    """Row of every skip. Rows belong to (layer, occurrence), so they keep their place when looping starts."""
+    keys = dict.fromkeys(skip_keys(config, True) + skip_keys(config, False))
+    return {key: row for row, key in enumerate(keys)}
+
+
+def visit_plan(config: Config, looping: bool) -> tuple[Visit, ...]:
+    """The encoder half keeps its outputs; the decoder half takes them back, newest first (U-Net)."""
+    order, rows, keys = layer_order(config, looping), skip_rows(config), skip_keys(config, looping)
+    encoder, start = len(order) // 2, config.parallel_start_layer
+    plan = []
+    for i, layer in enumerate(order):
+        skip = rows[keys[i - encoder]] if encoder <= i < encoder + len(keys) else -1
+        plan.append(Visit(layer, i < encoder, skip, layer - start if start and layer >= start else -1))
+    return tuple(plan)
+
+
+def describe_plan(plan: Sequence[Visit]) -> str:
+    """'0+ 1+ 3-0 8-3|': + keeps its output, -r takes a skip through row r, | is a two-lane block."""
+    return " ".join(f"{v.layer}{'+' * v.push}{f'-{v.skip}' if v.skip >= 0 else ''}{'|' * (v.lane >= 0)}" for v in plan)
+
+
+def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter; nothing exists that the plan does not use."""
+    layers, width, heads, mlp = config.num_layers, config.model_dim, config.num_heads, config.mlp_dim
+    kv, rows = config.num_kv_heads * config.head_dim, len(skip_rows(config))
+    lanes = layers - config.parallel_start_layer if config.parallel_start_layer else 0
+    shapes: dict[str, tuple[int, ...]] = {
+        "embedding": (config.vocab_size, width),
+        "q_proj": (layers, width, width), "k_proj": (layers, kv, width), "v_proj": (layers, kv, width),
+        "out_proj": (layers, width, width), "up_proj": (layers, mlp, width), "down_proj": (layers, width, mlp),
+        "q_gain": (layers, heads), "attn_scale": (layers, width), "mlp_scale": (layers, width),
+        "resid_mix": (layers, 2, width), "skip_weight": (rows, width)}
+    if config.skip_gates_enabled:
+        shapes["skip_gate"] = (rows, width)
+    if config.sparse_attn_gate_scale:
+        shapes["attn_gate"] = (layers, heads, config.gate_window)
+    if lanes:
+        shapes |= {"lane_resid": (lanes, 2), "lane_mix": (lanes, 2, 2)}
+    if config.smear_gate_enabled:
+        shapes |= {"smear_gate": (1, config.gate_window), "smear_scale": (1,)}
+    return {name: shape for name, shape in shapes.items() if math.prod(shape)}
+
+
+LAYER_ROLES = {"q_proj", "k_proj", "v_proj", "out_proj", "up_proj", "down_proj", "q_gain", "attn_scale", "mlp_scale",
+               "resid_mix", "attn_gate"}  # one row per layer
+ROW_ROLES = {"skip_weight", "skip_gate", "lane_resid", "lane_mix"}  # one row per skip or lane layer
+
+
+class GPT(nn.Module):
+    """The model of PR #1855 (R0427) at the default settings. `looping` chooses between its two plans."""
+
+    embedding: Tensor
+    smear_gate: Tensor
+    smear_scale: Tensor
+
+    def __init__(self, config: Config, dtype: torch.dtype = torch.float32, attention: Attention = attention_sdpa):
+        super().__init__()
+        self.config, self.dtype, self.attention = config, dtype, attention
+        self.plans = (visit_plan(config, False), visit_plan(config, True))
+        self.looping = False
+        for name, shape in param_shapes(config).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Orthogonal matrices, zero output projections, constants; drawn on the CPU, so the same on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        constants = {"q_gain": self.config.qk_gain_init, "attn_scale": 1.0, "mlp_scale": 1.0, "skip_weight": 1.0,
+                     "lane_resid": 1.1, "lane_mix": 1.0}
+        for name, parameter in self.named_parameters():
+            value = torch.full(parameter.shape, constants.get(name, 0.0))
+            if name == "embedding":
+                value.normal_(0.0, self.config.tied_embed_init_std, generator=generator)
+            elif name in ("q_proj", "k_proj", "v_proj", "up_proj"):
+                for matrix in value:
+                    nn.init.orthogonal_(matrix, generator=generator)
+            elif name == "resid_mix":
+                value[:, 0] = 1.0
+            parameter.copy_(value)
+
+    def embed(self, ids: Tensor, segments: Segments) -> Tensor:
+        """ids (1, T) -> (T, D), with SmearGate (PR #1667): e_t + scale x sigmoid(W e_t[:12]) e_(t-1).
+
+        No token is smeared into the first of a segment, nor into BOS (the mask of PR #1855).
+        """
+        x = F.embedding(ids[0], self.embedding).to(self.dtype)
+        if not self.config.smear_gate_enabled:
+            return x
+        gate = F.linear(x[1:, :self.config.gate_window], self.smear_gate.to(self.dtype)).sigmoid() * self.smear_scale
+        keep = (segments.positions[1:] != 0) & (ids[0, 1:] != BOS)
+        return torch.cat((x[:1], x[1:] + (gate * keep[:, None]).to(self.dtype) * x[:-1]))
+
+    def attend(self, w: dict[str, Tensor], n: Tensor, angles: tuple[Tensor, Tensor], segments: Segments,
+               exclude: bool) -> Tensor:
+        """Weights w of a layer, its normalized input n (T, D) -> attention's output (T, D); `exclude` = XSA."""
+        config = self.config
+        q = F.linear(n, w["q_proj"]).unflatten(-1, (config.num_heads, -1))
+        k = F.linear(n, w["k_proj"]).unflatten(-1, (config.num_kv_heads, -1))
+        v = F.linear(n, w["v_proj"]).unflatten(-1, (config.num_kv_heads, -1))
+        q = rotary(norm(q), *angles) * w["q_gain"][:, None]
+        y = self.attention(q, rotary(norm(k), *angles), v, segments)
+        if exclude:
+            y = exclusive(y, v)
+        if config.sparse_attn_gate_scale:
+            gate = config.sparse_attn_gate_scale * F.linear(n[:, :config.gate_window], w["attn_gate"])
+            y = y * gate.sigmoid()[:, :, None]
+        return F.linear(y.flatten(1).to(self.dtype), w["out_proj"])
+
+    def feed_forward(self, w: dict[str, Tensor], n: Tensor) -> Tensor:
+        """Weights w of a layer, its normalized input n (T, D) -> the MLP's output (T, D)."""
+        hidden = F.leaky_relu(F.linear(n, w["up_proj"]), self.config.leaky_relu_slope).square()
+        return F.linear(hidden, w["down_proj"])
+
+    def features(self, ids: Tensor, segments: Segments) -> Tensor:
+        """ids (1, T) -> (T, D), normalized: what the head reads."""
+        config = self.config
+        banks = {name: p.unbind(0) for name, p in self.named_parameters() if name in LAYER_ROLES | ROW_ROLES}
+        angles = rotary_angles(segments.positions, config.rope_dims, config.rope_base)
+        x = x0 = norm(self.embed(ids, segments))
+        mlp_lane, two_lanes, kept = x, False, []
+        for layer, push, skip, lane in self.plans[self.looping]:
+            w = {name: bank[layer].to(self.dtype) for name, bank in banks.items() if name in LAYER_ROLES}
+            scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
+            if lane >= 0 and not two_lanes:
+                mlp_lane, two_lanes = x, True
+            if skip >= 0:
+                skipped = banks["skip_weight"][skip].to(self.dtype) * kept.pop()
+                x = torch.lerp(skipped, x, banks["skip_gate"][skip].sigmoid().to(self.dtype)) \
+                    if config.skip_gates_enabled else x + skipped
+            mixed = w["resid_mix"][0] * x + w["resid_mix"][1] * x0
+            exclude = layer >= config.num_layers - config.xsa_last_n
+            attn_out = w["attn_scale"] * self.attend(w, norm(mixed) * scale, angles, segments, exclude)
+            if lane < 0:
+                x = mixed + attn_out
+                x = x + w["mlp_scale"] * self.feed_forward(w, norm(x) * scale)
+            else:  # both sublayers read the old lanes; each lane keeps a share of itself and takes some of both outputs
+                mlp_out = w["mlp_scale"] * self.feed_forward(w, norm(mlp_lane) * scale)
+                stay, share = (banks[name][lane].to(self.dtype) for name in ("lane_resid", "lane_mix"))
+                x = stay[0] * x + share[0, 0] * attn_out + share[1, 0] * mlp_out
+                mlp_lane = stay[1] * mlp_lane + share[0, 1] * attn_out + share[1, 1] * mlp_out
+            if push:
+                kept.append(x)
+        return norm((x + mlp_lane) * 0.5 if two_lanes else x)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """features (T, D) -> softcapped logits (T, V) float32; the head is the embedding."""
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(F.linear(features, self.embedding.to(self.dtype)).float() / cap)
+
+    def forward(self, ids: Tensor, targets: Tensor, segments: Segments) -> Tensor:
+        """ids (1, T), targets (1, T) or (1, T, C) -> nats (T,) or (T, C) float32, from one pass over the logits."""
+        logits, targets = self.logits(self.features(ids, segments)), targets[0]
+        if targets.dim() == 1:
+            return F.cross_entropy(logits, targets, reduction="none")
+        return torch.stack([F.cross_entropy(logits, column, reduction="none") for column in targets.unbind(1)], 1)
+
+
+# ====================================================================================================================
+# 6. optim: which optimizer, learning rate, weight decay and quantizer each parameter has (PARAM_TABLE), and the step.
+#    Banks are optimized by Muon, shared out over ranks: reduce-scatter, orthogonalize the own matrices, all-gather.
+#    All else is small enough for AdamW on every rank; its gradients travel first, in one buffer with the loss.
+# ====================================================================================================================
+
+
+class Role(NamedTuple):
+    """Names of Config fields, but for `optimizer`."""
+
+    optimizer: str  # muon or adam
+    lr: str
+    weight_decay: str
+    quantizer: str = ""  # "" = kept in float16
+    bits: str = ""
+    clip_sigmas: str = ""
+
+
+ATTN = Role("muon", "matrix_lr", "muon_wd", "matrix_quantizer", "matrix_bits", "attn_clip_sigmas")
+MLP = Role("muon", "matrix_lr", "muon_wd", "matrix_quantizer", "matrix_bits", "mlp_clip_sigmas")
+SMALL = Role("adam", "scalar_lr", "adam_wd")
+PARAM_TABLE = {
+    "embedding": Role("adam", "tied_embed_lr", "embed_wd", "embed_quantizer", "embed_bits", "embed_clip_sigmas"),
+    "q_proj": ATTN, "k_proj": ATTN, "v_proj": ATTN, "out_proj": ATTN, "up_proj": MLP, "down_proj": MLP,
+    "q_gain": SMALL, "attn_scale": SMALL, "mlp_scale": SMALL, "resid_mix": SMALL, "skip_weight": SMALL,
+    "skip_gate": SMALL, "attn_gate": SMALL, "lane_resid": SMALL, "lane_mix": SMALL, "smear_gate": SMALL,
+    "smear_scale": SMALL,
+}
+
+
+def orthogonalize(x: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
+    """Newton-Schulz: wide matrices (n, rows, columns) -> about U V^T of their singular value decompositions."""
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in coefficients:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def muon_update(grad: Tensor, momentum_buffer: Tensor, momentum: Tensor, tall: Tensor, row_normalize: bool,
+                coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
+    """Muon with Nesterov momentum: gradients (n, rows, columns), rows <= columns -> updates in the gradients' dtype.
+
+    Changes momentum_buffer. tall (n, 1, 1) bool marks matrices that are stored transposed: MuonEq-R (PR #1394) gives
+    unit norm to the rows they have in the model, which are then the columns.
+    """
+    momentum_buffer.mul_(momentum).add_(grad)
+    update = grad.float() + momentum_buffer * momentum
+    if row_normalize:
+        norms = torch.where(tall, update.norm(dim=-2, keepdim=True), update.norm(dim=-1, keepdim=True))
+        update = update / norms.clamp_min(1e-7)
+    return orthogonalize(update.to(grad.dtype), coefficients)
+
+
+class MuonGroup:
+    """Banks whose matrices have one shape once the tall ones are transposed, as one stack shared out over ranks."""
+
+    def __init__(self, names: list[str], params: Mapping[str, Tensor], world: World, communication_dtype: torch.dtype):
+        self.names, self.world, self.dtype = names, world, communication_dtype
+        self.params = [params[name] for name in names]
+        self.tall = [p.size(1) > p.size(2) for p in self.params]
+        self.count = sum(len(p) for p in self.params)  # matrices
+        self.share = -(-self.count // world.size)  # of them per rank; the last slots may be empty
+        device, (rows, columns) = self.params[0].device, sorted(self.params[0].shape[1:])
+        self.momentum_buffer = torch.zeros(self.share, rows, columns, device=device)
+        tall = [flag for p, flag in zip(self.params, self.tall) for _ in range(len(p))]
+        tall += [False] * (self.share * world.size - self.count)
+        own = slice(world.rank * self.share, (world.rank + 1) * self.share)
+        self.own_tall = torch.tensor(tall, device=device)[own, None, None]
+
+    def pack(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Tensors shaped like the banks -> one stack (share x world size, rows, columns)."""
+        stack = [x.mT if tall else x for x, tall in zip(tensors, self.tall)]
+        packed = torch.zeros(self.share * self.world.size, *stack[0].shape[1:], device=stack[0].device, dtype=dtype)
+        start = 0
+        for x in stack:
+            packed[start:start + len(x)] = x
+            start += len(x)
+        return packed
+
+    def unpack(self, packed: Tensor) -> list[Tensor]:
+        """The inverse of pack."""
+        parts = packed[:self.count].split([len(p) for p in self.params])
+        return [part.mT if tall else part for part, tall in zip(parts, self.tall)]
+
+    def scatter(self) -> tuple[Tensor, Any]:
+        """Starts averaging the gradients over ranks -> (own share, work to wait for or None)."""
+        grads = [p.grad for p in self.params if p.grad is not None]
+        assert len(grads) == len(self.params)
+        packed = self.pack(grads, self.dtype)
+        if self.world.size == 1:
+            return packed, None
+        own = torch.empty_like(self.momentum_buffer, dtype=self.dtype)
+        return own, dist.reduce_scatter_tensor(own, packed.div_(self.world.size), async_op=True)
+
+    def gather(self, own: Tensor) -> tuple[Tensor, Any]:
+        """Starts collecting every rank's share -> (stack, work to wait for or None)."""
+        if self.world.size == 1:
+            return own, None
+        packed = own.new_empty(self.share * self.world.size, *own.shape[1:])
+        all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the newer name where it exists
+        return packed, all_gather(packed, own.contiguous(), async_op=True)
+
+
+class Optimizer:
+    """State and communication of one optimizer step over all parameters."""
+
+    def __init__(self, config: Config, world: World, params: Mapping[str, Tensor]):
+        assert set(params) <= set(PARAM_TABLE), set(params) - set(PARAM_TABLE)
+        self.config, self.world, self.params = config, world, dict(params)
+        shapes: dict[tuple[int, ...], list[str]] = {}
+        adam: dict[tuple[str, str], list[Tensor]] = {}
+        for name, parameter in params.items():
+            role = PARAM_TABLE[name]
+            if role.optimizer == "muon":
+                shapes.setdefault(tuple(sorted(parameter.shape[1:])), []).append(name)
+            else:
+                adam.setdefault((role.lr, role.weight_decay), []).append(parameter)
+        on_gpu = world.device.type == "cuda"
+        dtype = torch.bfloat16 if world.dtype == torch.bfloat16 else torch.float32
+        order = sorted(shapes, key=math.prod, reverse=True)  # the most work first
+        self.groups = [MuonGroup(shapes[shape], self.params, world, dtype) for shape in order]
+        self.adam = torch.optim.AdamW(
+            [{"params": members, "weight_decay": getattr(config, decay), "base_lr": getattr(config, lr)}
+             for (lr, decay), members in adam.items()],
+            betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=on_gpu or world.device.type == "cpu")
+        self.adam_params = [p for members in adam.values() for p in members]
+        self.momentum = torch.zeros((), device=world.device)  # a tensor, so that a new value compiles nothing
+        self.muon_update = muon_update
+
+    def compile(self) -> None:
+        self.muon_update = torch.compile(muon_update, dynamic=False)
+
+    def reset(self) -> None:
+        """Forgets all momentum, as before the first step."""
+        self.adam.state.clear()
+        for group in self.groups:
+            group.momentum_buffer.zero_()
+
+    @torch.no_grad()
+    def step(self, loss: Tensor, lr_scale: float, momentum: float) -> tuple[Tensor, Tensor]:
+        """Updates the parameters from their gradients, which it frees. -> (loss averaged over ranks, gradient norm)."""
+        small = [p.grad for p in self.adam_params if p.grad is not None]
+        if self.world.size > 1:
+            buffer = torch.cat([loss.reshape(1), *(grad.reshape(-1) for grad in small)])
+            work = dist.all_reduce(buffer, async_op=True)
+        scattered = [group.scatter() for group in self.groups]
+        if self.world.size > 1:
+            work.wait()
+            loss, *reduced = (buffer / self.world.size).split([1, *(grad.numel() for grad in small)])
+            for grad, value in zip(small, reduced):
+                grad.copy_(value.view_as(grad))
+        for _, work in scattered:
+            if work:
+                work.wait()
+        own = [grad for grad, _ in scattered]
+        norm = self.clip(own, small)
+        for settings in self.adam.param_groups:
+            settings["lr"] = settings["base_lr"] * lr_scale
+        self.momentum.fill_(momentum)
+        coefficients = NEWTON_SCHULZ[self.config.muon_coefficients][:self.config.muon_backend_steps]
+        gathered = []
+        for group, grad in zip(self.groups, own):
+            gathered.append(group.gather(self.muon_update(grad, group.momentum_buffer, self.momentum, group.own_tall,
+                                                          self.config.muon_row_normalize, coefficients)))
+        self.adam.step()
+        for group, (packed, work) in zip(self.groups, gathered):
+            if work:
+                work.wait()
+            self.apply(group, packed, lr_scale)
+        for parameter in self.params.values():
+            parameter.grad = None
+        return loss.reshape(()), norm
+
+    def clip(self, own: list[Tensor], small: list[Tensor]) -> Tensor:
+        """Scales the reduced gradients down to grad_clip_norm -> their global norm before that."""
+        shares = torch.stack(torch._foreach_norm(own)).float().square().sum()
+        if self.world.size > 1:
+            dist.all_reduce(shares)
+        norm = (shares + torch.stack(torch._foreach_norm(small)).square().sum()).sqrt()
+        if self.config.grad_clip_norm:
+            factor = (self.config.grad_clip_norm / (norm + 1e-6)).clamp_max(1.0)
+            torch._foreach_mul_(own, factor.to(own[0].dtype))
+            torch._foreach_mul_(small, factor)
+        return norm
+
+    def apply(self, group: MuonGroup, packed: Tensor, lr_scale: float) -> None:
+        """w <- w (1 - lr wd) - lr sqrt(max(1, rows / columns)) update, for every bank of a group."""
+        for name, parameter, update in zip(group.names, group.params, group.unpack(packed)):
+            role = PARAM_TABLE[name]
+            lr = getattr(self.config, role.lr) * lr_scale
+            parameter.mul_(1 - lr * getattr(self.config, role.weight_decay))
+            parameter.add_(update, alpha=-lr * math.sqrt(max(1.0, parameter.size(1) / parameter.size(2))))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, whatever the number of ranks; all ranks must call it."""
+        momentum = {}
+        for group in self.groups:
+            packed, work = group.gather(group.momentum_buffer)
+            if work:
+                work.wait()
+            momentum |= dict(zip(group.names, (x.cpu() for x in group.unpack(packed))))
+        return {"adam": self.adam.state_dict()["state"], "momentum": momentum}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes this rank's share of a state written by any number of ranks."""
+        self.adam.load_state_dict({"state": state["adam"], "param_groups": self.adam.state_dict()["param_groups"]})
+        for group in self.groups:
+            packed = group.pack([state["momentum"][name] for name in group.names], torch.float32)
+            first = self.world.rank * group.share
+            group.momentum_buffer.copy_(packed[first:first + group.share])
+
+
+# ====================================================================================================================
+# 7. schedules: pure functions of progress in [0, 1] (of the step for the momentum's warm-up).
+# ====================================================================================================================
+
+
+def training_progress(config: Config, step: int, elapsed_seconds: float) -> float:
+    """Share of the training budget that is used: of the wallclock or of ITERATIONS, whichever is further."""
+    progress = step / config.iterations
+    if config.max_wallclock_seconds:
+        progress = max(progress, elapsed_seconds / training_budget_seconds(config))
+    return min(progress, 1.0)
+
+
+def training_budget_seconds(config: Config) -> float:
+    """Wallclock less the reserve for calibration; infinite where training ends by ITERATIONS."""
+    return config.max_wallclock_seconds - config.gptq_reserve_seconds if config.max_wallclock_seconds else math.inf
+
+
+def lr_multiplier(config: Config, progress: float) -> float:
+    """1, then linear over the last WARMDOWN_FRAC towards 0, but not below MIN_LR."""
+    if not config.warmdown_frac or progress <= 1 - config.warmdown_frac:
+        return 1.0
+    return max((1 - progress) / config.warmdown_frac, config.min_lr)
+
+
+def muon_momentum(config: Config, step: int) -> float:
+    """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM over the warm-up steps."""
+    share = min(step / config.muon_momentum_warmup_steps, 1.0) if config.muon_momentum_warmup_steps else 1.0
+    return config.muon_momentum_warmup_start + share * (config.muon_momentum - config.muon_momentum_warmup_start)
+
+
+def ema_share(decay: float, step: int) -> float:
+    """Weight of step's weights (from 1) in the average: 1 - decay, corrected so that the initial weights count nothing."""
+    return (1 - decay) / (1 - decay ** step)
+
+
+def is_looping(config: Config, progress: float) -> bool:
+    return bool(config.num_loops) and progress >= config.enable_looping_at
+
+
+# ====================================================================================================================
+# 8. train: weights from data, inside the wallclock. In: Config, World, Dataset. Out: the last and the averaged weights.
+#    The clock is rank 0's; each step all ranks agree on it and on stopping, so that none takes a step alone.
+# ====================================================================================================================
+
+# What the parameters and the function they compute depend on: stored in checkpoints and artifacts.
+MODEL_FIELDS = (
+    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "leaky_relu_slope", "logit_softcap",
+    "rope_base", "rope_dims", "ln_scale", "xsa_last_n", "skip_gates_enabled", "num_loops", "loop_start", "loop_end",
+    "parallel_start_layer", "gate_window", "sparse_attn_gate_scale", "smear_gate_enabled", "document_mask")
+
+
+def model_fields(config: Config) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in MODEL_FIELDS}
+
+
+class Interrupted(Exception):
+    """Training was stopped by a signal after its checkpoint was written."""
+
+
+class Pending(NamedTuple):
+    """A step that the device may still be working on."""
+
+    step: int
+    progress: float  # before it
+    looping: bool
+    loss: Tensor  # on the CPU, valid after `done`
+    done: Any  # CUDA event or None
+
+
+class Trainer:
+    """Model, optimizer and averages, and the loop over steps."""
+
+    def __init__(self, config: Config, world: World, log: Log, dataset: Dataset, attention: Attention, compiled: bool):
+        self.config, self.world, self.log, self.compiled = config, world, log, compiled
+        self.fingerprint = dataset.fingerprint
+        self.model = GPT(config, world.dtype, attention).to(world.device)
+        self.model.init_weights(config.seed)
+        self.params = dict(self.model.named_parameters())
+        self.optimizer = Optimizer(config, world, self.params)
+        self.forward: Callable[..., Tensor] = self.model
+        if compiled:
+            self.forward = torch.compile(self.model, dynamic=False, fullgraph=True)
+            self.optimizer.compile()
+        self.num_segments = segment_bound(config.micro_batch_tokens, dataset.max_documents, config) if compiled else 0
+        self.loader = TrainLoader(config, world, dataset.train, self.num_segments)
+        self.averages = {name: p.detach().clone() for name, p in self.params.items()} if config.ema_decay else {}
+        self.step, self.elapsed_seconds, self.saved_seconds, self.finished = 0, 0.0, 0.0, False
+        self.last_loss, self.settled_step, self.logged_twentieths = math.nan, 0, 0
+        self.checkpoint_path = Path(config.log_dir) / f"{config.run_id}.checkpoint"
+        self.last_checkpoint = config.resume
+
+    # --- one step
+    def train_step(self, micro_batches: Sequence[Batch], lr_scale: float, momentum: float, ema_share: float) -> Tensor:
+        """Forward, backward, reduce, update, average -> loss (nats per token) averaged over all ranks."""
+        total = torch.zeros((), device=self.world.device)
+        for batch in micro_batches:
+            loss = self.forward(*batch).mean() / len(micro_batches)
+            loss.backward()
+            total += loss.detach()
+        loss, _ = self.optimizer.step(total, lr_scale, momentum)
+        if self.averages:
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.averages.values()), list(self.params.values()), ema_share)
+        return loss
+
+    def warmup(self, steps: int) -> dict[bool, float]:
+        """Runs throw-away steps of both plans on made-up tokens, then resets everything. -> {looping: seconds a step}.
+
+        Compiles every graph that training needs before the clock starts.
+        """
+        config, seconds = self.config, {}
+        generator = np.random.default_rng(config.seed)
+        window = generator.integers(min(4, config.vocab_size - 1), config.vocab_size, config.micro_batch_tokens + 1)
+        window[::512] = BOS
+        starts = cut_segments(window[:-1], config.train_seq_len, config.document_mask)
+        bound = max(self.num_segments, len(starts)) if self.num_segments else 0
+        segments = make_segments(starts, len(window) - 1, config.train_seq_len, bound)
+        tokens = torch.from_numpy(window)[None]
+        batch = to_device(Batch(tokens[:, :-1], tokens[:, 1:], segments), self.world.device)
+        for looping in sorted({is_looping(config, 0.0), is_looping(config, 1.0)}):
+            self.model.looping = looping
+            for _ in range(steps):
+                self.world.synchronize()
+                start = time.perf_counter()
+                self.train_step([batch] * self.loader.accumulation_steps, 1.0, config.muon_momentum, 0.5)
+                self.world.synchronize()
+                seconds[looping] = time.perf_counter() - start
+        self.model.init_weights(config.seed)
+        self.optimizer.reset()
+        for name, average in self.averages.items():
+            average.copy_(self.params[name].detach())
+        return seconds
+
+    # --- the loop
+    def run(self, stop: StopRequest, validate: Callable[[], Any]) -> None:
+        """Trains to the end of the budget and writes the final checkpoint. Interrupted after a signal, UserError for NaN."""
+        config, stop.deferred = self.config, True
+        budget, last_step = training_budget_seconds(config), config.force_stop_step or config.iterations
+        in_flight = 1 if self.world.device.type == "cuda" else 0
+        self.start, step_seconds, pending = time.perf_counter() - self.elapsed_seconds, 0.0, None
+        interrupted = False
+        while self.step < last_step:
+            clock, stops = self.world.sum([self.seconds() * (self.world.rank == 0), float(stop.received)])
+            step_seconds = clock - self.elapsed_seconds if pending else step_seconds
+            self.elapsed_seconds, interrupted = clock, stops > 0
+            if interrupted or clock + (1 + in_flight) * step_seconds > budget:
+                break
+            if config.checkpoint_every_seconds and clock - self.saved_seconds >= config.checkpoint_every_seconds:
+                self.settle(pending)
+                self.saved_seconds, pending = clock, None
+                self.save()
+            progress = training_progress(config, self.step, clock)
+            self.model.looping = is_looping(config, progress)
+            batches = [self.loader.micro(self.step, j) for j in range(self.loader.accumulation_steps)]
+            loss = self.train_step(batches, lr_multiplier(config, progress), muon_momentum(config, self.step),
+                                   ema_share(config.ema_decay, self.step + 1))
+            self.step += 1
+            pending, before = self.launch(loss, progress), pending
+            self.settle(before if in_flight else pending)
+            if config.val_loss_every and self.step % config.val_loss_every == 0:
+                self.settle(pending)
+                self.validate(validate)
+        self.settle(pending)
+        self.elapsed_seconds = self.world.share(self.seconds())
+        self.log.progress("")
+        if interrupted:
+            self.save()
+            raise Interrupted
+        if self.step < last_step:
+            self.log(f"stopping_early: wallclock_cap train_time:{self.elapsed_seconds * 1000:.0f}ms "
+                     f"step:{self.step}/{config.iterations}")
+        stop.deferred, self.finished = False, True
+        self.save()
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    def launch(self, loss: Tensor, progress: float) -> Pending:
+        """Sends the loss on its way to the host without waiting for it."""
+        if self.world.device.type != "cuda":
+            return Pending(self.step, progress, self.model.looping, loss.cpu(), None)
+        host = torch.empty((), pin_memory=True).copy_(loss, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return Pending(self.step, progress, self.model.looping, host, done)
+
+    def settle(self, pending: Pending | None) -> None:
+        """Waits for a step, checks its loss, and logs a progress line where one is due."""
+        if pending is None or pending.step <= self.settled_step:
+            return
+        if pending.done:
+            pending.done.synchronize()
+        self.settled_step, self.last_loss = pending.step, pending.loss.item()
+        if not math.isfinite(self.last_loss):
+            kept = self.last_checkpoint or "none; CHECKPOINT_EVERY_SECONDS writes some"
+            raise UserError(f"train_loss:{self.last_loss} at step {pending.step}: training diverged; lower MATRIX_LR, "
+                            f"TIED_EMBED_LR or SCALAR_LR. Last checkpoint: {kept}")
+        config, every, seconds = self.config, self.config.train_log_every, self.seconds()
+        text = (f"step:{pending.step}/{config.iterations} train_loss:{self.last_loss:.4f} train_time:{seconds * 1000:.0f}ms "
+                f"step_avg:{seconds * 1000 / pending.step:.2f}ms")
+        twentieths = int(training_progress(config, pending.step, seconds) * 20)
+        if pending.step % every == 0 if every else twentieths > self.logged_twentieths or pending.step == 1:
+            self.logged_twentieths = twentieths
+            self.log(f"{text} lr_multiplier:{lr_multiplier(config, pending.progress):.3f} looping:{int(pending.looping)}")
+        self.log.progress(text)
+
+    def validate(self, validate: Callable[[], Any]) -> None:
+        """Scores the present weights; the clock stands still."""
+        self.elapsed_seconds = self.seconds()
+        before = time.perf_counter()
+        score = validate()
+        paused = time.perf_counter() - before
+        self.start += paused
+        self.log(f"step:{self.step}/{self.config.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
+                 f"train_time:{self.elapsed_seconds * 1000:.0f}ms paused_seconds:{paused:.1f}")
+
+    # --- checkpoints
+    def save(self) -> None:
+        """Writes the checkpoint over the older one, whole or not at all; all ranks take part."""
+        optimizer = {} if self.finished else self.optimizer.state_dict()
+        if self.world.rank == 0:
+            state = {
+                "model": model_fields(self.config), "fingerprint": self.fingerprint, "step": self.step,
+                "elapsed_seconds": self.elapsed_seconds, "finished": self.finished, "looping": self.model.looping,
+                "loss": self.last_loss, "optimizer": optimizer, "averages": self.averages,
+                "params": {name: p.detach() for name, p in self.params.items()}}
+            write_atomic(self.checkpoint_path, lambda file: torch.save(state, file), "LOG_DIR")
+        self.last_checkpoint = str(self.checkpoint_path)
+        self.log(f"checkpoint step:{self.step} path:{self.checkpoint_path}")
+
+    @torch.no_grad()
+    def load(self, path: str) -> None:
+        """Continues from a checkpoint. UserError for a file that is none, or belongs to another model or other data."""
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            saved_model, saved_data = state["model"], state["fingerprint"]
+        except Exception as error:  # whatever an unpickler can make of a broken file
+            raise UserError(f"RESUME={path}: no readable checkpoint ({str(error).splitlines()[0]:.120})") from None
+        for name, value in model_fields(self.config).items():
+            if saved_model.get(name) != value:
+                raise UserError(f"RESUME={path}: was trained with {name.upper()}={saved_model.get(name)}, now {value}: "
+                                "use the same settings")
+        if saved_data != self.fingerprint:
+            raise UserError(f"RESUME={path}: was trained on data {saved_data[:12]}, DATA_PATH holds "
+                            f"{self.fingerprint[:12]}: use the same data")
+        if bool(state["averages"]) != bool(self.averages):
+            raise UserError(f"RESUME={path}: EMA_DECAY={self.config.ema_decay} switches averaging on or off; keep it")
+        for name, parameter in self.params.items():
+            parameter.copy_(state["params"][name])
+            if self.averages:
+                self.averages[name].copy_(state["averages"][name])
+        self.step, self.elapsed_seconds, self.finished = state["step"], state["elapsed_seconds"], state["finished"]
+        self.model.looping, self.last_loss, self.saved_seconds = state["looping"], state["loss"], self.elapsed_seconds
+        self.settled_step = self.step
+        if not self.finished:
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.log(f"resumed step:{self.step} train_time:{self.elapsed_seconds * 1000:.0f}ms path:{path}")
+
+
+def segment_bound(tokens: int, max_documents: int, config: Config) -> int:
+    """Segments that a window of `tokens` can hold at most, rounded up to 64: one shape for every batch."""
+    seq_len = config.train_seq_len
+    return -(-(1 + max_documents * config.document_mask + tokens // seq_len + 1) // 64) * 64
+
+
+# ====================================================================================================================
+# 9. quantize: weights -> small integers with a scale per row, and back. QUANTIZERS are pairs, chosen by PARAM_TABLE.
+# ====================================================================================================================
+
+Arrays = dict[str, np.ndarray]  # what a quantizer makes of one tensor; "codes" are compressed on their own
+
+
+class Quantizer(NamedTuple):
+    encode: Callable[[Tensor, int, float], Arrays]  # (weights (..., columns), bits, clip in sigmas) -> arrays
+    decode: Callable[[Arrays, tuple[int, ...]], Tensor]  # (arrays, shape) -> float32 weights
+
+
+MIN_SCALE = 2.0 ** -24  # the smallest float16 above 0: no scale underflows
+
+
+def rtn_encode(weight: Tensor, bits: int, clip_sigmas: float) -> Arrays:
+    """Round to nearest, symmetric, one float16 scale per row: clip_sigmas standard deviations reach the last level."""
+    rows, levels = weight.flatten(0, -2).float().cpu(), 2 ** (bits - 1) - 1
+    scale = (clip_sigmas * rows.std(dim=1) / levels).clamp(MIN_SCALE, 65504.0).half()
+    codes = (rows / scale.float()[:, None]).round().clamp(-levels, levels).to(torch.int8)
+    return {"codes": codes.numpy(), "scale": scale.numpy()}
+
+
+def rtn_decode(arrays: Arrays, shape: tuple[int, ...]) -> Tensor:
+    codes, scale = torch.from_numpy(arrays["codes"]), torch.from_numpy(arrays["scale"])
+    return (codes.float() * scale.float()[:, None]).view(shape)
+
+
+def fp16_encode(weight: Tensor, bits: int, clip_sigmas: float) -> Arrays:
+    return {"values": weight.float().clamp(-65504.0, 65504.0).half().cpu().numpy()}
+
+
+def fp16_decode(arrays: Arrays, shape: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(arrays["values"]).float().view(shape)
+
+
+QUANTIZERS = {"rtn": Quantizer(rtn_encode, rtn_decode), "fp16": Quantizer(fp16_encode, fp16_decode)}
+
+
+def quantizer_of(config: Config, name: str) -> tuple[str, int, float]:
+    """Parameter -> (key of QUANTIZERS, bits, clip in sigmas)."""
+    role = PARAM_TABLE[name]
+    if not role.quantizer:
+        return "fp16", 16, 0.0
+    return getattr(config, role.quantizer), getattr(config, role.bits), getattr(config, role.clip_sigmas)
+
+
+def quantize(config: Config, weights: Mapping[str, Tensor]) -> dict[str, tuple[str, Arrays]]:
+    """{name: weights} -> {name: (quantizer, arrays)}."""
+    result = {}
+    for name, weight in weights.items():
+        quantizer, bits, clip_sigmas = quantizer_of(config, name)
+        result[name] = quantizer, QUANTIZERS[quantizer].encode(weight.detach(), bits, clip_sigmas)
+    return result
+
+
+def predicted_bytes(config: Config) -> int:
+    """Entropy of the codes of normally distributed weights, plus scales and float16 tensors: what a good coder reaches."""
+    total = 0.0
+    for name, shape in param_shapes(config).items():
+        quantizer, bits, clip_sigmas = quantizer_of(config, name)
+        count = math.prod(shape)
+        if quantizer == "fp16":
+            total += 2 * count
+        else:  # a step of s standard deviations leaves log2(sqrt(2 pi e) / s) bits
+            per_weight = math.log2(math.sqrt(2 * math.pi * math.e) * (2 ** (bits - 1) - 1) / clip_sigmas)
+            total += count * max(per_weight, 0.0) / 8 + 2 * count / shape[-1]
+    return int(total)
+
+
+# ====================================================================================================================
+# 10. compress: arrays -> one artifact file, and the program's own source -> the packed file that is counted with it.
+#     Layout: magic, header length (uint32 little-endian), zlib-compressed JSON header, streams, sha256 of all before.
+# ====================================================================================================================
+
+
+class Codec(NamedTuple):
+    encode: Callable[[bytes], bytes]
+    decode: Callable[[bytes], bytes]
+
+
+def brotli_encode(data: bytes) -> bytes:
+    import brotli
+    return brotli.compress(data, quality=11, lgwin=24)
+
+
+def brotli_decode(data: bytes) -> bytes:
+    import brotli
+    return brotli.decompress(data)
+
+
+def zstd_encode(data: bytes) -> bytes:
+    import zstandard
+    return zstandard.ZstdCompressor(level=22).compress(data)
+
+
+def zstd_decode(data: bytes) -> bytes:
+    import zstandard
+    return zstandard.ZstdDecompressor().decompress(data)
+
+
+CODECS = {
+    "brotli": Codec(brotli_encode, brotli_decode), "zstd": Codec(zstd_encode, zstd_decode),
+    "lzma": Codec(functools.partial(lzma.compress, preset=9 | lzma.PRESET_EXTREME), lzma.decompress)}
+ARTIFACT_MAGIC = b"PGOLF\x00\x00\x01"  # the last byte is the version
+
+
+def shuffle_bytes(data: bytes, stride: int) -> bytes:
+    """All first bytes of the elements, then all second ones: neighbors become alike."""
+    return np.frombuffer(data, np.uint8).reshape(-1, stride).T.tobytes()
+
+
+def unshuffle_bytes(data: bytes, stride: int) -> bytes:
+    return np.frombuffer(data, np.uint8).reshape(stride, -1).T.tobytes()
+
+
+def pack_artifact(config: Config, quantized: Mapping[str, tuple[str, Arrays]], info: Mapping[str, Any]) -> bytes:
+    """Quantized tensors -> the artifact's bytes: a stream for each tensor's codes, one for all float16 values."""
+    specs, streams, halves = [], [], []
+    for name, (quantizer, arrays) in quantized.items():
+        specs.append([name, quantizer, {key: [array.dtype.str, *array.shape] for key, array in arrays.items()}])
+        for array in arrays.values():
+            (streams if array.dtype == np.int8 else halves).append(array.tobytes())
+    streams.append(shuffle_bytes(b"".join(halves), 2))
+    with ThreadPoolExecutor() as pool:  # the compressors release the interpreter lock
+        streams = list(pool.map(CODECS[config.compressor].encode, streams))
+    header = {"model": model_fields(config), **info, "codec": config.compressor, "tensors": specs,
+              "streams": [len(stream) for stream in streams]}
+    packed_header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
+    body = b"".join([ARTIFACT_MAGIC, len(packed_header).to_bytes(4, "little"), packed_header, *streams])
+    return body + hashlib.sha256(body).digest()
+
+
+def unpack_artifact(data: bytes, where: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The artifact's bytes -> (header, {name: float32 weights}). UserError for anything but what pack_artifact wrote."""
+    prefix = len(ARTIFACT_MAGIC)
+    if data[:prefix - 1] != ARTIFACT_MAGIC[:-1]:
+        raise UserError(f"{where}: no artifact of this program")
+    if data[prefix - 1] != ARTIFACT_MAGIC[-1]:
+        raise UserError(f"{where}: artifact version {data[prefix - 1]}, this program reads {ARTIFACT_MAGIC[-1]}")
+    body = data[:-32]
+    if hashlib.sha256(body).digest() != data[-32:]:
+        raise UserError(f"{where}: truncated or altered, its sha256 does not fit; copy or make it again")
+    start = prefix + 4 + int.from_bytes(body[prefix:prefix + 4], "little")
+    header = json.loads(zlib.decompress(body[prefix + 4:start]))
+    streams = []
+    for length in header["streams"]:
+        streams.append(body[start:start + length])
+        start += length
+    with ThreadPoolExecutor() as pool:
+        streams = list(pool.map(CODECS[header["codec"]].decode, streams))
+    halves, position = unshuffle_bytes(streams.pop(), 2), 0
+    weights, shapes = {}, param_shapes(artifact_config(header))
+    for name, quantizer, specs in header["tensors"]:
+        arrays = {}
+        for key, (dtype, *shape) in specs.items():
+            size = math.prod(shape) * np.dtype(dtype).itemsize
+            if dtype == np.dtype(np.int8).str:
+                raw = streams.pop(0)
+            else:
+                raw, position = halves[position:position + size], position + size
+            arrays[key] = np.frombuffer(bytearray(raw), dtype).reshape(shape)
+        weights[name] = QUANTIZERS[quantizer].decode(arrays, shapes[name])
+    return header, weights
+
+
+def artifact_config(header: Mapping[str, Any], config: Config | None = None) -> Config:
+    """`config` with the model of an artifact."""
+    return replace(config or Config(), **header["model"])
+
+
+def read_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Artifact file -> (header, {name: float32 weights})."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"ARTIFACT_PATH={path}: {error.strerror}") from None
+    return unpack_artifact(data, str(path))
+
+
+PACKED_START = b"#coding:latin1\nimport lzma,linecache\n"
+
+
+def pack_source(source: bytes) -> bytes:
+    """A Python file -> a smaller one that does the same: comments and docstrings go, the rest is compressed.
+
+    It needs the standard library only; tracebacks and inspect.getsource see the unpacked source. Packed stays as it is.
+    """
+    if source.startswith(PACKED_START):
+        return source
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    filters = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": 3, "lp": 0, "pb": 0}]
+    data = lzma.compress(ast.unparse(tree).encode(), lzma.FORMAT_ALONE, filters=filters)
+    escapes = {0: b"\\0", 10: b"\\n", 13: b"\\r", 39: b"\\'", 92: b"\\\\"}
+    literal = b"".join(escapes.get(byte, bytes([byte])) for byte in data)
+    literal = re.sub(rb"\\0(?=[0-7])", rb"\\x00", literal)  # \0 and a digit would be another octal escape
+    return (PACKED_START + b"s=lzma.decompress('" + literal + b"'.encode('latin1')).decode()\n"
+            b"f=__file__+'[unpacked]'\nlinecache.cache[f]=len(s),None,s.splitlines(True),f\nexec(compile(s,f,'exec'))\n")
+
+
+# ====================================================================================================================
+# 11. evaluate: validation tokens -> windows (pure) -> nats, tokens, bytes -> bits per byte. Each target counts once.
+# ====================================================================================================================
+
+
+@dataclass
+class Score:
+    """Sums over scored targets. bits per byte = nats / ln 2 / bytes: the one definition."""
+
+    nats: float
+    tokens: int
+    bytes: int
+    seconds: float
+
+    @property
+    def val_loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def val_bpb(self) -> float:
+        """Bits per byte of text."""
+        return self.nats / math.log(2) / max(self.bytes, 1)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"nats": self.nats, "tokens": self.tokens, "bytes": self.bytes, "val_loss": self.val_loss,
+                "val_bpb": self.val_bpb, "seconds": round(self.seconds, 3)}
+
+
+def windows(length: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
+    """Windows over `length` tokens -> (start, end, first scored): the scored ranges cover every token exactly once.
+
+    The first window scores all it sees, each later one the tokens that the one before did not see, with at least
+    seq_len - stride tokens of context. stride = seq_len packs without overlap.
+    """
+    context = seq_len - stride
+    starts = range(0, max(length - context, 1), stride)
+    return [(s, min(s + seq_len, length), s + context if s else 0) for s in starts]
+
+
+def score_windows(ids: np.ndarray, seq_len: int, stride: int, document_mask: bool) -> np.ndarray:
+    """Windows over ids (n,), within documents if document_mask -> (W, 3) start, end, first scored; checked to cover all."""
+    bounds = document_bounds(ids) if document_mask else np.array([0, len(ids)])
+    rows = np.array([(a + s, a + e, a + f) for a, b in zip(bounds[:-1].tolist(), bounds[1:].tolist())
+                     for s, e, f in windows(b - a, seq_len, stride)], np.int64)
+    times = np.zeros(len(ids) + 1, np.int64)
+    np.add.at(times, rows[:, 2], 1)
+    np.add.at(times, rows[:, 1], -1)
+    assert (np.cumsum(times)[:-1] == 1).all(), "a target is scored twice or never"
+    return rows
+
+
+def batch_windows(rows: np.ndarray, tokens: int) -> list[np.ndarray]:
+    """Consecutive windows (W, 3) -> groups of at most `tokens` tokens."""
+    groups, first, size = [], 0, 0
+    for i, length in enumerate((rows[:, 1] - rows[:, 0]).tolist()):
+        if size + length > tokens and i > first:
+            groups.append(rows[first:i])
+            first, size = i, 0
+        size += length
+    return [*groups, rows[first:]] if len(rows) else []
+
+
+def free_memory_bytes(world: World) -> float:
+    """Of this rank's device, or its share of the host's memory."""
+    if world.device.type == "cuda":
+        reusable = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + reusable
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") / world.size
+
+
+class Evaluator:
+    """Scores the validation tokens with any weights; every rank takes its share of the windows."""
+
+    def __init__(self, config: Config, world: World, log: Log, dataset: Dataset, compiled: bool):
+        self.config, self.world, self.log, self.dataset, self.compiled = config, world, log, dataset, compiled
+        per_token = 12 * config.vocab_size + 64 * config.model_dim  # bytes: logits and activations, roughly
+        fitting = int(free_memory_bytes(world) * 0.5 / per_token)
+        wanted = max(config.val_batch_tokens // world.size, 1)
+        if world.device.type == "cpu":  # logits of 16 MB stay in reused memory; larger ones cost a page fault each 4 KB
+            wanted = min(wanted, max(2 ** 22 // config.vocab_size, config.eval_seq_len))
+        self.batch_tokens = max(min(wanted, fitting), config.eval_seq_len)
+        if self.batch_tokens < wanted:
+            log(f"val_batch_tokens:{self.batch_tokens * world.size} lowered from {config.val_batch_tokens} to fit the memory")
+
+    def build(self, rows: np.ndarray, tokens: int, num_segments: int) -> tuple[Batch, np.ndarray]:
+        """Windows (W, 3) -> a batch of them in a row, and each one's place in the validation tokens, -1 = not scored."""
+        lengths = rows[:, 1] - rows[:, 0]
+        starts = np.cumsum(lengths) - lengths
+        place = np.arange(lengths.sum()) - np.repeat(starts - rows[:, 0], lengths)
+        scored = place >= np.repeat(rows[:, 2], lengths)
+        window = self.dataset.val_tokens[place].astype(np.int64)
+        targets = self.dataset.val_tokens[place + 1].astype(np.int64)
+        place = np.where(scored, place, -1)
+        if self.compiled and (rest := tokens - len(place)):  # one shape: fill up with segments that nobody scores
+            starts = np.concatenate((starts, np.arange(len(place), tokens, self.config.eval_seq_len)))
+            window, targets = np.pad(window, (0, rest)), np.pad(targets, (0, rest))
+            place = np.pad(place, (0, rest), constant_values=-1)
+        segments = make_segments(starts, len(window), self.config.eval_seq_len, num_segments)
+        return Batch(torch.from_numpy(window[None]), torch.from_numpy(targets[None]), segments), place
+
+    @torch.no_grad()
+    def score(self, forward: Callable[..., Tensor], stride: int) -> Score:
+        """forward = a GPT or its compiled form -> Score of all targets, summed in float64 over all ranks."""
+        start, dataset, world = time.perf_counter(), self.dataset, self.world
+        rows = score_windows(dataset.val_tokens[:-1], self.config.eval_seq_len, stride, self.config.document_mask)
+        mine = rows[world.rank::world.size]
+        nats, tokens, count_bytes = 0.0, 0, 0
+        while len(mine):
+            groups = batch_windows(mine, self.batch_tokens)
+            fillers = self.batch_tokens // self.config.eval_seq_len + 2
+            bound = -(-(max(map(len, groups)) + fillers) // 64) * 64 if self.compiled else 0
+            try:
+                for group in groups:
+                    batch, place = self.build(group, self.batch_tokens, bound)
+                    result = forward(*to_device(batch, world.device)).cpu().double().numpy()
+                    scored = place >= 0
+                    nats += float(result[scored].sum())
+                    tokens += int(scored.sum())
+                    count_bytes += int(dataset.val_bytes[place[scored]].sum())
+                    mine = mine[len(group):]
+                    self.log.progress(f"evaluate stride:{stride} left:{len(mine)} of {-(-len(rows) // world.size)} windows")
+            except torch.OutOfMemoryError:
+                if self.batch_tokens <= self.config.eval_seq_len:
+                    raise
+                self.batch_tokens = max(self.batch_tokens // 2, self.config.eval_seq_len)
+                print(f"rank {world.rank}: out of memory, val_batch_tokens halved to {self.batch_tokens} a rank", flush=True)
+                gc.collect()
+        self.log.progress("")
+        nats, tokens, count_bytes = world.sum([nats, tokens, count_bytes])
+        assert int(tokens) == len(dataset.val_tokens) - 1 and int(count_bytes) == int(dataset.val_bytes.sum())
+        return Score(nats, int(tokens), int(count_bytes), time.perf_counter() - start)
+
+
+# ====================================================================================================================
+# 13. main: the pipeline.
+# ====================================================================================================================
+
+
+def write_run_header(log: Log, config: Config, world: World, source: bytes) -> None:
+    """Source, versions, device and settings at the start of the log file; a summary of them on the terminal."""
+    log(source.decode("latin1" if source.startswith(PACKED_START) else "utf8"), to_terminal=False)
+    log("=" * 100, to_terminal=False)
+    for f in fields(config):
+        log(f"{f.name}:{getattr(config, f.name)}", to_terminal=False)
+    log(f"train_gpt:{VERSION} python:{sys.version.split()[0]} torch:{torch.__version__} numpy:{np.__version__} "
+        f"source_sha256:{hashlib.sha256(source).hexdigest()[:16]}")
+    log(f"run_id:{config.run_id} device:{world.describe()} world_size:{world.size} dtype:{str(world.dtype)[6:]}")
+
+
+def describe_dataset(log: Log, dataset: Dataset) -> None:
+    """What was read, and its fingerprint."""
+    for note in dataset.notes:
+        log(f"warning: {note}")
+    log(f"train_shards:{len(dataset.train.shards)} train_tokens:{len(dataset.train)} val_tokens:{len(dataset.val_tokens)} "
+        f"val_documents:{len(document_bounds(dataset.val_tokens)) - 1} val_bytes:{int(dataset.val_bytes.sum())} "
+        f"leaked_documents:{dataset.leaked_documents}")
+    log(f"data_fingerprint:{dataset.fingerprint}")
+
+
+def preflight(config: Config, log: Log, trainer: Trainer, artifact_path: Path, code_bytes: int) -> None:
+    """Measures a step, predicts seconds, steps, memory and bytes, and tries out disk space and permissions."""
+    seconds = trainer.warmup(max(config.warmup_steps, 2))
+    off, on = seconds[min(seconds)], seconds[max(seconds)]
+    budget, share = training_budget_seconds(config), config.enable_looping_at if config.num_loops else 1.0
+    steps = config.iterations if math.isinf(budget) else min(config.iterations, int(budget * (share / off + (1 - share) / on)))
+    projected = min(budget, config.iterations * (share * off + (1 - share) * on))
+    log(f"preflight step_seconds:{off:.4f} step_seconds_looping:{on:.4f} projected_steps:{steps} "
+        f"projected_train_seconds:{projected:.0f} peak_memory:{trainer.world.peak_memory_bytes() // 2**20}MiB")
+    predicted = predicted_bytes(config)
+    log(f"preflight predicted_artifact_bytes:{predicted} code_bytes:{code_bytes} "
+        f"predicted_submission_bytes:{predicted + code_bytes} limit_bytes:{SIZE_LIMIT_BYTES}")
+    needed = 5 * 4 * sum(p.numel() for p in trainer.params.values()) + predicted  # weights, averages, moments; old and new
+    for path, variable in ((trainer.checkpoint_path, "LOG_DIR"), (artifact_path, "ARTIFACT_PATH")):
+        write_atomic(path.with_name(f".{path.name}.preflight"), lambda file: file.write(b"preflight"), variable)
+        path.with_name(f".{path.name}.preflight").unlink()
+        free = shutil.disk_usage(path.parent).free
+        if free < needed:
+            raise UserError(f"{variable}: {path.parent} has {free:,} bytes free, the run needs {needed:,}; free some or set "
+                            f"{variable} to another disk")
+    log("preflight ok")
+
+
+def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequest) -> int:
+    """Config -> trained weights -> artifact on disk -> model rebuilt from those bytes -> score -> exit code."""
+    source = Path(__file__).read_bytes()
+    code_bytes = len(pack_source(source))
+    write_run_header(log, config, world, source)
+    for note in notes:
+        log(f"warning: {note}")
+    name, attention = choose_attention(config.attention, world.device)
+    compiled = use_compile(config, world, name)
+    dataset = open_dataset(config, world)
+    describe_dataset(log, dataset)
+    trainer = Trainer(config, world, log, dataset, attention, compiled)
+    num_params = sum(p.numel() for p in trainer.params.values())
+    log(f"num_params:{num_params} attention:{name} compile:{int(compiled)} accumulation_steps:{trainer.loader.accumulation_steps}")
+    for looping in sorted({False, bool(config.num_loops)}):
+        log(f"plan looping:{int(looping)} {describe_plan(trainer.model.plans[looping])}")
+    artifact_path = Path(config.artifact_path or Path(config.log_dir) / f"{config.run_id}.artifact")
+    if config.preflight:
+        preflight(config, log, trainer, artifact_path, code_bytes)
+        return 0
+
+    # --- train
+    start = time.perf_counter()
+    if compiled and config.warmup_steps:
+        trainer.warmup(config.warmup_steps)
+        log(f"compile_warmup seconds:{time.perf_counter() - start:.1f}")
+    compile_seconds = time.perf_counter() - start
+    if config.resume:
+        trainer.load(config.resume)
+    evaluator = Evaluator(config, world, log, dataset, compiled)
+    packed = config.eval_seq_len
+    if not trainer.finished:
+        trainer.run(stop, lambda: evaluator.score(trainer.forward, packed))
+    trainer.loader.close()
+    log(f"peak_memory:{world.peak_memory_bytes() // 2**20}MiB train_seconds:{trainer.elapsed_seconds:.3f} steps:{trainer.step}")
+    stages: dict[str, Score] = {}
+
+    def finish_stage(stage: str, score: Score) -> None:
+        stages[stage] = score
+        log(f"final_{stage}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f} eval_time:{score.seconds * 1000:.0f}ms")
+
+    finish_stage("raw", evaluator.score(trainer.forward, packed))
+    if trainer.averages:
+        with torch.no_grad():
+            for key, average in trainer.averages.items():
+                trainer.params[key].copy_(average)
+    finish_stage("averaged", evaluator.score(trainer.forward, packed))
+
+    # --- artifact
+    if world.rank == 0:
+        info = {"looping": trainer.model.looping, "tokenizer_sha256": dataset.tokenizer_sha256, "bos": BOS}
+        data = pack_artifact(config, quantize(config, trainer.params), info)
+        write_atomic(artifact_path, lambda file: file.write(data), "ARTIFACT_PATH")
+    looping = trainer.model.looping
+    world.share(None)  # the file is there
+
+    # --- score what was written
+    start = time.perf_counter()
+    header, weights = read_artifact(artifact_path) if world.rank == 0 else (None, None)
+    header = world.share(header)
+    model = GPT(artifact_config(header, config), world.dtype, attention).to(world.device)
+    model.looping = header["looping"]
+    load_weights(model, weights, world)
+    assert model.looping == looping
+    forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
+    finish_stage("quantized", evaluator.score(forward, packed))
+    if config.eval_mode == "sliding":
+        finish_stage("sliding", evaluator.score(forward, config.eval_stride))
+    eval_seconds = time.perf_counter() - start
+    artifact_bytes = world.share(artifact_path.stat().st_size if world.rank == 0 else 0)
+    return report_result(config, world, log, dataset, trainer, stages, {
+        "compile_seconds": round(compile_seconds, 3), "eval_seconds": round(eval_seconds, 3), "num_params": num_params,
+        "artifact_bytes": artifact_bytes, "code_bytes": code_bytes, "source_sha256": hashlib.sha256(source).hexdigest()})
+
+
+def load_weights(model: GPT, weights: Mapping[str, Tensor] | None, world: World) -> None:
+    """Copies rank 0's weights into every rank's model."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if weights is not None:
+                parameter.copy_(weights[name])
+            if world.size > 1:
+                dist.broadcast(parameter.detach(), 0)
+
+
+def use_compile(config: Config, world: World, attention: str) -> bool:
+    """COMPILE=auto: on CUDA, where attention takes packed segments directly. UserError for 1 on another device."""
+    on_gpu = world.device.type == "cuda"
+    if config.compile == "1" and not on_gpu:
+        raise UserError(f"COMPILE=1: needs a CUDA device, this is {world.device.type}; use COMPILE=auto")
+    if on_gpu:
+        torch._dynamo.config.recompile_limit = 64  # graphs: two plans, training and scoring, their shapes
+    return on_gpu and (config.compile == "1" or config.compile == "auto" and attention != "sdpa")
+
+
+def report_result(config: Config, world: World, log: Log, dataset: Dataset, trainer: Trainer, stages: Mapping[str, Score],
+                  measured: Mapping[str, Any]) -> int:
+    """Logs sizes and the result line -> exit code: 3 where the submission is too large, else 0."""
+    submission = measured["artifact_bytes"] + measured["code_bytes"]
+    official = "quantized" if config.eval_mode == "packed" else config.eval_mode
+    score, fits = stages[official], submission <= SIZE_LIMIT_BYTES
+    train_seconds = trainer.elapsed_seconds
+    in_time = measured["eval_seconds"] <= 600 and train_seconds <= 600
+    log(f"artifact_bytes:{measured['artifact_bytes']} code_bytes:{measured['code_bytes']} submission_bytes:{submission} "
+        f"limit_bytes:{SIZE_LIMIT_BYTES} fits:{int(fits)}")
+    result = {
+        "version": VERSION, "run_id": config.run_id, "seed": config.seed, "world_size": world.size,
+        "device": world.describe(), "torch": torch.__version__, "source_sha256": measured["source_sha256"],
+        "data_fingerprint": dataset.fingerprint, "overrides": config.overrides(), "steps": trainer.step,
+        "train_tokens": trainer.step * config.train_batch_tokens, "train_seconds": round(train_seconds, 3),
+        "calibration_seconds": 0.0, "compile_seconds": measured["compile_seconds"],
+        "eval_seconds": measured["eval_seconds"], "peak_memory_bytes": int(world.max([world.peak_memory_bytes()])[0]),
+        "num_params": measured["num_params"], "stages": {name: stage.as_dict() for name, stage in stages.items()},
+        "official_stage": official, "val_loss": score.val_loss, "val_bpb": score.val_bpb,
+        "artifact_bytes": measured["artifact_bytes"], "code_bytes": measured["code_bytes"], "submission_bytes": submission,
+        "headroom_bytes": SIZE_LIMIT_BYTES - submission, "fits": fits,
+        "legal": fits and in_time and dataset.leaked_documents == 0,
+        "audit": {"scored_targets": score.tokens, "targets": len(dataset.val_tokens) - 1, "scored_bytes": score.bytes,
+                  "leaked_documents": dataset.leaked_documents, "in_time": in_time}}
+    if not fits:
+        log(f"error: {submission} bytes are over the limit of {SIZE_LIMIT_BYTES}: fewer bits, more clip sigmas or a smaller "
+            "model; ALLOW_OVERSIZE=1 accepts it")
+    log("result " + json.dumps(result))
+    return 0 if fits or config.allow_oversize else 3
+
+
+def main(environ: Mapping[str, str], arguments: Sequence[str] = ()) -> int:
+    """Environment -> exit code: 0 done, 2 a mistake of the user, 3 too large, 130 interrupted."""
+    if arguments:
+        print(help_text())
+        return 0 if set(arguments) <= {"-h", "--help"} else 2
+    world = log = None
+    rank = environ.get("RANK", "0")
+    stop = StopRequest()
+    try:
+        version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+        if version < MIN_TORCH:
+            raise UserError(f"torch {torch.__version__} is too old: {MIN_TORCH[0]}.{MIN_TORCH[1]} or newer is needed")
+        stop.install()
+        config, notes = Config.from_env(environ)
+        world = World.start(config, environ)
+        config = replace(config, run_id=config.run_id or world.share(time.strftime("%Y%m%d-%H%M%S")))
+        log = Log(world, config)
+        return run(config, notes, world, log, stop)
+    except UserError as error:
+        message, code = f"error: {error}", 2
+    except torch.OutOfMemoryError as error:
+        message, code = f"error: out of memory ({str(error).splitlines()[0]}); lower MICRO_BATCH_TOKENS", 2
+    except Interrupted:
+        message, code = f"interrupted; RESUME={config.log_dir}/{config.run_id}.checkpoint continues", 130
+    except KeyboardInterrupt:
+        message, code = "interrupted; nothing was left half-written", 130
+    except dist.DistBackendError as error:
+        message, code = f"error: another process is gone ({str(error).splitlines()[0]:.200})", 2
+    if log and log.file and rank == "0":
+        log(message, to_terminal=False)
+    print(f"rank {rank}: {message}" if rank != "0" else message, file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(os.environ, sys.argv[1:]))
