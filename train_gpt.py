@@ -33,6 +33,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -623,6 +624,11 @@ def make_segments(starts: np.ndarray, total: int, seq_len: int, num_segments: in
     return Segments(torch.from_numpy(boundaries), torch.from_numpy(positions), longest)
 
 
+def make_batch(inputs: np.ndarray, targets: np.ndarray, segments: Segments) -> Batch:
+    """inputs, targets (T,) -> Batch; contiguous, since another memory layout would be another compiled graph."""
+    return Batch(*(torch.from_numpy(np.ascontiguousarray(x, np.int64))[None] for x in (inputs, targets)), segments)
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Copies the tensors of a batch (pinned ones without waiting)."""
     ids, targets, segments = batch
@@ -648,10 +654,10 @@ class TrainLoader:
     def build(self, step: int, micro: int) -> Batch:
         tokens, seq_len = self.config.micro_batch_tokens, self.config.train_seq_len
         index = (step * self.accumulation_steps + micro) * self.world.size + self.world.rank
-        window = self.stream.slice(index * tokens, tokens + 1).astype(np.int64)
+        window = self.stream.slice(index * tokens, tokens + 1)
         starts = cut_segments(window[:-1], seq_len, self.config.document_mask)
         segments = make_segments(starts, tokens, seq_len, self.num_segments)
-        batch = Batch(torch.from_numpy(window[None, :-1]), torch.from_numpy(window[None, 1:]), segments)
+        batch = make_batch(window[:-1], window[1:], segments)
         return pin(batch) if self.world.device.type == "cuda" else batch
 
     def micro(self, step: int, micro: int) -> Batch:
@@ -973,6 +979,7 @@ def load_fa4() -> Attention:
     Its own autograd function forgets the longest length in the backward pass, which makes that slow on Hopper.
     """
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd  # pyright: ignore[reportMissingImports]
+    warnings.filterwarnings("ignore", "Argument aux_data")  # harmless, but long
 
     @torch.library.custom_op("train_gpt::fa4", mutates_args=())
     def forward(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
@@ -1170,7 +1177,7 @@ class GPT(nn.Module):
         angles = rotary_angles(segments.positions, config.rope_dims, config.rope_base)
         x = x0 = norm(self.embed(ids, segments))
         mlp_lane, two_lanes, kept = x, False, []
-        for layer, push, skip, lane in self.plans[self.looping]:
+        for layer, push, skip, lane in self.plans[1 if self.looping else 0]:
             w = {name: bank[layer].to(self.dtype) for name, bank in banks.items() if name in LAYER_ROLES}
             scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
             if lane >= 0 and not two_lanes:
@@ -1538,8 +1545,7 @@ class Trainer:
         starts = cut_segments(window[:-1], config.train_seq_len, config.document_mask)
         bound = max(self.num_segments, len(starts)) if self.num_segments else 0
         segments = make_segments(starts, len(window) - 1, config.train_seq_len, bound)
-        tokens = torch.from_numpy(window)[None]
-        batch = to_device(Batch(tokens[:, :-1], tokens[:, 1:], segments), self.world.device)
+        batch = to_device(make_batch(window[:-1], window[1:], segments), self.world.device)
         for looping in sorted({is_looping(config, 0.0), is_looping(config, 1.0)}):
             self.model.looping = looping
             for _ in range(steps):
@@ -1981,15 +1987,14 @@ class Evaluator:
         starts = np.cumsum(lengths) - lengths
         place = np.arange(lengths.sum()) - np.repeat(starts - rows[:, 0], lengths)
         scored = place >= np.repeat(rows[:, 2], lengths)
-        window = self.dataset.val_tokens[place].astype(np.int64)
-        targets = self.dataset.val_tokens[place + 1].astype(np.int64)
+        window, targets = self.dataset.val_tokens[place], self.dataset.val_tokens[place + 1]
         place = np.where(scored, place, -1)
         if self.compiled and (rest := tokens - len(place)):  # one shape: fill up with segments that nobody scores
             starts = np.concatenate((starts, np.arange(len(place), tokens, self.config.eval_seq_len)))
             window, targets = np.pad(window, (0, rest)), np.pad(targets, (0, rest))
             place = np.pad(place, (0, rest), constant_values=-1)
         segments = make_segments(starts, len(window), self.config.eval_seq_len, num_segments)
-        return Batch(torch.from_numpy(window[None]), torch.from_numpy(targets[None]), segments), place
+        return make_batch(window, targets, segments), place
 
     @torch.no_grad()
     def score(self, forward: Callable[..., Tensor], stride: int) -> Score:
