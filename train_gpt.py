@@ -50,11 +50,12 @@ from torch import Tensor, nn
 VERSION = "0.1.0"
 MIN_TORCH = (2, 11)
 SIZE_LIMIT_BYTES = 16_000_000  # decimal; artifact plus packed code
+LIMIT_SECONDS = 600  # of training with calibration, and of reloading with evaluation
 BOS = 1  # begin of document, the same id in every published tokenizer
 
 
 class UserError(ValueError):
-    """A mistake of the user or a fault of the machine: printed without a traceback. Says what, its value, the remedy."""
+    """A mistake of the user or a fault of the machine, printed without a traceback: what, its value, the remedy."""
 
 
 # ====================================================================================================================
@@ -208,7 +209,8 @@ class Config:
         yield self.parallel_start_layer < self.num_layers, \
             f"PARALLEL_START_LAYER={self.parallel_start_layer}: must be below NUM_LAYERS={self.num_layers}; 0 = off"
         yield not self.parallel_start_layer or self.parallel_start_layer >= self.num_layers // 2, \
-            f"PARALLEL_START_LAYER={self.parallel_start_layer}: lanes are for the second half of NUM_LAYERS={self.num_layers}"
+            f"PARALLEL_START_LAYER={self.parallel_start_layer}: lanes are for the second half of the " \
+            f"{self.num_layers} layers"
         if self.num_loops:
             yield self.loop_start <= self.loop_end < self.num_layers, \
                 f"LOOP_START={self.loop_start} LOOP_END={self.loop_end}: no range of the {self.num_layers} layers"
@@ -226,9 +228,9 @@ class Config:
             f"{self.max_wallclock_seconds}"
         for name in ("matrix_bits", "embed_bits"):
             yield 2 <= getattr(self, name) <= 8, f"{name.upper()}={getattr(self, name)}: must be 2 to 8"
-        yield self.muon_backend_steps <= len(NEWTON_SCHULZ[self.muon_coefficients]), \
-            f"MUON_BACKEND_STEPS={self.muon_backend_steps}: at most {len(NEWTON_SCHULZ[self.muon_coefficients])} with " \
-            f"MUON_COEFFICIENTS={self.muon_coefficients}"
+        most = len(NEWTON_SCHULZ[self.muon_coefficients])
+        yield self.muon_backend_steps <= most, \
+            f"MUON_BACKEND_STEPS={self.muon_backend_steps}: at most {most}, by MUON_COEFFICIENTS={self.muon_coefficients}"
 
     def overrides(self) -> dict[str, Any]:
         """{variable: value} of the settings that differ from the defaults."""
@@ -279,6 +281,9 @@ FAMILY_WORDS = {"TTT", "EMA", "SWA", "GPTQ", "LQER", "MUON", "LOOP", "LOOPS", "L
 NOT_OURS = {"COMPILER"}  # close to a field, but everybody's
 
 
+Alias = Callable[[str, str], tuple[str | None, Any]]  # (variable, text) -> (our field or None for no effect, value)
+
+
 def parse_value(variable: str, text: str, kind: Any) -> Any:
     """'1' -> True, 1, 1.0 or '1'. UserError names the variable."""
     text = text.strip()
@@ -291,14 +296,14 @@ def parse_value(variable: str, text: str, kind: Any) -> Any:
         raise UserError(f"{variable}={text}: must be {wanted}") from None
 
 
-def rename(name: str) -> Callable[[str, str], tuple[str, Any]]:
+def rename(name: str) -> Alias:
     """The published variable is our field `name` under another name."""
     kind = next(f.type for f in fields(Config) if f.name == name)
     return lambda variable, text: (name, parse_value(variable, text, kind))
 
 
-def translate(values: Mapping[str, tuple[str | None, Any]], remedy: str) -> Callable[[str, str], tuple[str | None, Any]]:
-    """The published variable's value -> (our field or None for no effect, our value); other values are refused."""
+def translate(values: Mapping[str, tuple[str | None, Any]], remedy: str) -> Alias:
+    """Looks the published variable's value up; other values are refused."""
     def lookup(variable: str, text: str) -> tuple[str | None, Any]:
         if text.lower() in values:
             return values[text.lower()]
@@ -306,12 +311,12 @@ def translate(values: Mapping[str, tuple[str | None, Any]], remedy: str) -> Call
     return lookup
 
 
-def inert(*texts: str) -> Callable[[str, str], tuple[str | None, Any]]:
+def inert(*texts: str) -> Alias:
     """A switch of the published scripts that is accepted only where it asks for what we do anyway."""
     return translate(dict.fromkeys(texts, (None, None)), f"is not supported here; leave it out or set it to {texts[0]}")
 
 
-ALIASES: dict[str, Callable[[str, str], tuple[str | None, Any]]] = {
+ALIASES: dict[str, Alias] = {
     "MUON_WEIGHT_DECAY": rename("muon_wd"), "ADAM_WEIGHT_DECAY": rename("adam_wd"),
     "EMBED_WEIGHT_DECAY": rename("embed_wd"), "VAL_BATCH_SIZE": rename("val_batch_tokens"),
     "EMBEDDING_BITS": rename("embed_bits"), "TIED_EMBEDDING_LR": rename("tied_embed_lr"),
@@ -341,7 +346,8 @@ def help_text() -> str:
     """The title and one line per setting, made from the comments of Config."""
     comments = dict(re.findall(r"^    (\w+): \w+ = .+?  # (.*)$", Path(__file__).read_text("latin1"), re.MULTILINE))
     lines = [(__doc__ or "").strip(), "", "Settings (environment variables) and their defaults:"]
-    return "\n".join(lines + [f"  {f.name.upper()}={f.default}".ljust(38) + comments.get(f.name, "") for f in fields(Config)])
+    lines += [f"  {f.name.upper()}={f.default}".ljust(38) + comments.get(f.name, "") for f in fields(Config)]
+    return "\n".join(lines)
 
 
 # ====================================================================================================================
@@ -439,7 +445,7 @@ def choose_device(config: Config, local_rank: int, world_size: int) -> torch.dev
         return torch.device("cpu")
     if kind == "mps":
         if not mps or world_size > 1:
-            raise UserError(f"DEVICE=mps with {world_size} processes: needs an Apple GPU and one process; use DEVICE=cpu")
+            raise UserError(f"DEVICE=mps with {world_size} processes: needs an Apple GPU, one process; use DEVICE=cpu")
         return torch.device("mps")
     if not torch.cuda.is_available():
         raise UserError("DEVICE=cuda: torch finds no CUDA device; check the driver or use DEVICE=cpu")
@@ -462,7 +468,7 @@ class Log:
         if world.rank == 0:
             with naming_path(self.path, "LOG_DIR"):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.file = open(self.path, "a", buffering=1)
+                self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open as long as the program runs
 
     def __call__(self, text: str, to_terminal: bool = True) -> None:
         if self.file:
@@ -483,11 +489,12 @@ def naming_path(path: Path, variable: str):
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; free the space or the permission, or set {variable}") from None
+        reason = error.strerror or error
+        raise UserError(f"{path}: {reason}; free the space or the permission, or set {variable}") from None
 
 
 def write_atomic(path: Path, write: Callable[[Any], Any], variable: str) -> None:
-    """Calls write(file) on a temporary name and renames: `path` is old or new, never half. UserError for a full disk."""
+    """Calls write(file) on a temporary name, renames: `path` is old or new, never half. UserError for a full disk."""
     temporary = path.with_name(f".{path.name}.part")
     with naming_path(path, variable):
         try:
@@ -559,7 +566,7 @@ def read_shard(path: Path) -> np.ndarray:
         raise UserError(f"{path}: no token shard (its header does not start with {SHARD_MAGIC}, 1); {PREPARE_HINT}")
     expected = 4 * SHARD_HEADER_INTS + 2 * int(header[2])
     if size != expected:
-        raise UserError(f"{path}: has {size} bytes, its header promises {expected}: truncated or altered; fetch or make it again")
+        raise UserError(f"{path}: {size} bytes, its header promises {expected}: truncated or altered; make it again")
     if not header[2]:
         raise UserError(f"{path}: holds no tokens; remove it or make it again")
     return data[2 * SHARD_HEADER_INTS:]
@@ -626,20 +633,23 @@ def make_segments(starts: np.ndarray, total: int, seq_len: int, num_segments: in
 
 def make_batch(inputs: np.ndarray, targets: np.ndarray, segments: Segments) -> Batch:
     """inputs, targets (T,) -> Batch; contiguous, since another memory layout would be another compiled graph."""
-    return Batch(*(torch.from_numpy(np.ascontiguousarray(x, np.int64))[None] for x in (inputs, targets)), segments)
+    ids, labels = (torch.from_numpy(np.ascontiguousarray(x, np.int64))[None] for x in (inputs, targets))
+    return Batch(ids, labels, segments)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Copies the tensors of a batch (pinned ones without waiting)."""
     ids, targets, segments = batch
-    move = functools.partial(Tensor.to, device=device, non_blocking=True)
-    return Batch(move(ids), move(targets), Segments(move(segments[0]), move(segments[1]), segments[2]))
+    ids, targets, boundaries, positions = (
+        x.to(device, non_blocking=True) for x in (ids, targets, segments.boundaries, segments.positions))
+    return Batch(ids, targets, Segments(boundaries, positions, segments.max_length))
 
 
 def pin(batch: Batch) -> Batch:
-    ids, targets, segments = batch
+    """Copies the tensors of a batch to page-locked memory."""
+    ids, targets, (boundaries, positions, max_length) = batch
     return Batch(ids.pin_memory(), targets.pin_memory(),
-                 Segments(segments[0].pin_memory(), segments[1].pin_memory(), segments[2]))
+                 Segments(boundaries.pin_memory(), positions.pin_memory(), max_length))
 
 
 class TrainLoader:
@@ -661,7 +671,8 @@ class TrainLoader:
         return pin(batch) if self.world.device.type == "cuda" else batch
 
     def micro(self, step: int, micro: int) -> Batch:
-        upcoming = [divmod(step * self.accumulation_steps + micro + ahead, self.accumulation_steps) for ahead in range(3)]
+        count = self.accumulation_steps
+        upcoming = [divmod(step * count + micro + ahead, count) for ahead in range(3)]
         self.pending = {key: self.pending.get(key) or self.worker.submit(self.build, *key) for key in upcoming}
         return to_device(self.pending.pop(upcoming[0]).result(), self.world.device)
 
@@ -692,7 +703,7 @@ def find_shards(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
         if not paths:
             raise UserError(f"DATA_PATH={folder}: no fineweb_{kind}_*.bin in it; {PREPARE_HINT}")
     if sidecar and len(sidecar) != len(val):
-        raise UserError(f"{folder}: {len(val)} validation shards, {len(sidecar)} byte sidecars: fetch or remove the sidecars")
+        raise UserError(f"{folder}: {len(val)} validation shards, {len(sidecar)} byte sidecars: fetch what is missing")
     return train, val, sidecar
 
 
@@ -713,7 +724,7 @@ def document_keys(ids: np.ndarray, bounds: np.ndarray) -> np.ndarray:
 
 
 def digest(data: np.ndarray) -> bytes:
-    return hashlib.blake2b(np.ascontiguousarray(data), digest_size=16).digest()
+    return hashlib.blake2b(np.ascontiguousarray(data).data, digest_size=16).digest()
 
 
 class ShardScan(NamedTuple):
@@ -725,10 +736,11 @@ class ShardScan(NamedTuple):
     leaked: set[bytes]  # digests of documents that are also in validation
 
 
-def scan_shard(stream: TokenStream, shard: int, val_keys: np.ndarray, val_digests: set[bytes], window_tokens: int) -> ShardScan:
+def scan_shard(stream: TokenStream, shard: int, val_keys: np.ndarray, val_digests: set[bytes],
+               window_tokens: int) -> ShardScan:
     """Reads a shard once. Documents are looked up whole: one that continues in the next shard belongs to this one."""
     ids, end = np.array(stream.shards[shard]), int(stream.offsets[shard + 1])
-    sha256 = hashlib.sha256(ids).hexdigest()
+    sha256 = hashlib.sha256(ids.data).hexdigest()
     tail, rest = 0, len(stream) - end  # the last document ends at the next BOS
     while tail < rest:
         more = stream.slice(end + tail, min(1 << 16, rest - tail))
@@ -778,11 +790,12 @@ def open_dataset(config: Config, world: World) -> Dataset:
     leaked = len(set().union(*(scan.leaked for scan in scans)))
     if leaked > config.max_leaked_documents:
         culprit = next(path for scan, path in zip(scans, train_paths) if scan.leaked)
-        raise UserError(f"{culprit}: {leaked} of {len(digests)} validation documents occur in the training shards, first in "
+        raise UserError(f"{culprit}: {leaked} of {len(digests)} validation documents occur in training shards, first in "
                         f"this one; remove them, or accept them with MAX_LEAKED_DOCUMENTS={leaked}")
-    parts = [hashlib.sha256(val_tokens).hexdigest(), hashlib.sha256(val_bytes).hexdigest(), *(scan.sha256 for scan in scans)]
+    parts = [hashlib.sha256(x.data).hexdigest() for x in (val_tokens, val_bytes)] + [scan.sha256 for scan in scans]
     fingerprint = hashlib.sha256(" ".join(parts).encode()).hexdigest()
-    return Dataset(train, val_tokens, val_bytes, sha256, fingerprint, leaked, max(s.max_documents for s in scans), notes)
+    most = max(scan.max_documents for scan in scans)
+    return Dataset(train, val_tokens, val_bytes, sha256, fingerprint, leaked, most, notes)
 
 
 def check_tokens(largest: int, config: Config, path: Path) -> None:
@@ -798,7 +811,7 @@ def load_tokenizer(config: Config, optional: bool) -> tuple[Any, str]:
     if not path.is_file():
         if optional and not config.tokenizer_path:
             return None, ""
-        raise UserError(f"TOKENIZER_PATH={path}: no such file; it counts the bytes of the validation text. {PREPARE_HINT}")
+        raise UserError(f"TOKENIZER_PATH={path}: no such file, but it counts the bytes of the text; {PREPARE_HINT}")
     model = path.read_bytes()
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -822,8 +835,8 @@ def check_manifest(folder: Path, tokenizer_sha256: str) -> list[str]:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{folder / 'manifest.json'}: unreadable; make the data again or remove it") from None
     if tokenizer_sha256 and tokenizer_sha256 != expected:
-        raise UserError(f"{folder / 'manifest.json'}: the shards were made with tokenizer {expected[:12]}, TOKENIZER_PATH "
-                        f"is {tokenizer_sha256[:12]}: set the right one")
+        raise UserError(f"{folder / 'manifest.json'}: the shards were made with tokenizer {expected[:12]}, "
+                        f"TOKENIZER_PATH is {tokenizer_sha256[:12]}: set the right one")
     return []
 
 
@@ -869,9 +882,9 @@ def table_bytes(tokens: np.ndarray, tokenizer: Any) -> np.ndarray:
 def read_sidecar(val: TokenStream, paths: Sequence[Path], tokenizer: Any) -> np.ndarray:
     """Byte sidecar -> bytes of each validation target (n - 1,) int64.
 
-    UserError where lengths differ, BOS has bytes, or, with the tokenizer, where plain ASCII pieces without a space do not
-    count their letters. CaseOps changes case and spaces only; but a normalizing tokenizer also makes a few ASCII letters
-    of others, so one piece in a thousand may differ.
+    UserError where lengths differ, BOS has bytes, or, with the tokenizer, where plain ASCII pieces without a space do
+    not count their letters. CaseOps changes case and spaces only; but a normalizing tokenizer also makes a few ASCII
+    letters of others, so one piece in a thousand may differ.
     """
     for shard, path in zip(val.shards, paths):
         sidecar = read_shard(path)
@@ -886,8 +899,8 @@ def read_sidecar(val: TokenStream, paths: Sequence[Path], tokenizer: Any) -> np.
         wrong = np.flatnonzero((length > 0) & (counts != length))
         if 1000 * len(wrong) > np.count_nonzero(length):
             place = int(wrong[0])
-            raise UserError(f"{paths[0]}: counts {counts[place]} bytes for token {place} = {pieces[tokens[place]]!r}; it is "
-                            "not the sidecar of these shards or TOKENIZER_PATH is not theirs")
+            raise UserError(f"{paths[0]}: counts {counts[place]} bytes for token {place} = {pieces[tokens[place]]!r}; "
+                            "it is not the sidecar of these shards or TOKENIZER_PATH is not theirs")
     return counts[1:]
 
 
@@ -913,20 +926,20 @@ def rotary_angles(positions: Tensor, dims: int, base: float) -> tuple[Tensor, Te
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates channel pairs (j, j + R/2) of the first R = 2 x cos.size(-1) channels; x (T, heads, E); the rest passes."""
+    """Rotates channel pairs (j, j + R/2) of x (T, heads, E), R = 2 x cos.size(-1); other channels pass."""
     half = cos.size(-1)
     a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), -1).to(x.dtype)
 
 
 def exclusive(y: Tensor, v: Tensor) -> Tensor:
-    """Exclusive self attention (XSA): y (T, H, E) without its component along the token's own value v (T, K, E); float32."""
+    """Exclusive self attention (XSA): y (T, H, E) less its part along the token's own value v (T, K, E); float32."""
     grouped = y.float().unflatten(1, (v.size(1), -1))
     direction = F.normalize(v.float(), dim=-1, eps=1e-12)[:, :, None]
     return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(1, 2)
 
 
-# --- attention back ends: one signature, (q (T, H, E), k (T, K, E), v (T, K, E), segments) -> (T, H, E), causal within segments
+# --- attention back ends: (q (T, H, E), k (T, K, E), v (T, K, E), segments) -> (T, H, E), causal within segments
 Attention = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
 
 
@@ -935,13 +948,13 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tenso
     length = segments.max_length
     rows = segments.boundaries.numel() - 1
     if rows * length == q.size(0):  # every segment is full
-        spread = [x.unflatten(0, (rows, length)).transpose(1, 2) for x in (q, k, v)]
-        return F.scaled_dot_product_attention(*spread, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1)
-    place = ((segments.positions == 0).cumsum(0) - 1) * length + segments.positions
-    spread = [x.new_zeros(rows * length, *x.shape[1:]).index_copy(0, place, x).unflatten(0, (rows, length)).transpose(1, 2)
-              for x in (q, k, v)]
-    y = F.scaled_dot_product_attention(*spread, is_causal=True, enable_gqa=True)
-    return y.transpose(1, 2).flatten(0, 1)[place]
+        place = None
+    else:
+        place = ((segments.positions == 0).cumsum(0) - 1) * length + segments.positions
+        q, k, v = (x.new_zeros(rows * length, *x.shape[1:]).index_copy(0, place, x) for x in (q, k, v))
+    q, k, v = (x.unflatten(0, (rows, length)).transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1)
+    return y if place is None else y[place]
 
 
 def load_sdpa() -> Attention:
@@ -957,7 +970,9 @@ def load_varlen() -> Attention:
 
     def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         bounds, longest = segments.boundaries, segments.max_length
-        return varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
+        y = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
+        assert isinstance(y, Tensor)
+        return y
     return attention
 
 
@@ -1002,7 +1017,8 @@ def load_fa4() -> Attention:
         q, k, v, boundaries, y, lse = ctx.saved_tensors
         return *backward(q, k, v, y, dy.contiguous(), lse, boundaries, ctx.max_length), None, None
 
-    forward.register_fake(lambda q, k, v, b, n: (torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)))
+    forward.register_fake(lambda q, k, v, boundaries, max_length: (
+        torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)))
     backward.register_fake(lambda q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
     forward.register_autograd(gradient, setup_context=remember)
     return lambda q, k, v, segments: forward(q, k, v, segments.boundaries, segments.max_length)[0]
@@ -1100,6 +1116,7 @@ def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape in shapes.items() if math.prod(shape)}
 
 
+Forward = Callable[..., Tensor]  # a GPT or its compiled form: (ids, targets, segments) -> nats
 LAYER_ROLES = {"q_proj", "k_proj", "v_proj", "out_proj", "up_proj", "down_proj", "q_gain", "attn_scale", "mlp_scale",
                "resid_mix", "attn_gate"}  # one row per layer
 ROW_ROLES = {"skip_weight", "skip_gate", "lane_resid", "lane_mix"}  # one row per skip or lane layer
@@ -1357,19 +1374,17 @@ class Optimizer:
     def step(self, loss: Tensor, lr_scale: float, momentum: float) -> tuple[Tensor, Tensor]:
         """Updates the parameters from their gradients, which it frees. -> (loss averaged over ranks, gradient norm)."""
         small = [p.grad for p in self.adam_params if p.grad is not None]
-        if self.world.size > 1:
-            buffer = torch.cat([loss.reshape(1), *(grad.reshape(-1) for grad in small)])
-            work = dist.all_reduce(buffer, async_op=True)
+        buffer = torch.cat([loss.reshape(1), *(grad.reshape(-1) for grad in small)]) if self.world.size > 1 else None
+        started = [] if buffer is None else [dist.all_reduce(buffer, async_op=True)]
         scattered = [group.scatter() for group in self.groups]
-        if self.world.size > 1:
-            work.wait()
+        own = [grad for grad, _ in scattered]
+        for work in [*started, *(work for _, work in scattered)]:
+            if work:
+                work.wait()
+        if buffer is not None:
             loss, *reduced = (buffer / self.world.size).split([1, *(grad.numel() for grad in small)])
             for grad, value in zip(small, reduced):
                 grad.copy_(value.view_as(grad))
-        for _, work in scattered:
-            if work:
-                work.wait()
-        own = [grad for grad, _ in scattered]
         norm = self.clip(own, small)
         for settings in self.adam.param_groups:
             settings["lr"] = settings["base_lr"] * lr_scale
@@ -1377,8 +1392,9 @@ class Optimizer:
         coefficients = NEWTON_SCHULZ[self.config.muon_coefficients][:self.config.muon_backend_steps]
         gathered = []
         for group, grad in zip(self.groups, own):
-            gathered.append(group.gather(self.muon_update(grad, group.momentum_buffer, self.momentum, group.own_tall,
-                                                          self.config.muon_row_normalize, coefficients)))
+            update = self.muon_update(grad, group.momentum_buffer, self.momentum, group.own_tall,
+                                      self.config.muon_row_normalize, coefficients)
+            gathered.append(group.gather(update))
         self.adam.step()
         for group, (packed, work) in zip(self.groups, gathered):
             if work:
@@ -1459,7 +1475,7 @@ def muon_momentum(config: Config, step: int) -> float:
 
 
 def ema_share(decay: float, step: int) -> float:
-    """Weight of step's weights (from 1) in the average: 1 - decay, corrected so that the initial weights count nothing."""
+    """Share of the weights after `step` (from 1) in the average: 1 - decay, corrected so that the start has no share."""
     return (1 - decay) / (1 - decay ** step)
 
 
@@ -1474,9 +1490,9 @@ def is_looping(config: Config, progress: float) -> bool:
 
 # What the parameters and the function they compute depend on: stored in checkpoints and artifacts.
 MODEL_FIELDS = (
-    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "leaky_relu_slope", "logit_softcap",
-    "rope_base", "rope_dims", "ln_scale", "xsa_last_n", "skip_gates_enabled", "num_loops", "loop_start", "loop_end",
-    "parallel_start_layer", "gate_window", "sparse_attn_gate_scale", "smear_gate_enabled", "document_mask")
+    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "leaky_relu_slope",
+    "logit_softcap", "rope_base", "rope_dims", "ln_scale", "xsa_last_n", "skip_gates_enabled", "num_loops",
+    "loop_start", "loop_end", "parallel_start_layer", "gate_window", "sparse_attn_gate_scale", "smear_gate_enabled", "document_mask")
 
 
 def model_fields(config: Config) -> dict[str, Any]:
@@ -1484,7 +1500,7 @@ def model_fields(config: Config) -> dict[str, Any]:
 
 
 class Interrupted(Exception):
-    """Training was stopped by a signal after its checkpoint was written."""
+    """Training was stopped by a signal after its checkpoint, the argument, was written."""
 
 
 class Pending(NamedTuple):
@@ -1507,7 +1523,7 @@ class Trainer:
         self.model.init_weights(config.seed)
         self.params = dict(self.model.named_parameters())
         self.optimizer = Optimizer(config, world, self.params)
-        self.forward: Callable[..., Tensor] = self.model
+        self.forward: Forward = self.model
         if compiled:
             self.forward = torch.compile(self.model, dynamic=False, fullgraph=True)
             self.optimizer.compile()
@@ -1516,6 +1532,7 @@ class Trainer:
         self.averages = {name: p.detach().clone() for name, p in self.params.items()} if config.ema_decay else {}
         self.step, self.elapsed_seconds, self.saved_seconds, self.finished = 0, 0.0, 0.0, False
         self.last_loss, self.settled_step, self.logged_twentieths = math.nan, 0, 0
+        self.num_params = sum(p.numel() for p in self.params.values())
         self.checkpoint_path = Path(config.log_dir) / f"{config.run_id}.checkpoint"
         self.last_checkpoint = config.resume
 
@@ -1562,7 +1579,7 @@ class Trainer:
 
     # --- the loop
     def run(self, stop: StopRequest, validate: Callable[[], Any]) -> None:
-        """Trains to the end of the budget and writes the final checkpoint. Interrupted after a signal, UserError for NaN."""
+        """Trains to the end of the budget, writes a last checkpoint. Interrupted after a signal, UserError for NaN."""
         config, stop.deferred = self.config, True
         budget, last_step = training_budget_seconds(config), config.force_stop_step or config.iterations
         in_flight = 1 if self.world.device.type == "cuda" else 0
@@ -1594,7 +1611,7 @@ class Trainer:
         self.log.progress("")
         if interrupted:
             self.save()
-            raise Interrupted
+            raise Interrupted(self.checkpoint_path)
         if self.step < last_step:
             self.log(f"stopping_early: wallclock_cap train_time:{self.elapsed_seconds * 1000:.0f}ms "
                      f"step:{self.step}/{config.iterations}")
@@ -1625,12 +1642,13 @@ class Trainer:
             raise UserError(f"train_loss:{self.last_loss} at step {pending.step}: training diverged; lower MATRIX_LR, "
                             f"TIED_EMBED_LR or SCALAR_LR. Last checkpoint: {kept}")
         config, every, seconds = self.config, self.config.train_log_every, self.seconds()
-        text = (f"step:{pending.step}/{config.iterations} train_loss:{self.last_loss:.4f} train_time:{seconds * 1000:.0f}ms "
-                f"step_avg:{seconds * 1000 / pending.step:.2f}ms")
+        text = (f"step:{pending.step}/{config.iterations} train_loss:{self.last_loss:.4f} "
+                f"train_time:{seconds * 1000:.0f}ms step_avg:{seconds * 1000 / pending.step:.2f}ms")
         twentieths = int(training_progress(config, pending.step, seconds) * 20)
         if pending.step % every == 0 if every else twentieths > self.logged_twentieths or pending.step == 1:
             self.logged_twentieths = twentieths
-            self.log(f"{text} lr_multiplier:{lr_multiplier(config, pending.progress):.3f} looping:{int(pending.looping)}")
+            scale = lr_multiplier(config, pending.progress)
+            self.log(f"{text} lr_multiplier:{scale:.3f} looping:{int(pending.looping)}")
         self.log.progress(text)
 
     def validate(self, validate: Callable[[], Any]) -> None:
@@ -1642,6 +1660,12 @@ class Trainer:
         self.start += paused
         self.log(f"step:{self.step}/{self.config.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
                  f"train_time:{self.elapsed_seconds * 1000:.0f}ms paused_seconds:{paused:.1f}")
+
+    @torch.no_grad()
+    def use_averages(self) -> None:
+        """Replaces the last weights by the averaged ones."""
+        for name, average in self.averages.items():
+            self.params[name].copy_(average)
 
     # --- checkpoints
     def save(self) -> None:
@@ -1749,7 +1773,7 @@ def quantize(config: Config, weights: Mapping[str, Tensor]) -> dict[str, tuple[s
 
 
 def predicted_bytes(config: Config) -> int:
-    """Entropy of the codes of normally distributed weights, plus scales and float16 tensors: what a good coder reaches."""
+    """Entropy of the codes of normal weights, plus scales and float16 tensors: about what a good coder reaches."""
     total = 0.0
     for name, shape in param_shapes(config).items():
         quantizer, bits, clip_sigmas = quantizer_of(config, name)
@@ -1826,7 +1850,7 @@ def pack_artifact(config: Config, quantized: Mapping[str, tuple[str, Arrays]], i
 
 
 def unpack_artifact(data: bytes, where: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The artifact's bytes -> (header, {name: float32 weights}). UserError for anything but what pack_artifact wrote."""
+    """The artifact's bytes -> (header, {name: float32 weights}). UserError for what pack_artifact did not write."""
     prefix = len(ARTIFACT_MAGIC)
     if data[:prefix - 1] != ARTIFACT_MAGIC[:-1]:
         raise UserError(f"{where}: no artifact of this program")
@@ -1884,7 +1908,7 @@ def pack_source(source: bytes) -> bytes:
         return source
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
             node.body = node.body[1:] or [ast.Pass()]
     filters = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": 3, "lp": 0, "pb": 0}]
     data = lzma.compress(ast.unparse(tree).encode(), lzma.FORMAT_ALONE, filters=filters)
@@ -1892,7 +1916,8 @@ def pack_source(source: bytes) -> bytes:
     literal = b"".join(escapes.get(byte, bytes([byte])) for byte in data)
     literal = re.sub(rb"\\0(?=[0-7])", rb"\\x00", literal)  # \0 and a digit would be another octal escape
     return (PACKED_START + b"s=lzma.decompress('" + literal + b"'.encode('latin1')).decode()\n"
-            b"f=__file__+'[unpacked]'\nlinecache.cache[f]=len(s),None,s.splitlines(True),f\nexec(compile(s,f,'exec'))\n")
+            b"f=__file__+'[unpacked]'\nlinecache.cache[f]=len(s),None,s.splitlines(True),f\n"
+            b"exec(compile(s,f,'exec'))\n")
 
 
 # ====================================================================================================================
@@ -1936,7 +1961,7 @@ def windows(length: int, seq_len: int, stride: int) -> list[tuple[int, int, int]
 
 
 def score_windows(ids: np.ndarray, seq_len: int, stride: int, document_mask: bool) -> np.ndarray:
-    """Windows over ids (n,), within documents if document_mask -> (W, 3) start, end, first scored; checked to cover all."""
+    """Windows over ids (n,), within documents if document_mask -> (W, 3) start, end, first scored; cover all once."""
     bounds = document_bounds(ids) if document_mask else np.array([0, len(ids)])
     rows = np.array([(a + s, a + e, a + f) for a, b in zip(bounds[:-1].tolist(), bounds[1:].tolist())
                      for s, e, f in windows(b - a, seq_len, stride)], np.int64)
@@ -1972,6 +1997,7 @@ class Evaluator:
 
     def __init__(self, config: Config, world: World, log: Log, dataset: Dataset, compiled: bool):
         self.config, self.world, self.log, self.dataset, self.compiled = config, world, log, dataset, compiled
+        self.stages: dict[str, Score] = {}
         per_token = 12 * config.vocab_size + 64 * config.model_dim  # bytes: logits and activations, roughly
         fitting = int(free_memory_bytes(world) * 0.5 / per_token)
         wanted = max(config.val_batch_tokens // world.size, 1)
@@ -1979,10 +2005,10 @@ class Evaluator:
             wanted = min(wanted, max(2 ** 22 // config.vocab_size, config.eval_seq_len))
         self.batch_tokens = max(min(wanted, fitting), config.eval_seq_len)
         if self.batch_tokens < wanted:
-            log(f"val_batch_tokens:{self.batch_tokens * world.size} lowered from {config.val_batch_tokens} to fit the memory")
+            log(f"val_batch_tokens:{self.batch_tokens * world.size} lowered to fit the memory")
 
     def build(self, rows: np.ndarray, tokens: int, num_segments: int) -> tuple[Batch, np.ndarray]:
-        """Windows (W, 3) -> a batch of them in a row, and each one's place in the validation tokens, -1 = not scored."""
+        """Windows (W, 3) -> a batch of them in a row, and each token's place in the text, -1 = not scored."""
         lengths = rows[:, 1] - rows[:, 0]
         starts = np.cumsum(lengths) - lengths
         place = np.arange(lengths.sum()) - np.repeat(starts - rows[:, 0], lengths)
@@ -1996,8 +2022,14 @@ class Evaluator:
         segments = make_segments(starts, len(window), self.config.eval_seq_len, num_segments)
         return make_batch(window, targets, segments), place
 
+    def score_stage(self, stage: str, forward: Forward, stride: int) -> None:
+        """Scores and keeps one stage of the pipeline."""
+        self.stages[stage] = score = self.score(forward, stride)
+        self.log(f"final_{stage}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f} "
+                 f"eval_time:{score.seconds * 1000:.0f}ms")
+
     @torch.no_grad()
-    def score(self, forward: Callable[..., Tensor], stride: int) -> Score:
+    def score(self, forward: Forward, stride: int) -> Score:
         """forward = a GPT or its compiled form -> Score of all targets, summed in float64 over all ranks."""
         start, dataset, world = time.perf_counter(), self.dataset, self.world
         rows = score_windows(dataset.val_tokens[:-1], self.config.eval_seq_len, stride, self.config.document_mask)
@@ -2016,12 +2048,12 @@ class Evaluator:
                     tokens += int(scored.sum())
                     count_bytes += int(dataset.val_bytes[place[scored]].sum())
                     mine = mine[len(group):]
-                    self.log.progress(f"evaluate stride:{stride} left:{len(mine)} of {-(-len(rows) // world.size)} windows")
+                    self.log.progress(f"evaluate stride:{stride} windows_left:{len(mine)}")
             except torch.OutOfMemoryError:
                 if self.batch_tokens <= self.config.eval_seq_len:
                     raise
                 self.batch_tokens = max(self.batch_tokens // 2, self.config.eval_seq_len)
-                print(f"rank {world.rank}: out of memory, val_batch_tokens halved to {self.batch_tokens} a rank", flush=True)
+                print(f"rank {world.rank}: out of memory, now scores {self.batch_tokens} tokens at once", flush=True)
                 gc.collect()
         self.log.progress("")
         nats, tokens, count_bytes = world.sum([nats, tokens, count_bytes])
@@ -2045,14 +2077,23 @@ def write_run_header(log: Log, config: Config, world: World, source: bytes) -> N
     log(f"run_id:{config.run_id} device:{world.describe()} world_size:{world.size} dtype:{str(world.dtype)[6:]}")
 
 
-def describe_dataset(log: Log, dataset: Dataset) -> None:
+def describe_dataset(log: Log, dataset: Dataset, notes: Sequence[str]) -> None:
     """What was read, and its fingerprint."""
-    for note in dataset.notes:
+    for note in [*notes, *dataset.notes]:
         log(f"warning: {note}")
-    log(f"train_shards:{len(dataset.train.shards)} train_tokens:{len(dataset.train)} val_tokens:{len(dataset.val_tokens)} "
-        f"val_documents:{len(document_bounds(dataset.val_tokens)) - 1} val_bytes:{int(dataset.val_bytes.sum())} "
+    log(f"train_shards:{len(dataset.train.shards)} train_tokens:{len(dataset.train)} "
+        f"val_documents:{len(document_bounds(dataset.val_tokens)) - 1} val_tokens:{len(dataset.val_tokens)} "
+        f"val_bytes:{int(dataset.val_bytes.sum())} "
         f"leaked_documents:{dataset.leaked_documents}")
     log(f"data_fingerprint:{dataset.fingerprint}")
+
+
+def describe_model(log: Log, config: Config, trainer: Trainer, attention: str) -> None:
+    """Its size, its engine, and the order in which its layers are applied."""
+    log(f"num_params:{trainer.num_params} attention:{attention} compile:{int(trainer.compiled)} "
+        f"accumulation_steps:{trainer.loader.accumulation_steps}")
+    for looping in sorted({False, bool(config.num_loops)}):
+        log(f"plan looping:{int(looping)} {describe_plan(trainer.model.plans[looping])}")
 
 
 def preflight(config: Config, log: Log, trainer: Trainer, artifact_path: Path, code_bytes: int) -> None:
@@ -2060,21 +2101,23 @@ def preflight(config: Config, log: Log, trainer: Trainer, artifact_path: Path, c
     seconds = trainer.warmup(max(config.warmup_steps, 2))
     off, on = seconds[min(seconds)], seconds[max(seconds)]
     budget, share = training_budget_seconds(config), config.enable_looping_at if config.num_loops else 1.0
-    steps = config.iterations if math.isinf(budget) else min(config.iterations, int(budget * (share / off + (1 - share) / on)))
+    steps = config.iterations
+    if not math.isinf(budget):
+        steps = min(steps, int(budget * (share / off + (1 - share) / on)))
     projected = min(budget, config.iterations * (share * off + (1 - share) * on))
     log(f"preflight step_seconds:{off:.4f} step_seconds_looping:{on:.4f} projected_steps:{steps} "
         f"projected_train_seconds:{projected:.0f} peak_memory:{trainer.world.peak_memory_bytes() // 2**20}MiB")
     predicted = predicted_bytes(config)
     log(f"preflight predicted_artifact_bytes:{predicted} code_bytes:{code_bytes} "
         f"predicted_submission_bytes:{predicted + code_bytes} limit_bytes:{SIZE_LIMIT_BYTES}")
-    needed = 5 * 4 * sum(p.numel() for p in trainer.params.values()) + predicted  # weights, averages, moments; old and new
+    needed = 8 * 4 * trainer.num_params + predicted  # float32 weights, averages and moments, in two checkpoints
     for path, variable in ((trainer.checkpoint_path, "LOG_DIR"), (artifact_path, "ARTIFACT_PATH")):
         write_atomic(path.with_name(f".{path.name}.preflight"), lambda file: file.write(b"preflight"), variable)
         path.with_name(f".{path.name}.preflight").unlink()
         free = shutil.disk_usage(path.parent).free
         if free < needed:
-            raise UserError(f"{variable}: {path.parent} has {free:,} bytes free, the run needs {needed:,}; free some or set "
-                            f"{variable} to another disk")
+            raise UserError(f"{variable}: {path.parent} has {free:,} bytes free, the run needs {needed:,}; free some "
+                            f"or set {variable} to another disk")
     log("preflight ok")
 
 
@@ -2083,84 +2126,70 @@ def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequ
     source = Path(__file__).read_bytes()
     code_bytes = len(pack_source(source))
     write_run_header(log, config, world, source)
-    for note in notes:
-        log(f"warning: {note}")
-    name, attention = choose_attention(config.attention, world.device)
-    compiled = use_compile(config, world, name)
+    attention_name, attention = choose_attention(config.attention, world.device)
+    compiled = use_compile(config, world, attention_name)
     dataset = open_dataset(config, world)
-    describe_dataset(log, dataset)
+    describe_dataset(log, dataset, notes)
     trainer = Trainer(config, world, log, dataset, attention, compiled)
-    num_params = sum(p.numel() for p in trainer.params.values())
-    log(f"num_params:{num_params} attention:{name} compile:{int(compiled)} accumulation_steps:{trainer.loader.accumulation_steps}")
-    for looping in sorted({False, bool(config.num_loops)}):
-        log(f"plan looping:{int(looping)} {describe_plan(trainer.model.plans[looping])}")
+    describe_model(log, config, trainer, attention_name)
     artifact_path = Path(config.artifact_path or Path(config.log_dir) / f"{config.run_id}.artifact")
     if config.preflight:
         preflight(config, log, trainer, artifact_path, code_bytes)
         return 0
 
-    # --- train
+    evaluator = Evaluator(config, world, log, dataset, compiled)
+    compile_seconds = train(config, trainer, evaluator, stop)
+    evaluator.score_stage("raw", trainer.forward, config.eval_seq_len)
+    trainer.use_averages()
+    evaluator.score_stage("averaged", trainer.forward, config.eval_seq_len)
+    if world.rank == 0:
+        info = {"looping": trainer.model.looping, "tokenizer_sha256": dataset.tokenizer_sha256}
+        data = pack_artifact(config, quantize(config, trainer.params), info)
+        write_atomic(artifact_path, lambda file: file.write(data), "ARTIFACT_PATH")
+
     start = time.perf_counter()
-    if compiled and config.warmup_steps:
+    forward, artifact_bytes = reload(config, world, artifact_path, attention, compiled)
+    evaluator.score_stage("quantized", forward, config.eval_seq_len)
+    if config.eval_mode == "sliding":
+        evaluator.score_stage("sliding", forward, config.eval_stride)
+    return report_result(config, world, log, dataset, trainer, evaluator.stages, {
+        "compile_seconds": round(compile_seconds, 3), "eval_seconds": round(time.perf_counter() - start, 3),
+        "artifact_bytes": artifact_bytes, "code_bytes": code_bytes, "submission_bytes": artifact_bytes + code_bytes,
+        "source_sha256": hashlib.sha256(source).hexdigest()})
+
+
+def train(config: Config, trainer: Trainer, evaluator: Evaluator, stop: StopRequest) -> float:
+    """Compiles, resumes if asked, trains to the end -> seconds of compiling before the clock started."""
+    start = time.perf_counter()
+    if trainer.compiled and config.warmup_steps:
         trainer.warmup(config.warmup_steps)
-        log(f"compile_warmup seconds:{time.perf_counter() - start:.1f}")
+        trainer.log(f"compile_warmup seconds:{time.perf_counter() - start:.1f}")
     compile_seconds = time.perf_counter() - start
     if config.resume:
         trainer.load(config.resume)
-    evaluator = Evaluator(config, world, log, dataset, compiled)
-    packed = config.eval_seq_len
     if not trainer.finished:
-        trainer.run(stop, lambda: evaluator.score(trainer.forward, packed))
+        trainer.run(stop, lambda: evaluator.score(trainer.forward, config.eval_seq_len))
     trainer.loader.close()
-    log(f"peak_memory:{world.peak_memory_bytes() // 2**20}MiB train_seconds:{trainer.elapsed_seconds:.3f} steps:{trainer.step}")
-    stages: dict[str, Score] = {}
+    trainer.log(f"peak_memory:{trainer.world.peak_memory_bytes() // 2**20}MiB steps:{trainer.step} "
+                f"train_seconds:{trainer.elapsed_seconds:.3f}")
+    return compile_seconds
 
-    def finish_stage(stage: str, score: Score) -> None:
-        stages[stage] = score
-        log(f"final_{stage}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f} eval_time:{score.seconds * 1000:.0f}ms")
 
-    finish_stage("raw", evaluator.score(trainer.forward, packed))
-    if trainer.averages:
-        with torch.no_grad():
-            for key, average in trainer.averages.items():
-                trainer.params[key].copy_(average)
-    finish_stage("averaged", evaluator.score(trainer.forward, packed))
-
-    # --- artifact
+def reload(config: Config, world: World, path: Path, attention: Attention, compiled: bool) -> tuple[Forward, int]:
+    """Artifact file, read by rank 0 -> (model on every rank, made of nothing but the file's bytes; their number)."""
+    header, weights, size = None, {}, 0
     if world.rank == 0:
-        info = {"looping": trainer.model.looping, "tokenizer_sha256": dataset.tokenizer_sha256, "bos": BOS}
-        data = pack_artifact(config, quantize(config, trainer.params), info)
-        write_atomic(artifact_path, lambda file: file.write(data), "ARTIFACT_PATH")
-    looping = trainer.model.looping
-    world.share(None)  # the file is there
-
-    # --- score what was written
-    start = time.perf_counter()
-    header, weights = read_artifact(artifact_path) if world.rank == 0 else (None, None)
-    header = world.share(header)
+        (header, weights), size = read_artifact(path), path.stat().st_size
+    header, size = world.share((header, size))
     model = GPT(artifact_config(header, config), world.dtype, attention).to(world.device)
     model.looping = header["looping"]
-    load_weights(model, weights, world)
-    assert model.looping == looping
-    forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
-    finish_stage("quantized", evaluator.score(forward, packed))
-    if config.eval_mode == "sliding":
-        finish_stage("sliding", evaluator.score(forward, config.eval_stride))
-    eval_seconds = time.perf_counter() - start
-    artifact_bytes = world.share(artifact_path.stat().st_size if world.rank == 0 else 0)
-    return report_result(config, world, log, dataset, trainer, stages, {
-        "compile_seconds": round(compile_seconds, 3), "eval_seconds": round(eval_seconds, 3), "num_params": num_params,
-        "artifact_bytes": artifact_bytes, "code_bytes": code_bytes, "source_sha256": hashlib.sha256(source).hexdigest()})
-
-
-def load_weights(model: GPT, weights: Mapping[str, Tensor] | None, world: World) -> None:
-    """Copies rank 0's weights into every rank's model."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if weights is not None:
+            if world.rank == 0:
                 parameter.copy_(weights[name])
             if world.size > 1:
                 dist.broadcast(parameter.detach(), 0)
+    return torch.compile(model, dynamic=False, fullgraph=True) if compiled else model, size
 
 
 def use_compile(config: Config, world: World, attention: str) -> bool:
@@ -2170,36 +2199,34 @@ def use_compile(config: Config, world: World, attention: str) -> bool:
         raise UserError(f"COMPILE=1: needs a CUDA device, this is {world.device.type}; use COMPILE=auto")
     if on_gpu:
         torch._dynamo.config.recompile_limit = 64  # graphs: two plans, training and scoring, their shapes
-    return on_gpu and (config.compile == "1" or config.compile == "auto" and attention != "sdpa")
+    return on_gpu and (config.compile == "1" or (config.compile == "auto" and attention != "sdpa"))
 
 
-def report_result(config: Config, world: World, log: Log, dataset: Dataset, trainer: Trainer, stages: Mapping[str, Score],
-                  measured: Mapping[str, Any]) -> int:
+def report_result(config: Config, world: World, log: Log, dataset: Dataset, trainer: Trainer,
+                  stages: Mapping[str, Score], measured: Mapping[str, Any]) -> int:
     """Logs sizes and the result line -> exit code: 3 where the submission is too large, else 0."""
-    submission = measured["artifact_bytes"] + measured["code_bytes"]
+    submission = measured["submission_bytes"]
     official = "quantized" if config.eval_mode == "packed" else config.eval_mode
     score, fits = stages[official], submission <= SIZE_LIMIT_BYTES
-    train_seconds = trainer.elapsed_seconds
-    in_time = measured["eval_seconds"] <= 600 and train_seconds <= 600
-    log(f"artifact_bytes:{measured['artifact_bytes']} code_bytes:{measured['code_bytes']} submission_bytes:{submission} "
-        f"limit_bytes:{SIZE_LIMIT_BYTES} fits:{int(fits)}")
+    in_time = measured["eval_seconds"] <= LIMIT_SECONDS and trainer.elapsed_seconds <= LIMIT_SECONDS
+    log(f"artifact_bytes:{measured['artifact_bytes']} code_bytes:{measured['code_bytes']} "
+        f"submission_bytes:{submission} limit_bytes:{SIZE_LIMIT_BYTES} fits:{int(fits)}")
+    if not fits:
+        log(f"error: {submission} bytes are over the limit of {SIZE_LIMIT_BYTES}: fewer bits, more clip sigmas or a "
+            "smaller model; ALLOW_OVERSIZE=1 accepts it")
     result = {
         "version": VERSION, "run_id": config.run_id, "seed": config.seed, "world_size": world.size,
-        "device": world.describe(), "torch": torch.__version__, "source_sha256": measured["source_sha256"],
-        "data_fingerprint": dataset.fingerprint, "overrides": config.overrides(), "steps": trainer.step,
-        "train_tokens": trainer.step * config.train_batch_tokens, "train_seconds": round(train_seconds, 3),
-        "calibration_seconds": 0.0, "compile_seconds": measured["compile_seconds"],
-        "eval_seconds": measured["eval_seconds"], "peak_memory_bytes": int(world.max([world.peak_memory_bytes()])[0]),
-        "num_params": measured["num_params"], "stages": {name: stage.as_dict() for name, stage in stages.items()},
-        "official_stage": official, "val_loss": score.val_loss, "val_bpb": score.val_bpb,
-        "artifact_bytes": measured["artifact_bytes"], "code_bytes": measured["code_bytes"], "submission_bytes": submission,
+        "device": world.describe(), "torch": torch.__version__, "data_fingerprint": dataset.fingerprint,
+        "overrides": config.overrides(), "steps": trainer.step,
+        "train_tokens": trainer.step * config.train_batch_tokens,
+        "train_seconds": round(trainer.elapsed_seconds, 3), "calibration_seconds": 0.0,
+        "peak_memory_bytes": int(world.max([world.peak_memory_bytes()])[0]), "num_params": trainer.num_params,
+        "stages": {name: stage.as_dict() for name, stage in stages.items()}, "official_stage": official,
+        "val_loss": score.val_loss, "val_bpb": score.val_bpb, **measured,
         "headroom_bytes": SIZE_LIMIT_BYTES - submission, "fits": fits,
         "legal": fits and in_time and dataset.leaked_documents == 0,
         "audit": {"scored_targets": score.tokens, "targets": len(dataset.val_tokens) - 1, "scored_bytes": score.bytes,
                   "leaked_documents": dataset.leaked_documents, "in_time": in_time}}
-    if not fits:
-        log(f"error: {submission} bytes are over the limit of {SIZE_LIMIT_BYTES}: fewer bits, more clip sigmas or a smaller "
-            "model; ALLOW_OVERSIZE=1 accepts it")
     log("result " + json.dumps(result))
     return 0 if fits or config.allow_oversize else 3
 
@@ -2226,8 +2253,8 @@ def main(environ: Mapping[str, str], arguments: Sequence[str] = ()) -> int:
         message, code = f"error: {error}", 2
     except torch.OutOfMemoryError as error:
         message, code = f"error: out of memory ({str(error).splitlines()[0]}); lower MICRO_BATCH_TOKENS", 2
-    except Interrupted:
-        message, code = f"interrupted; RESUME={config.log_dir}/{config.run_id}.checkpoint continues", 130
+    except Interrupted as interruption:
+        message, code = f"interrupted; RESUME={interruption} continues", 130
     except KeyboardInterrupt:
         message, code = "interrupted; nothing was left half-written", 130
     except dist.DistBackendError as error:
