@@ -230,7 +230,7 @@ class Config:
             yield 2 <= getattr(self, name) <= 8, f"{name.upper()}={getattr(self, name)}: must be 2 to 8"
         most = len(NEWTON_SCHULZ[self.muon_coefficients])
         yield self.muon_backend_steps <= most, \
-            f"MUON_BACKEND_STEPS={self.muon_backend_steps}: at most {most}, by MUON_COEFFICIENTS={self.muon_coefficients}"
+            f"MUON_BACKEND_STEPS={self.muon_backend_steps}: at most {most}, MUON_COEFFICIENTS={self.muon_coefficients}"
 
     def overrides(self) -> dict[str, Any]:
         """{variable: value} of the settings that differ from the defaults."""
@@ -790,8 +790,8 @@ def open_dataset(config: Config, world: World) -> Dataset:
     leaked = len(set().union(*(scan.leaked for scan in scans)))
     if leaked > config.max_leaked_documents:
         culprit = next(path for scan, path in zip(scans, train_paths) if scan.leaked)
-        raise UserError(f"{culprit}: {leaked} of {len(digests)} validation documents occur in training shards, first in "
-                        f"this one; remove them, or accept them with MAX_LEAKED_DOCUMENTS={leaked}")
+        raise UserError(f"{culprit}: {leaked} of {len(digests)} validation documents occur in training shards, first "
+                        f"in this one; remove them, or accept them with MAX_LEAKED_DOCUMENTS={leaked}")
     parts = [hashlib.sha256(x.data).hexdigest() for x in (val_tokens, val_bytes)] + [scan.sha256 for scan in scans]
     fingerprint = hashlib.sha256(" ".join(parts).encode()).hexdigest()
     most = max(scan.max_documents for scan in scans)
@@ -853,7 +853,7 @@ def byte_table(tokenizer: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             count[i] = 1
             continue
         space[i] = piece.startswith("\u2581")
-        count[i] = len(piece[space[i]:].replace("\u2581", " ").encode())
+        count[i] = len(piece[int(space[i]):].replace("\u2581", " ").encode())
     return count, space, silent
 
 
@@ -1475,7 +1475,7 @@ def muon_momentum(config: Config, step: int) -> float:
 
 
 def ema_share(decay: float, step: int) -> float:
-    """Share of the weights after `step` (from 1) in the average: 1 - decay, corrected so that the start has no share."""
+    """Share of the weights after `step` (from 1) in the average: 1 - decay, corrected so that the start has none."""
     return (1 - decay) / (1 - decay ** step)
 
 
@@ -1492,7 +1492,8 @@ def is_looping(config: Config, progress: float) -> bool:
 MODEL_FIELDS = (
     "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "leaky_relu_slope",
     "logit_softcap", "rope_base", "rope_dims", "ln_scale", "xsa_last_n", "skip_gates_enabled", "num_loops",
-    "loop_start", "loop_end", "parallel_start_layer", "gate_window", "sparse_attn_gate_scale", "smear_gate_enabled", "document_mask")
+    "loop_start", "loop_end", "parallel_start_layer", "gate_window", "sparse_attn_gate_scale", "smear_gate_enabled",
+    "document_mask")
 
 
 def model_fields(config: Config) -> dict[str, Any]:

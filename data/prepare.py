@@ -1,6 +1,6 @@
 """Any text -> SentencePiece BPE tokenizer + token shards in the published format + manifest.json.
 
-    sources -> scan (hash every document) -> split train/val -> tokenizer -> encode, check decode(encode(x)) == x -> shards
+    sources -> scan (hash every document) -> split -> tokenizer -> encode, check decode(encode(x)) == x -> shards
 
     python data/prepare.py stdlib --name stdlib --vocab-size 1024 --val-docs 60
     python data/prepare.py docs.jsonl.zst --name mine --tokenizer some.model --val-first 50000
@@ -15,14 +15,12 @@ import dataclasses
 import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import multiprocessing
 import os
 import platform
 import re
-import shutil
 import signal
 import sys
 import sysconfig
@@ -39,7 +37,7 @@ import sentencepiece as spm
 import zstandard
 
 VERSION = 1  # of manifest.json and of everything below that decides the output bytes
-MAGIC, HEADER_INTS, BOS_ID = 20240520, 256, 1  # shard header: magic, version 1, token count, zeros (int32 little-endian)
+MAGIC, HEADER_INTS, BOS_ID = 20240520, 256, 1  # shard header: magic, version 1, count, zeros (int32)
 MAX_VOCAB_SIZE = 65_535  # token ids are stored as uint16
 MIN_VOCAB_SIZE = 4 + 256 + 2  # pad, bos, eos, unk; the bytes; space and newline
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.zst")
@@ -187,7 +185,7 @@ def read_file(path: Path, text_key: str) -> Iterator[tuple[bytes | None, int]]:
 
 
 class Document(NamedTuple):
-    index: int  # in reading order, over the documents that are neither empty nor dropped as not UTF-8
+    number: int  # in reading order, over the documents that are neither empty nor dropped as not UTF-8
     source: int
     path: Path
     text: bytes
@@ -247,7 +245,8 @@ def scan(sources: list[Source], config: argparse.Namespace) -> Scan:
         names = " ".join(config.sources)
         raise InputError(f"sources {names}: no documents ({dropped['empty']} empty, {dropped['not_utf8']} not UTF-8); "
                          f"give 'stdlib' or {' '.join(SUFFIXES)} files with text")
-    rows = [{"name": source.name, "files": len(source.files), "documents": count, "bytes": size, "sha256_keys": h.hexdigest()}
+    rows = [{"name": source.name, "files": len(source.files), "documents": count, "bytes": size,
+             "sha256_keys": h.hexdigest()}
             for source, (count, size), h in zip(sources, counts, hashes, strict=True)]
     return Scan(np.frombuffer(keys, ">u8").reshape(-1, 4), np.array(sizes, np.int64), rows, dropped)
 
@@ -265,8 +264,8 @@ def split(keys: np.ndarray, config: argparse.Namespace) -> tuple[np.ndarray, np.
     firsts = order[is_first]
     group = np.empty(len(keys), np.int64)  # rank of the document's text among the different texts
     group[order] = np.cumsum(is_first) - 1
-    option, value = next(((name, getattr(config, name)) for name in ("val_docs", "val_first", "val_fraction")
-                          if getattr(config, name) is not None))
+    options = ((name, getattr(config, name)) for name in ("val_docs", "val_first", "val_fraction"))
+    option, value = next(pair for pair in options if pair[1] is not None)
     count = max(1, math.floor(value * len(firsts) + 0.5)) if option == "val_fraction" else value
     chosen = np.arange(min(count, len(keys))) if option == "val_first" else firsts[:count]
     sides = np.where(np.isin(group, group[chosen]), DUPLICATE, TRAIN).astype(np.uint8)
@@ -280,12 +279,12 @@ def split(keys: np.ndarray, config: argparse.Namespace) -> tuple[np.ndarray, np.
 # ------------------------------------------------------------------------------------------------ tokenizer
 def sample_texts(sources: list[Source], config: argparse.Namespace, scanned: Scan, sides: np.ndarray,
                  firsts: np.ndarray) -> list[str]:
-    """Training documents for the tokenizer, at random by their keys, together at most tokenizer_sample_bytes (at least one)."""
+    """Training documents for the tokenizer, at random by their keys: at most tokenizer_sample_bytes, at least one."""
     candidates = firsts[sides[firsts] == TRAIN]
     count = int(np.searchsorted(np.cumsum(scanned.sizes[candidates]), config.tokenizer_sample_bytes, "right"))
     wanted, texts = set(candidates[:max(count, 1)].tolist()), []
     for document in read_documents(sources, config, "tokenizer sample"):
-        if document.index in wanted:
+        if document.number in wanted:
             texts.append(document.text.decode())
             if len(texts) == len(wanted):
                 break
@@ -345,12 +344,12 @@ def cached_tokenizer(path: str, sha256: str) -> spm.SentencePieceProcessor:
     return load_tokenizer(Path(path).read_bytes(), path)
 
 
-def encode_texts(path: str, sha256: str, check: bool, texts: list[bytes]) -> list[tuple[np.ndarray, str | None]]:
-    """Runs in a worker: texts -> (uint16 tokens with BOS first, reason why decode(encode(x)) != x or None)."""
+def encode_batch(path: str, sha256: str, check: bool, batch: list[Document]) -> list[tuple[np.ndarray, str | None]]:
+    """Runs in a worker: documents -> (uint16 tokens with BOS first, reason why decode(encode(x)) != x or None)."""
     tokenizer = cached_tokenizer(path, sha256)
     result = []
-    for data in texts:
-        text, reason = data.decode(), None
+    for document in batch:
+        text, reason = document.text.decode(), None
         ids = tokenizer.encode(text)  # pyright: ignore[reportAttributeAccessIssue]
         if check and (back := tokenizer.decode(ids)) != text:  # pyright: ignore[reportAttributeAccessIssue]
             place = next((i for i, (a, b) in enumerate(zip(text, back)) if a != b), min(len(text), len(back)))
@@ -467,17 +466,18 @@ class Job:
 
         InputError where the folder or the tokenizer's name belongs to something else and not `force`.
         """
-        found = self.read(self.manifest_path) or self.read(self.state_path)
-        ours = found is not None and found.get("request") == self.state["request"]
+        manifest, state = self.read(self.manifest_path), self.read(self.state_path)
+        found = manifest or state or {}
+        ours = found.get("request") == self.state["request"]
         taken = [path for path in [self.model_path, *self.folder.glob("*")] if path.exists()]
         if taken and not ours and not force:
-            raise InputError(f"{taken[0]}: exists and belongs to another request; take another --name, or --force to replace it")
-        if ours and self.manifest_path.exists() and self.is_intact(found["tokenizer"]["sha256"], found):
+            raise InputError(f"{taken[0]}: exists and belongs to another request; take another --name, or --force")
+        if ours and manifest and self.is_intact(manifest["tokenizer"]["sha256"], manifest):
             return True
-        if ours and not self.manifest_path.exists() and self.is_intact(found["tokenizer"], found):
-            self.state = found
+        if ours and state and not manifest and self.is_intact(state["tokenizer"], state):
+            self.state = state
             return False
-        if found and ours:
+        if ours:
             print("some finished files are damaged or missing: starting over", flush=True)
         for path in [*self.folder.glob("*fineweb_*"), self.manifest_path]:
             path.unlink(missing_ok=True)
@@ -500,3 +500,197 @@ class Job:
 
     def save(self) -> None:
         write_json(self.state_path, self.state)
+
+
+# ------------------------------------------------------------------------------------------------ the pipeline
+def request_of(config: argparse.Namespace, sources: list[Source]) -> str:
+    """SHA-256 over everything that decides the output: options, names and sizes of the source files."""
+    options = {name: value for name, value in vars(config).items() if name not in ("workers", "force", "out")}
+    files = [[str(path), path.stat().st_size] for source in sources for path in source.files]
+    versions = [VERSION, spm.__version__, platform.python_version()]
+    return hashlib.sha256(json.dumps([versions, options, files], sort_keys=True).encode()).hexdigest()
+
+
+def make_tokenizer(config: argparse.Namespace, job: Job,
+                   read_sample: Callable[[], list[str]]) -> spm.SentencePieceProcessor:
+    """The given, the already trained or a newly trained tokenizer; its file is at job.model_path afterwards."""
+    if job.state["tokenizer"] is None:
+        if config.tokenizer:
+            model = Path(config.tokenizer).read_bytes()
+        else:
+            start, texts = time.perf_counter(), read_sample()
+            model = train_tokenizer(texts, config.vocab_size, config.character_coverage)
+            print(f"tokenizer: {config.vocab_size} pieces from {len(texts):,} documents, "
+                  f"{time.perf_counter() - start:.0f} seconds", flush=True)
+        tokenizer = load_tokenizer(model, str(config.tokenizer or job.model_path))
+        write_atomic(job.model_path, model)
+        job.state["tokenizer"] = hashlib.sha256(model).hexdigest()
+        job.save()
+        return tokenizer
+    return load_tokenizer(job.model_path.read_bytes(), str(job.model_path))
+
+
+def encode(config: argparse.Namespace, job: Job, sources: list[Source], sides: np.ndarray) -> dict[str, ShardWriter]:
+    """Last pass: documents -> shards of both sides. Drops and counts documents that do not survive the round trip."""
+    writers = {side: ShardWriter(job.folder, side, config.shard_tokens, job.state[side]) for side in ("train", "val")}
+    failed: dict[str, str] = job.state["failed"]  # document index -> reason
+    resume_at = min(writer.document for writer in writers.values())
+    work = functools.partial(encode_batch, str(job.model_path), job.state["tokenizer"], not config.allow_lossy)
+
+    def needed() -> Iterator[Document]:
+        for document in read_documents(sources, config, "encode"):
+            if sides[document.number] == DUPLICATE:
+                continue
+            writer = writers["val" if sides[document.number] == VAL else "train"]
+            if document.number < writer.document:  # finished shards hold it
+                if str(document.number) not in failed:
+                    writer.count(document.text)
+            else:
+                yield document
+
+    if resume_at:
+        print(f"resumed: {sum(len(writer.shards) for writer in writers.values())} shards were finished", flush=True)
+    for batch, results in map_ordered(work, batches(needed()), config.workers):
+        for document, (tokens, reason) in zip(batch, results, strict=True):
+            writer = writers["val" if sides[document.number] == VAL else "train"]
+            if reason:
+                if str(document.number) not in failed and len(failed) < MAX_REPORTED:
+                    print(f"dropped {document.path}: {reason}", flush=True)
+                failed[str(document.number)] = reason
+                continue
+            writer.count(document.text)
+            if writer.add(document.number, tokens):
+                job.save()
+    return writers
+
+
+def write_manifest(config: argparse.Namespace, job: Job, scanned: Scan, sides: np.ndarray, vocab_size: int,
+                   writers: dict[str, ShardWriter]) -> dict[str, Any]:
+    """Checks what was made and says it in manifest.json; from then on the dataset is complete."""
+    failed: dict[str, str] = job.state["failed"]
+    limit = MAX_LOSSY_FRACTION * len(sides)
+    if config.tokenizer and len(failed) > limit:
+        raise InputError(f"--tokenizer {config.tokenizer}: changes {len(failed):,} of {len(sides):,} documents (does "
+                         "it normalize?); take a lossless one, or --allow-lossy to keep them as encoded")
+    for side, writer in writers.items():
+        writer.flush(len(sides), 0)
+        if not writer.totals["documents"]:
+            raise InputError(f"--name {config.name}: no document is left for {side}: all failed the round trip; "
+                             "see the reasons above")
+    dropped = {**scanned.dropped, "duplicates_of_validation": int((sides == DUPLICATE).sum()),
+               "failed_round_trip": len(failed)}
+    options = {name: getattr(config, name) for name in (
+        "vocab_size", "val_docs", "val_fraction", "val_first", "shard_tokens", "tokenizer_sample_bytes",
+        "character_coverage", "max_docs", "text_key", "seed", "allow_lossy")}
+    manifest = {
+        "version": VERSION, "name": config.name, "request": job.state["request"],
+        "tokenizer": {"file": job.model_path.name, "sha256": job.state["tokenizer"], "vocab_size": vocab_size,
+                      "trained_here": config.tokenizer is None},
+        "sources": scanned.sources, "dropped": dropped, "options": options,
+        **{side: writer.summary() for side, writer in writers.items()}}
+    write_json(job.manifest_path, manifest)
+    job.state_path.unlink(missing_ok=True)
+    return manifest
+
+
+def prepare(config: argparse.Namespace) -> None:
+    """Sources -> tokenizer, shards, manifest. InputError for what the user can repair."""
+    sources = [find_source(argument) for argument in config.sources]
+    job = Job(config, request_of(config, sources))
+    if job.open(config.force):
+        print(f"{job.folder}: complete already, nothing to do")
+        return
+    scanned = scan(sources, config)
+    sides, firsts = split(scanned.keys, config)
+    tokenizer = make_tokenizer(config, job, lambda: sample_texts(sources, config, scanned, sides, firsts))
+    writers = encode(config, job, sources, sides)
+    manifest = write_manifest(config, job, scanned, sides, tokenizer.vocab_size(), writers)
+    for side in ("train", "val"):
+        totals = manifest[side]
+        print(f"{side}: {totals['documents']:,} documents, {totals['bytes']:,} bytes, {totals['tokens']:,} tokens "
+              f"({totals['bytes'] / totals['tokens']:.3f} bytes a token) in {len(totals['shards'])} shards")
+    print(f"dropped: {json.dumps(manifest['dropped'])}")
+    print(f"train with: DATA_PATH={job.folder} TOKENIZER_PATH={job.model_path} VOCAB_SIZE={tokenizer.vocab_size()}")
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise ValueError
+    return value
+
+
+class Parser(argparse.ArgumentParser):
+    """Complains in the form of all other errors."""
+
+    def error(self, message: str) -> Any:
+        print(f"error: {message}; see --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("sources", nargs="+", metavar="SOURCE", help="stdlib, a .txt .md .jsonl .jsonl.zst file, or a folder of them")
+    add("--name", required=True, help="of the dataset: OUT/datasets/NAME and OUT/tokenizers/NAME.model")
+    add("--out", default="data", help="folder of datasets/ and tokenizers/ (default: %(default)s)")
+    add("--vocab-size", type=positive, default=1024, help="pieces of the trained tokenizer (default: %(default)s)")
+    add("--tokenizer", help="take this SentencePiece model instead of training one")
+    sides = parser.add_mutually_exclusive_group()
+    sides.add_argument("--val-docs", type=positive, help="documents for validation, at random by their hash")
+    sides.add_argument("--val-fraction", type=fraction, help="the same as a share of the documents (default: 0.01)")
+    sides.add_argument("--val-first", type=positive, help="the first documents are validation, as in FineWeb's split")
+    add("--shard-tokens", type=positive, default=100_000_000, help="tokens of a shard (default: %(default)s)")
+    add("--workers", type=positive, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    add("--tokenizer-sample-bytes", type=positive, default=8_000_000,
+        help="text that the tokenizer is trained on (default: %(default)s)")
+    add("--character-coverage", type=float, default=0.9999,
+        help="share of the characters that get a piece; others are spelled in bytes (default: %(default)s)")
+    add("--max-docs", type=positive, help="stop after so many documents")
+    add("--text-key", default="text", help="key of the text in a line of .jsonl (default: %(default)s)")
+    add("--seed", type=int, default=1337, help="of the split (default: %(default)s)")
+    add("--allow-lossy", action="store_true", help="keep documents that the tokenizer changes")
+    add("--force", action="store_true", help="replace another dataset of this name")
+    config = parser.parse_args(arguments)
+    if not re.fullmatch(r"[\w.-]+", config.name):
+        parser.error(f"--name {config.name}: letters, digits, '.', '_' and '-' only")
+    if not config.tokenizer and not MIN_VOCAB_SIZE <= config.vocab_size <= MAX_VOCAB_SIZE:
+        parser.error(f"--vocab-size {config.vocab_size}: must be {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}")
+    if config.tokenizer and not Path(config.tokenizer).is_file():
+        parser.error(f"--tokenizer {config.tokenizer}: no such file")
+    if not (config.val_docs or config.val_fraction or config.val_first):
+        config.val_fraction = 0.01
+    return config
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code: 0 done, 2 a mistake of the user or of the disk, 130 interrupted."""
+    config = parse_arguments(arguments)
+    try:
+        prepare(config)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        reason = error.strerror or error
+        print(f"error: {error.filename or config.out}: {reason}; free space or the permission, or take another --out",
+              file=sys.stderr)
+        return 2
+    except BrokenProcessPool:
+        print("error: a worker process died (out of memory?); take fewer --workers and start again", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues with what is finished", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

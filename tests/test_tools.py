@@ -116,7 +116,7 @@ def make_artifact(path: Path, sha256: str = "", looping: bool = True, only: int 
         weights["embedding"].fill_(0.1)[only] = 5.0
         for name in ("out_proj", "down_proj"):
             weights[name].zero_()
-    info = {"looping": looping, "tokenizer_sha256": sha256, "bos": train_gpt.BOS}
+    info = {"looping": looping, "tokenizer_sha256": sha256}
     path.write_bytes(train_gpt.pack_artifact(config, train_gpt.quantize(config, weights), info))
     return path
 

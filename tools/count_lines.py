@@ -16,7 +16,7 @@ def code_lines(source: str) -> int:
     """Python source -> number of physical lines that hold code."""
     docstrings: set[int] = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
             docstrings |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -41,7 +41,7 @@ def main() -> int:
         source = path.read_text()
         lines, (longest, name) = code_lines(source), (longest_functions(source) or [(0, "-")])[0]
         print(f"{path}: {lines} lines of code, longest function {name}: {longest} lines")
-        failed |= bool(config.limit and lines > config.limit or config.function_limit and longest > config.function_limit)
+        failed |= 0 < config.limit < lines or 0 < config.function_limit < longest
     return int(failed)
 
 

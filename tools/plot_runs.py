@@ -112,9 +112,9 @@ def plot(runs: Sequence[Run], out: Path) -> None:
     bars = len(scored) * len({stage for run in scored for stage in run.stages})
     size = INCHES[0] if scored else 0.6 * INCHES[0], max(INCHES[1], 1.8 + 0.22 * bars + 0.25 * len(runs))
     with plt.rc_context({"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 12, "font.size": 10}):
-        figure, axes = plt.subplots(1, 2 if scored else 1, figsize=size, layout="constrained", squeeze=False,
+        figure, axes = plt.subplots(1, 2 if scored else 1, figsize=size, squeeze=False,
                                     width_ratios=[1.25, 1] if scored else None)
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+        figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.08)
         draw_losses(axes[0, 0], runs, names)
         if scored:
             draw_stages(axes[0, 1], runs)

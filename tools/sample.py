@@ -66,7 +66,7 @@ class Sampler:
         self.torch, self.program, self.config = torch, load_program(), config
         header, weights = self.program.read_artifact(config.artifact)
         model_config = dataclasses.replace(self.program.artifact_config(header), device=config.device)
-        self.bos = header["bos"]
+        self.bos = self.program.BOS
         self.tokenizer = load_tokenizer(config.tokenizer or self.default_tokenizer(model_config), header, self.bos)
         self.forbidden = forbidden_ids(self.tokenizer, self.bos)
         self.device = self.program.choose_device(model_config, 0, 1)
