@@ -87,6 +87,7 @@ class Config:
     vocab_size: int = 8192  # pieces; must equal the tokenizer's
     train_seq_len: int = 2048  # tokens of the longest attention segment in training
     document_mask: bool = True  # segments begin at document starts; 0 = plain rows of TRAIN_SEQ_LEN tokens
+    train_order: str = "sequential"  # sequential, or strided: rows of TRAIN_SEQ_LEN tokens from all over the shards
     max_leaked_documents: int = 0  # validation documents that may occur in the training shards
     # --- training length
     iterations: int = 20000  # optimizer steps at most
@@ -221,6 +222,9 @@ class Config:
         yield self.train_batch_tokens % self.micro_batch_tokens == 0, \
             f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not divisible by MICRO_BATCH_TOKENS=" \
             f"{self.micro_batch_tokens}: change one of them"
+        yield self.train_order == "sequential" or self.micro_batch_tokens % self.train_seq_len == 0, \
+            f"MICRO_BATCH_TOKENS={self.micro_batch_tokens} is no whole number of rows of TRAIN_SEQ_LEN=" \
+            f"{self.train_seq_len}, as TRAIN_ORDER={self.train_order} needs: change one of them"
         yield self.eval_stride <= self.eval_seq_len, \
             f"EVAL_STRIDE={self.eval_stride}: must be at most EVAL_SEQ_LEN={self.eval_seq_len}"
         yield not self.max_wallclock_seconds or self.gptq_reserve_seconds < self.max_wallclock_seconds, \
@@ -265,7 +269,7 @@ NEWTON_SCHULZ = {
     "quintic": ((3.4445, -4.7750, 2.0315),) * 10,  # Keller Jordan's Muon
 }
 CHOICES = {
-    "device": ("auto", "cuda", "mps", "cpu"), "compile": ("auto", "0", "1"),
+    "train_order": ("sequential", "strided"), "device": ("auto", "cuda", "mps", "cpu"), "compile": ("auto", "0", "1"),
     "attention": ("auto", "fa3", "fa4", "varlen", "sdpa"), "muon_coefficients": tuple(NEWTON_SCHULZ),
     "matrix_quantizer": ("rtn", "fp16"), "embed_quantizer": ("rtn", "fp16"),
     "compressor": ("brotli", "zstd", "lzma"), "eval_mode": ("packed", "sliding"),
@@ -536,8 +540,9 @@ class StopRequest:
 
 # ====================================================================================================================
 # 3. data: shard files -> one circular training stream and the validation tokens with their byte counts.
-#    Micro-slice m is tokens [m T, m T + T] of all shards in a row, whatever the number of ranks: a batch is a function
-#    of the step alone, so every world size sees the same data, resuming needs no state, and no shard's tail is dropped.
+#    Micro-slice m is tokens [m T, m T + T] of all shards in a row (or the m-th set of rows from all over them), for any
+#    number of ranks: a batch is a function of the step alone, so every world size sees the same data, resuming needs no
+#    state, and no shard's tail is dropped.
 # ====================================================================================================================
 
 SHARD_MAGIC, SHARD_HEADER_INTS = 20240520, 256
@@ -652,6 +657,14 @@ def pin(batch: Batch) -> Batch:
                  Segments(boundaries.pin_memory(), positions.pin_memory(), max_length))
 
 
+def coprime_stride(rows: int) -> int:
+    """A step through `rows` rows, about 0.618 of them long, that meets every row once before it meets one twice."""
+    stride = max(round(rows * 0.6180339887), 1)
+    while math.gcd(stride, rows) != 1:
+        stride += 1
+    return stride
+
+
 class TrainLoader:
     """micro(step, j) = micro-batch j of a step for this rank, prepared by a thread while the device works."""
 
@@ -660,14 +673,24 @@ class TrainLoader:
         self.accumulation_steps = config.accumulation_steps(world.size)
         self.worker = ThreadPoolExecutor(1)
         self.pending: dict[tuple[int, int], Any] = {}
+        self.num_rows = max(len(stream) // config.train_seq_len, 1)
+        self.stride = coprime_stride(self.num_rows)
 
     def build(self, step: int, micro: int) -> Batch:
-        tokens, seq_len = self.config.micro_batch_tokens, self.config.train_seq_len
+        config = self.config
+        tokens, seq_len = config.micro_batch_tokens, config.train_seq_len
         index = (step * self.accumulation_steps + micro) * self.world.size + self.world.rank
-        window = self.stream.slice(index * tokens, tokens + 1)
-        starts = cut_segments(window[:-1], seq_len, self.config.document_mask)
+        if config.train_order == "strided":
+            count = tokens // seq_len
+            rows = [(index * count + i) * self.stride % self.num_rows for i in range(count)]
+            windows = [self.stream.slice(row * seq_len, seq_len + 1) for row in rows]
+        else:
+            windows = [self.stream.slice(index * tokens, tokens + 1)]
+        starts = [cut_segments(window[:-1], seq_len, config.document_mask) for window in windows]
+        starts = np.concatenate([part + i * seq_len for i, part in enumerate(starts)])
         segments = make_segments(starts, tokens, seq_len, self.num_segments)
-        batch = make_batch(window[:-1], window[1:], segments)
+        inputs, targets = (np.concatenate([window[part] for window in windows]) for part in (slice(-1), slice(1, None)))
+        batch = make_batch(inputs, targets, segments)
         return pin(batch) if self.world.device.type == "cuda" else batch
 
     def micro(self, step: int, micro: int) -> Batch:
@@ -690,7 +713,7 @@ class Dataset:
     tokenizer_sha256: str  # "" without a tokenizer file
     fingerprint: str  # sha256 over validation tokens, their bytes and all training shards
     leaked_documents: int  # validation documents found in the training shards
-    max_documents: int  # BOS tokens in any micro-batch window, at most
+    max_documents: int  # BOS tokens in any micro-batch, at most
     notes: list[str]
 
 
@@ -781,7 +804,8 @@ def open_dataset(config: Config, world: World) -> Dataset:
     bounds = document_bounds(val_tokens)
     keys = np.unique(document_keys(val_tokens, bounds))
     digests = {digest(val_tokens[a:b]) for a, b in zip(bounds[:-1], bounds[1:])}
-    window = config.micro_batch_tokens + 1
+    rows = config.micro_batch_tokens // config.train_seq_len if config.train_order == "strided" else 1
+    window = config.micro_batch_tokens // rows + 1
     mine = [scan_shard(train, i, keys, digests, window) for i in range(world.rank, len(train.shards), world.size)]
     by_rank = world.gather(mine)
     scans = [by_rank[i % world.size][i // world.size] for i in range(len(train.shards))]
@@ -794,7 +818,7 @@ def open_dataset(config: Config, world: World) -> Dataset:
                         f"in this one; remove them, or accept them with MAX_LEAKED_DOCUMENTS={leaked}")
     parts = [hashlib.sha256(x.data).hexdigest() for x in (val_tokens, val_bytes)] + [scan.sha256 for scan in scans]
     fingerprint = hashlib.sha256(" ".join(parts).encode()).hexdigest()
-    most = max(scan.max_documents for scan in scans)
+    most = rows * max(scan.max_documents for scan in scans)
     return Dataset(train, val_tokens, val_bytes, sha256, fingerprint, leaked, most, notes)
 
 
