@@ -803,7 +803,7 @@ def open_dataset(config: Config, world: World) -> Dataset:
         val_bytes = table_bytes(val_tokens, tokenizer)
     bounds = document_bounds(val_tokens)
     keys = np.unique(document_keys(val_tokens, bounds))
-    digests = {digest(val_tokens[a:b]) for a, b in zip(bounds[:-1], bounds[1:])}
+    digests = {digest(val_tokens[a:b]) for a, b in zip(bounds[:-1], bounds[1:]) if b - a > 1}  # empty: all equal
     rows = config.micro_batch_tokens // config.train_seq_len if config.train_order == "strided" else 1
     window = config.micro_batch_tokens // rows + 1
     mine = [scan_shard(train, i, keys, digests, window) for i in range(world.rank, len(train.shards), world.size)]
@@ -1630,6 +1630,7 @@ class Trainer:
             self.settle(before if in_flight else pending)
             if config.val_loss_every and self.step % config.val_loss_every == 0:
                 self.settle(pending)
+                pending = None  # the next step's time is not that of a step alone
                 self.validate(validate)
         self.settle(pending)
         self.elapsed_seconds = self.world.share(self.seconds())
@@ -2121,8 +2122,21 @@ def describe_model(log: Log, config: Config, trainer: Trainer, attention: str) -
         log(f"plan looping:{int(looping)} {describe_plan(trainer.model.plans[looping])}")
 
 
-def preflight(config: Config, log: Log, trainer: Trainer, artifact_path: Path, code_bytes: int) -> None:
-    """Measures a step, predicts seconds, steps, memory and bytes, and tries out disk space and permissions."""
+def check_disk(config: Config, trainer: Trainer, artifact_path: Path) -> None:
+    """Tries out, before anything costs time, whether checkpoints and the artifact can be written. UserError if not."""
+    needed = 8 * 4 * trainer.num_params + predicted_bytes(config)  # weights, averages, moments, in two checkpoints
+    for path, variable in ((trainer.checkpoint_path, "LOG_DIR"), (artifact_path, "ARTIFACT_PATH")):
+        probe = path.with_name(f".{path.name}.probe")
+        write_atomic(probe, lambda file: file.write(b"probe"), variable)
+        probe.unlink()
+        free = shutil.disk_usage(path.parent).free
+        if path.is_dir() or free < needed:
+            raise UserError(f"{variable}: {path} is a folder, or its disk is full ({free:,} bytes free, {needed:,} "
+                            f"needed); free some or set {variable}")
+
+
+def preflight(config: Config, log: Log, trainer: Trainer, code_bytes: int) -> None:
+    """Measures a step of both plans; predicts steps, seconds, memory and bytes."""
     seconds = trainer.warmup(max(config.warmup_steps, 2))
     off, on = seconds[min(seconds)], seconds[max(seconds)]
     budget, share = training_budget_seconds(config), config.enable_looping_at if config.num_loops else 1.0
@@ -2135,14 +2149,6 @@ def preflight(config: Config, log: Log, trainer: Trainer, artifact_path: Path, c
     predicted = predicted_bytes(config)
     log(f"preflight predicted_artifact_bytes:{predicted} code_bytes:{code_bytes} "
         f"predicted_submission_bytes:{predicted + code_bytes} limit_bytes:{SIZE_LIMIT_BYTES}")
-    needed = 8 * 4 * trainer.num_params + predicted  # float32 weights, averages and moments, in two checkpoints
-    for path, variable in ((trainer.checkpoint_path, "LOG_DIR"), (artifact_path, "ARTIFACT_PATH")):
-        write_atomic(path.with_name(f".{path.name}.preflight"), lambda file: file.write(b"preflight"), variable)
-        path.with_name(f".{path.name}.preflight").unlink()
-        free = shutil.disk_usage(path.parent).free
-        if free < needed:
-            raise UserError(f"{variable}: {path.parent} has {free:,} bytes free, the run needs {needed:,}; free some "
-                            f"or set {variable} to another disk")
     log("preflight ok")
 
 
@@ -2158,8 +2164,10 @@ def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequ
     trainer = Trainer(config, world, log, dataset, attention, compiled)
     describe_model(log, config, trainer, attention_name)
     artifact_path = Path(config.artifact_path or Path(config.log_dir) / f"{config.run_id}.artifact")
+    if world.rank == 0:
+        check_disk(config, trainer, artifact_path)
     if config.preflight:
-        preflight(config, log, trainer, artifact_path, code_bytes)
+        preflight(config, log, trainer, code_bytes)
         return 0
 
     evaluator = Evaluator(config, world, log, dataset, compiled)
@@ -2273,7 +2281,9 @@ def main(environ: Mapping[str, str], arguments: Sequence[str] = ()) -> int:
         world = World.start(config, environ)
         config = replace(config, run_id=config.run_id or world.share(time.strftime("%Y%m%d-%H%M%S")))
         log = Log(world, config)
-        return run(config, notes, world, log, stop)
+        code = run(config, notes, world, log, stop)
+        world.close()
+        return code
     except UserError as error:
         message, code = f"error: {error}", 2
     except torch.OutOfMemoryError as error:

@@ -149,8 +149,8 @@ def parse_line(line: bytes, where: str, text_key: str) -> bytes | None:
         record = json.loads(line.decode())
     except UnicodeDecodeError:
         return None
-    except json.JSONDecodeError as error:
-        problem = f"{error.msg} at column {error.colno}"
+    except (ValueError, RecursionError) as error:
+        problem = str(error).replace(" line 1", "")
         raise InputError(f"{where}: malformed JSON ({problem}); repair or remove this line") from None
     text = record.get(text_key) if isinstance(record, dict) else None
     if not isinstance(text, str):
@@ -159,6 +159,21 @@ def parse_line(line: bytes, where: str, text_key: str) -> bytes | None:
         return text.encode()
     except UnicodeEncodeError:  # a lone surrogate
         return None
+
+
+def zstd_lines(raw: io.RawIOBase) -> Iterator[bytes]:
+    """The lines of all frames. ZstdError for a frame that ends early, which zstandard's own reader lets pass."""
+    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+    frame, rest = None, b""
+    while data := raw.read(1 << 18):
+        while data:
+            frame = frame or decompressor.decompressobj()
+            *lines, rest = (rest + frame.decompress(data)).split(b"\n")
+            yield from lines
+            data, frame = frame.unused_data, None if frame.eof else frame
+    if frame:
+        raise zstandard.ZstdError("it ends within a frame")
+    yield rest
 
 
 def read_file(path: Path, text_key: str) -> Iterator[tuple[bytes | None, int]]:
@@ -172,12 +187,9 @@ def read_file(path: Path, text_key: str) -> Iterator[tuple[bytes | None, int]]:
                 text = None
             yield text, raw.tell()
             return
-        stream: Any = raw
-        if path.name.endswith(".zst"):
-            decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-            stream = decompressor.stream_reader(raw, read_across_frames=True, closefd=False)
         try:
-            for number, line in enumerate(io.BufferedReader(stream, 1 << 20), 1):
+            lines = zstd_lines(raw) if path.name.endswith(".zst") else io.BufferedReader(raw, 1 << 20)
+            for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield parse_line(line, f"{path}: line {number}", text_key), raw.tell()
         except zstandard.ZstdError as error:
@@ -473,6 +485,7 @@ class Job:
         if taken and not ours and not force:
             raise InputError(f"{taken[0]}: exists and belongs to another request; take another --name, or --force")
         if ours and manifest and self.is_intact(manifest["tokenizer"]["sha256"], manifest):
+            self.state_path.unlink(missing_ok=True)  # it stays after a kill between manifest and end
             return True
         if ours and state and not manifest and self.is_intact(state["tokenizer"], state):
             self.state = state
@@ -481,7 +494,8 @@ class Job:
             print("some finished files are damaged or missing: starting over", flush=True)
         for path in [*self.folder.glob("*fineweb_*"), self.manifest_path]:
             path.unlink(missing_ok=True)
-        self.save()
+        if taken:  # says from now on to which request the files belong
+            self.save()
         return False
 
     @staticmethod
@@ -504,8 +518,9 @@ class Job:
 
 # ------------------------------------------------------------------------------------------------ the pipeline
 def request_of(config: argparse.Namespace, sources: list[Source]) -> str:
-    """SHA-256 over everything that decides the output: options, names and sizes of the source files."""
+    """SHA-256 over everything that decides the output: options, tokenizer, names and sizes of the source files."""
     options = {name: value for name, value in vars(config).items() if name not in ("workers", "force", "out")}
+    options["tokenizer"] = config.tokenizer and file_sha256(Path(config.tokenizer))
     files = [[str(path), path.stat().st_size] for source in sources for path in source.files]
     versions = [VERSION, spm.__version__, platform.python_version()]
     return hashlib.sha256(json.dumps([versions, options, files], sort_keys=True).encode()).hexdigest()
@@ -523,9 +538,9 @@ def make_tokenizer(config: argparse.Namespace, job: Job,
             print(f"tokenizer: {config.vocab_size} pieces from {len(texts):,} documents, "
                   f"{time.perf_counter() - start:.0f} seconds", flush=True)
         tokenizer = load_tokenizer(model, str(config.tokenizer or job.model_path))
-        write_atomic(job.model_path, model)
         job.state["tokenizer"] = hashlib.sha256(model).hexdigest()
         job.save()
+        write_atomic(job.model_path, model)
         return tokenizer
     return load_tokenizer(job.model_path.read_bytes(), str(job.model_path))
 
@@ -534,7 +549,6 @@ def encode(config: argparse.Namespace, job: Job, sources: list[Source], sides: n
     """Last pass: documents -> shards of both sides. Drops and counts documents that do not survive the round trip."""
     writers = {side: ShardWriter(job.folder, side, config.shard_tokens, job.state[side]) for side in ("train", "val")}
     failed: dict[str, str] = job.state["failed"]  # document index -> reason
-    resume_at = min(writer.document for writer in writers.values())
     work = functools.partial(encode_batch, str(job.model_path), job.state["tokenizer"], not config.allow_lossy)
 
     def needed() -> Iterator[Document]:
@@ -548,8 +562,8 @@ def encode(config: argparse.Namespace, job: Job, sources: list[Source], sides: n
             else:
                 yield document
 
-    if resume_at:
-        print(f"resumed: {sum(len(writer.shards) for writer in writers.values())} shards were finished", flush=True)
+    if finished := sum(len(writer.shards) for writer in writers.values()):
+        print(f"resumed: {finished} shards were finished", flush=True)
     for batch, results in map_ordered(work, batches(needed()), config.workers):
         for document, (tokens, reason) in zip(batch, results, strict=True):
             writer = writers["val" if sides[document.number] == VAL else "train"]
@@ -571,7 +585,7 @@ def write_manifest(config: argparse.Namespace, job: Job, scanned: Scan, sides: n
     limit = MAX_LOSSY_FRACTION * len(sides)
     if config.tokenizer and len(failed) > limit:
         raise InputError(f"--tokenizer {config.tokenizer}: changes {len(failed):,} of {len(sides):,} documents (does "
-                         "it normalize?); take a lossless one, or --allow-lossy to keep them as encoded")
+                         "it normalize?); take a lossless one, or --allow-lossy --force to keep them as encoded")
     for side, writer in writers.items():
         writer.flush(len(sides), 0)
         if not writer.totals["documents"]:
@@ -659,10 +673,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--allow-lossy", action="store_true", help="keep documents that the tokenizer changes")
     add("--force", action="store_true", help="replace another dataset of this name")
     config = parser.parse_args(arguments)
-    if not re.fullmatch(r"[\w.-]+", config.name):
-        parser.error(f"--name {config.name}: letters, digits, '.', '_' and '-' only")
+    if not re.fullmatch(r"[\w-][\w.-]*", config.name):
+        parser.error(f"--name {config.name}: letters, digits, '.', '_' and '-' only, and no '.' at the start")
     if not config.tokenizer and not MIN_VOCAB_SIZE <= config.vocab_size <= MAX_VOCAB_SIZE:
         parser.error(f"--vocab-size {config.vocab_size}: must be {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}")
+    if not 0.98 <= config.character_coverage <= 1:
+        parser.error(f"--character-coverage {config.character_coverage}: must be 0.98 to 1")
     if config.tokenizer and not Path(config.tokenizer).is_file():
         parser.error(f"--tokenizer {config.tokenizer}: no such file")
     if not (config.val_docs or config.val_fraction or config.val_first):

@@ -17,7 +17,8 @@ FIELDS = {f.name: f for f in fields(Config)}
 
 # Values that differ from the default, where the next number or another text would break a rule between settings.
 OTHER = {"device": "cpu", "compile": "0", "attention": "sdpa", "muon_coefficients": "quintic", "eval_mode": "packed",
-         "matrix_quantizer": "fp16", "embed_quantizer": "fp16", "compressor": "lzma", "model_dim": "1024",
+         "matrix_quantizer": "fp16", "embed_quantizer": "fp16", "compressor": "lzma", "train_order": "strided",
+         "model_dim": "1024",
          "num_heads": "16", "num_kv_heads": "2", "mlp_mult": "3.5", "rope_dims": "14", "xsa_last_n": "10",
          "parallel_start_layer": "9", "loop_start": "4", "loop_end": "6", "muon_backend_steps": "4",
          "train_batch_tokens": "98304", "micro_batch_tokens": "49152"}
@@ -134,6 +135,8 @@ CROSS_CHECKS = [  # environment, what the complaint says
     ({"LOOP_END": "8"}, ("LOOP_END=8", "below PARALLEL_START_LAYER=8", "NUM_LOOPS=0")),
     ({"VOCAB_SIZE": "65537"}, ("VOCAB_SIZE=65537", "at most 65536")),
     ({"TRAIN_BATCH_TOKENS": "100000"}, ("TRAIN_BATCH_TOKENS=100000", "MICRO_BATCH_TOKENS=98304", "change one")),
+    ({"TRAIN_ORDER": "strided", "TRAIN_SEQ_LEN": "1000"},
+     ("MICRO_BATCH_TOKENS=98304", "TRAIN_SEQ_LEN=1000", "TRAIN_ORDER=strided", "change one")),
     ({"EVAL_STRIDE": "2049"}, ("EVAL_STRIDE=2049", "at most EVAL_SEQ_LEN=2048")),
     ({"EVAL_SEQ_LEN": "32"}, ("EVAL_STRIDE=64", "EVAL_SEQ_LEN=32")),
     ({"MAX_WALLCLOCK_SECONDS": "8"}, ("GPTQ_RESERVE_SECONDS=8.0", "MAX_WALLCLOCK_SECONDS=8.0")),

@@ -205,6 +205,55 @@ def test_without_document_mask_rows_are_plain():
     worker.close()
 
 
+@pytest.mark.parametrize("size, micro_tokens", [(1, 32), (2, 32), (4, 32), (1, 128), (2, 16)])
+def test_strided_rows_are_the_same_for_every_number_of_ranks_and_each_comes_once_an_epoch(size, micro_tokens):
+    stream = memory_stream(*(np.concatenate(make_documents(s, 4)) for s in range(3)))
+    rows = len(stream) // 16
+    loaders = [loader(size, rank, stream, micro_tokens, train_order="strided") for rank in range(size)]
+    reference = loader(1, 0, stream, 16, train_order="strided")
+    seen = []
+    for step in range(2 * rows // 8 + 1):
+        batches = [worker.micro(step, micro) for micro in range(worker_count(loaders)) for worker in loaders]
+        ids, targets = (torch.cat([batch[i][0] for batch in batches]).numpy() for i in (0, 1))
+        expected = torch.cat([reference.micro(step, micro).ids[0] for micro in range(8)]).numpy()
+        assert np.array_equal(ids, expected)
+        for i in range(0, 128, 16):
+            row = next(r for r in range(rows) if np.array_equal(stream.slice(r * 16, 16), ids[i:i + 16]))
+            assert np.array_equal(stream.slice(row * 16 + 1, 16), targets[i:i + 16])
+            seen.append(row)
+        for batch in batches:
+            starts = [i + s for i in range(0, micro_tokens, 16)
+                      for s in naive_starts(batch.ids[0, i:i + 16].tolist(), 16, True)]
+            assert batch.segments.boundaries.tolist() == [*starts, micro_tokens]
+    assert sorted(seen[:rows]) == list(range(rows)) and seen[:rows] == seen[rows:2 * rows]
+    assert seen[:rows] != list(range(rows)), "rows come from all over the shards"
+    for worker in [*loaders, reference]:
+        worker.close()
+
+
+@given(st.integers(1, 5000))
+def test_the_stride_meets_every_row(rows):
+    stride = train_gpt.coprime_stride(rows)
+    assert stride >= 1 and len({i * stride % rows for i in range(rows)}) == rows
+    assert rows < 20 or 0.5 * rows < stride < 0.75 * rows
+
+
+@pytest.mark.parametrize("order", ["sequential", "strided"])
+def test_padded_batches_have_room_for_all_segments(tmp_path, order):
+    """As on CUDA, where every batch has one shape."""
+    random = np.random.default_rng(0)
+    tokens = np.where(random.random(4000) < np.linspace(0, 1, 4000) ** 4, BOS, random.integers(2, VOCAB, 4000))
+    config = changed(fill(tmp_path, [tokens[:3000], tokens[3000:]], VALIDATION[0]), train_order=order,
+                     micro_batch_tokens=128)
+    dataset = open_dataset(config, one_world())
+    bound = train_gpt.segment_bound(128, dataset.max_documents, config)
+    worker = TrainLoader(config, one_world(), dataset.train, bound)
+    batches = [worker.micro(step, 0) for step in range(70)]  # more than two epochs
+    assert {batch.segments.boundaries.numel() for batch in batches} == {bound + 1}
+    assert {batch.segments.max_length for batch in batches} == {16}
+    worker.close()
+
+
 @given(DOCUMENTS, st.integers(1, 40), st.data())
 def test_the_bound_on_documents_holds_for_every_window(documents, window, data):
     tokens = np.concatenate([[BOS, *document] for document in documents]).astype(np.uint16)

@@ -1,0 +1,350 @@
+"""Section 10, compress: codecs, the artifact's round trip and refusals, and the packed source."""
+import ast
+import importlib.util
+import inspect
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import zlib
+from base64 import b85encode
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_gpt
+from train_gpt import (
+    ARTIFACT_MAGIC,
+    CODECS,
+    MODEL_FIELDS,
+    PACKED_START,
+    QUANTIZERS,
+    Config,
+    UserError,
+    artifact_config,
+    pack_artifact,
+    pack_source,
+    param_shapes,
+    quantize,
+    read_artifact,
+    shuffle_bytes,
+    unpack_artifact,
+    unshuffle_bytes,
+)
+
+SCRIPT = Path(train_gpt.__file__).resolve()
+SMALL = {"num_layers": 2, "model_dim": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_mult": 2.0, "vocab_size": 32,
+         "rope_dims": 4, "xsa_last_n": 1, "parallel_start_layer": 0, "num_loops": 0, "gate_window": 4}
+
+
+def small_config(**changes) -> Config:
+    return Config(**{**SMALL, **changes})
+
+
+def random_weights(config: Config, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in param_shapes(config).items()}
+
+
+def decoded(config: Config, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the quantizers alone make of the weights."""
+    return {name: QUANTIZERS[quantizer].decode(arrays, tuple(weights[name].shape))
+            for name, (quantizer, arrays) in quantize(config, weights).items()}
+
+
+# --- bytes
+@given(st.integers(1, 5), st.integers(0, 50), st.integers(0, 1000))
+def test_shuffle_is_inverted_and_groups_the_bytes(stride, count, seed):
+    data = np.random.default_rng(seed).bytes(stride * count)
+    shuffled = shuffle_bytes(data, stride)
+    assert unshuffle_bytes(shuffled, stride) == data
+    assert shuffled == b"".join(data[i::stride] for i in range(stride))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@settings(deadline=None, max_examples=10)
+@given(data=st.one_of(st.binary(max_size=300), st.sampled_from([b"", b"\0", b"\0" * 100_000, bytes(range(256)) * 50])))
+def test_codecs_are_inverted_and_deterministic(codec, data):
+    packed = CODECS[codec].encode(data)
+    assert CODECS[codec].decode(packed) == data and CODECS[codec].encode(data) == packed
+    assert len(packed) < 400
+
+
+# --- artifact
+@settings(deadline=None, max_examples=30)
+@given(st.sampled_from(sorted(CODECS)), st.sampled_from(sorted(QUANTIZERS)), st.sampled_from(sorted(QUANTIZERS)),
+       st.integers(2, 8), st.integers(2, 8), st.booleans(), st.integers(0, 99))
+def test_every_pipeline_gives_back_its_weights_bit_exact(codec, matrix, embed, matrix_bits, embed_bits, gates, seed):
+    config = small_config(compressor=codec, matrix_quantizer=matrix, embed_quantizer=embed, matrix_bits=matrix_bits,
+                          embed_bits=embed_bits, skip_gates_enabled=gates, smear_gate_enabled=not gates)
+    weights = random_weights(config, seed)
+    header, result = unpack_artifact(pack_artifact(config, quantize(config, weights), {"looping": gates}), "here")
+    expected = decoded(config, weights)
+    assert list(result) == list(weights) and header["looping"] is gates and header["codec"] == codec
+    for name, value in result.items():
+        assert value.dtype == torch.float32 and torch.equal(value, expected[name]), name
+
+
+@pytest.fixture(scope="module")
+def artifact() -> bytes:
+    config = small_config()
+    return pack_artifact(config, quantize(config, random_weights(config)), {"looping": True, "note": "x"})
+
+
+def test_pack_is_deterministic_and_makes_codes_small(artifact):
+    config = small_config()
+    again = pack_artifact(config, quantize(config, random_weights(config)), {"looping": True, "note": "x"})
+    assert again == artifact
+    assert len(artifact) < sum(2 * math.prod(shape) for shape in param_shapes(config).values())
+
+
+def test_layout_is_as_documented(artifact):
+    """Magic, header length, zlib-compressed JSON header, streams, sha256."""
+    length = int.from_bytes(artifact[8:12], "little")
+    header = json.loads(zlib.decompress(artifact[12:12 + length]))
+    assert artifact[:8] == ARTIFACT_MAGIC
+    assert 12 + length + sum(header["streams"]) + 32 == len(artifact)
+    assert header["model"] == {name: getattr(small_config(), name) for name in MODEL_FIELDS}
+    assert header["note"] == "x" and [spec[0] for spec in header["tensors"]] == list(param_shapes(small_config()))
+
+
+def test_the_file_alone_says_which_model_it_is(artifact, tmp_path):
+    path = tmp_path / "a.artifact"
+    path.write_bytes(artifact)
+    header, weights = read_artifact(path)
+    config = artifact_config(header)
+    assert all(getattr(config, name) == getattr(small_config(), name) for name in MODEL_FIELDS)
+    assert {name: tuple(value.shape) for name, value in weights.items()} == param_shapes(config)
+    other = artifact_config(header, Config(seed=5, eval_stride=32))
+    assert (other.seed, other.eval_stride, other.model_dim) == (5, 32, SMALL["model_dim"])
+    unset = [f.name for f in fields(Config) if f.name not in MODEL_FIELDS]
+    assert all(getattr(config, name) == getattr(Config(), name) for name in unset)
+
+
+def test_every_setting_that_shapes_the_parameters_is_in_the_header():
+    """Changing a field changes the shapes or the plan only where the artifact keeps that field."""
+    config = small_config(num_layers=4, num_loops=1, loop_start=1, loop_end=1, parallel_start_layer=2)
+    for f in fields(Config):
+        value = getattr(config, f.name)
+        if f.name in MODEL_FIELDS or f.type is str:
+            continue
+        for other in (not value,) if f.type is bool else (value / 2, value * 2, value + 1):
+            try:
+                changed = Config(**{**config.__dict__, f.name: f.type(other)})
+            except UserError:
+                continue
+            assert param_shapes(changed) == param_shapes(config), f.name
+            for looping in (False, True):
+                assert train_gpt.visit_plan(changed, looping) == train_gpt.visit_plan(config, looping), f.name
+
+
+def refusal(data: bytes) -> str:
+    with pytest.raises(UserError) as caught:
+        unpack_artifact(data, "some.artifact")
+    assert str(caught.value).startswith("some.artifact: ")
+    return str(caught.value)
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_any_altered_byte_is_refused(artifact, data):
+    place = data.draw(st.integers(0, len(artifact) - 1))
+    change = data.draw(st.integers(1, 255))
+    refusal(artifact[:place] + bytes([artifact[place] ^ change]) + artifact[place + 1:])
+
+
+def test_every_header_byte_is_protected(artifact):
+    for place in [*range(60), *range(len(artifact) - 33, len(artifact))]:
+        refusal(artifact[:place] + bytes([artifact[place] ^ 1]) + artifact[place + 1:])
+
+
+def test_any_truncation_is_refused(artifact):
+    for length in [*range(80), *range(80, len(artifact), 97), *range(len(artifact) - 40, len(artifact))]:
+        refusal(artifact[:length])
+    refusal(artifact + b"\0")
+
+
+def test_refusals_name_their_reason(artifact, tmp_path):
+    assert "no artifact" in refusal(b"") and "no artifact" in refusal(b"PK\3\4 something else, a zip file")
+    assert "version 2" in refusal(artifact[:7] + b"\2" + artifact[8:])
+    assert "sha256" in refusal(artifact[:-1])
+    missing = tmp_path / "none.artifact"
+    for path in (missing, tmp_path):
+        with pytest.raises(UserError, match="ARTIFACT_PATH=.*" + path.name):
+            read_artifact(path)
+
+
+# --- packed source
+SAMPLE = '''"""Module docstring: goes."""
+# comment: goes
+import inspect
+import sys
+from dataclasses import dataclass
+
+
+@dataclass
+class Point:
+    """Class docstring: goes."""
+
+    x: int = 1  # comment
+    name: str = "a # no comment"
+
+
+class Empty:
+    """Only a docstring."""
+
+
+def silent():
+    """Only a docstring."""
+
+
+def add(a, b=2, *rest, **named):
+    """Docstring.
+
+    Two paragraphs.
+    """
+    assert a != 13, "unlucky"
+    return a + b  # sum
+
+
+async def later():
+    """Docstring."""
+    return 5
+
+
+TEXT = "\\0 \\r \\n \\07 \\0008 \\\\0 \\\\07 ' \\" \\x1a \\u20ac \\U0001f600 \\\\"
+RAW = r"\\07\\n'"
+BYTES = b"\\x00\\xff\\r\\n0123456789'\\""
+"""A string that is no docstring."""
+print(repr(TEXT), repr(RAW), BYTES, Point(), Empty.__name__, silent(), add(1), f"{add(2, b=3)!r:>4}{'q'}")
+print(len(sys.argv), __name__)
+print(inspect.getsource(add))
+try:
+    add(13)
+except AssertionError as error:
+    print("asserted", error)
+if __name__ == "__main__":
+    print("main")
+'''
+
+
+def run_file(path: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, path, *arguments], check=False, capture_output=True, text=True, timeout=60)
+
+
+def unpacked(packed: bytes) -> str:
+    """Packed file -> the source in it, by Python's own parser and without running it."""
+    literal = next(node for node in ast.walk(ast.parse(packed))
+                   if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) > 50)
+    return train_gpt.lzma.decompress(literal.value.encode("latin1")).decode()
+
+
+def test_packed_script_does_the_same(tmp_path):
+    plain, packed = tmp_path / "plain.py", tmp_path / "packed.py"
+    plain.write_text(SAMPLE)
+    packed.write_bytes(pack_source(SAMPLE.encode()))
+    expected, result = run_file(plain, "a"), run_file(packed, "a")
+    assert expected.returncode == result.returncode == 0, result.stderr
+    source = expected.stdout[expected.stdout.index("def add"):expected.stdout.index("\n\nasserted")]
+    assert "return a + b" in source and "main" in expected.stdout
+    start = result.stdout.index("def add")
+    inside = result.stdout[start:result.stdout.index("\n\nasserted")]
+    assert inside.startswith("def add(a, b=2, *rest, **named):\n") and "return a + b" in inside
+    assert result.stdout.replace(inside, source) == expected.stdout
+
+
+def test_packed_traceback_shows_the_source(tmp_path):
+    path = tmp_path / "fails.py"
+    path.write_bytes(pack_source(b"import traceback\ndef fail():\n    '''Docstring.'''\n    return 1 / 0\n"
+                                 b"try:\n    fail()\nexcept ZeroDivisionError:\n    print(traceback.format_exc())\n"
+                                 b"fail()\n"))
+    result = run_file(path)
+    assert result.returncode == 1 and "return 1 / 0" in result.stdout
+    assert 'fails.py[unpacked]", line 4, in fail' in result.stderr and "ZeroDivisionError" in result.stderr
+
+
+def test_packing_twice_is_packing_once():
+    packed = pack_source(SAMPLE.encode())
+    assert packed.startswith(PACKED_START) and pack_source(packed) == packed == pack_source(SAMPLE.encode())
+
+
+def test_comments_and_docstrings_go_and_nothing_else():
+    source = unpacked(pack_source(SAMPLE.encode()))
+    assert "goes" not in source and "Two paragraphs" not in source and "Only a docstring" not in source
+    tree = ast.parse(SAMPLE)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            node.body = body[1:] or [ast.Pass()]
+    assert ast.dump(ast.parse(source)) == ast.dump(ast.parse(ast.unparse(tree)))
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.sampled_from(b"\\0789\0\r\n'\"\xff\x85\x1ax"), max_size=12).map(bytes))
+def test_any_compressed_bytes_survive_the_literal(payload):
+    """Whatever bytes the compressor gives, Python reads them back from the string literal."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt.lzma, "compress", lambda *_, **__: payload)
+        packed = pack_source(b"x = 1\n")
+    call = next(node for node in ast.walk(ast.parse(packed)) if isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute) and node.func.attr == "encode"
+                and isinstance(node.func.value, ast.Constant))
+    assert call.func.value.value.encode("latin1") == payload
+
+
+@pytest.fixture(scope="module")
+def packed_program(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("packed") / "train_gpt.py"
+    path.write_bytes(pack_source(SCRIPT.read_bytes()))
+    return path
+
+
+def test_packed_program_is_small(packed_program):
+    size = packed_program.stat().st_size
+    source = unpacked(packed_program.read_bytes()).encode()
+    assert size < 40_000
+    assert size < len(b85encode(train_gpt.lzma.compress(source, preset=9)))
+    assert size < len(b85encode(train_gpt.lzma.compress(SCRIPT.read_bytes(), preset=9)))
+
+
+def test_packed_program_helps(packed_program):
+    result = run_file(packed_program, "--help")
+    assert result.returncode == 0, result.stderr
+    lines = [line.split("=")[0].strip() for line in result.stdout.splitlines()]
+    assert set(lines) >= {f.name.upper() for f in fields(Config)}
+    assert list(packed_program.parent.iterdir()) == [packed_program]
+
+
+def test_packed_program_refuses_like_the_plain_one(packed_program):
+    result = subprocess.run([sys.executable, packed_program], check=False, capture_output=True, text=True, timeout=60,
+                            env={"NUM_LAYERS": "x", "PATH": ""})
+    assert result.returncode == 2 and result.stderr.strip() == "error: NUM_LAYERS=x: must be a whole number"
+
+
+def test_importing_the_packed_program_has_no_side_effects(packed_program, monkeypatch, capfd):
+    """It brings the same names, prints nothing, makes no file, and leaves the environment and signals alone."""
+    before = dict(os.environ), signal.getsignal(signal.SIGINT), torch.initial_seed()
+    spec = importlib.util.spec_from_file_location("packed_train_gpt", packed_program)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "packed_train_gpt", module)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    spec.loader.exec_module(module)
+    assert before == (dict(os.environ), signal.getsignal(signal.SIGINT), torch.initial_seed())
+    assert capfd.readouterr() == ("", "")
+    assert [p for p in packed_program.parent.iterdir() if p.name != "__pycache__"] == [packed_program]
+    public = {name for name in vars(train_gpt) if not name.startswith("__")}
+    assert public <= set(vars(module)) and module.Config().__dict__ == Config().__dict__
+    assert "stride" in inspect.getsource(module.windows) and '"""' not in inspect.getsource(module.windows)
+    config = small_config()
+    weights = random_weights(config)
+    theirs = module.Config(**config.__dict__)
+    packed = module.pack_artifact(theirs, module.quantize(theirs, weights), {})
+    assert packed == pack_artifact(config, quantize(config, weights), {})
