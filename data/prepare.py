@@ -340,7 +340,8 @@ def train_tokenizer(texts: list[str], vocab_size: int, coverage: float) -> bytes
 def load_tokenizer(model: bytes, where: str) -> spm.SentencePieceProcessor:
     """InputError for a file that is no model or does not suit the shard format."""
     try:
-        tokenizer = spm.SentencePieceProcessor(model_proto=model)  # pyright: ignore[reportCallIssue]
+        tokenizer = spm.SentencePieceProcessor()
+        tokenizer.LoadFromSerializedProto(model)  # unlike the constructor, it complains about an empty file
     except RuntimeError:
         raise InputError(f"--tokenizer {where}: not a SentencePiece model; give a .model file") from None
     if tokenizer.vocab_size() > MAX_VOCAB_SIZE or tokenizer.bos_id() != BOS_ID:
@@ -396,6 +397,10 @@ def map_ordered(function: Callable[[Any], Any], items: Iterable[Any], workers: i
                 yield item, future.result()
         for item, future in pending:
             yield item, future.result()
+    except BrokenProcessPool:
+        for process in multiprocessing.active_children():  # the pool forgets, and then waits for, one that just started
+            process.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -481,7 +486,7 @@ class Job:
         manifest, state = self.read(self.manifest_path), self.read(self.state_path)
         found = manifest or state or {}
         ours = found.get("request") == self.state["request"]
-        taken = [path for path in [self.model_path, *self.folder.glob("*")] if path.exists()]
+        taken = [path for path in [self.model_path, *self.folder.glob("[!.]*")] if path.exists()]
         if taken and not ours and not force:
             raise InputError(f"{taken[0]}: exists and belongs to another request; take another --name, or --force")
         if ours and manifest and self.is_intact(manifest["tokenizer"]["sha256"], manifest):
@@ -492,10 +497,11 @@ class Job:
             return False
         if ours:
             print("some finished files are damaged or missing: starting over", flush=True)
-        for path in [*self.folder.glob("*fineweb_*"), self.manifest_path]:
-            path.unlink(missing_ok=True)
-        if taken:  # says from now on to which request the files belong
+        for path in self.folder.glob("*fineweb_*"):
+            path.unlink()
+        if taken:  # in this order a kill leaves nothing that belongs to no request
             self.save()
+        self.manifest_path.unlink(missing_ok=True)
         return False
 
     @staticmethod
@@ -538,9 +544,10 @@ def make_tokenizer(config: argparse.Namespace, job: Job,
             print(f"tokenizer: {config.vocab_size} pieces from {len(texts):,} documents, "
                   f"{time.perf_counter() - start:.0f} seconds", flush=True)
         tokenizer = load_tokenizer(model, str(config.tokenizer or job.model_path))
-        job.state["tokenizer"] = hashlib.sha256(model).hexdigest()
         job.save()
         write_atomic(job.model_path, model)
+        job.state["tokenizer"] = hashlib.sha256(model).hexdigest()
+        job.save()
         return tokenizer
     return load_tokenizer(job.model_path.read_bytes(), str(job.model_path))
 

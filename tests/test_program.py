@@ -29,9 +29,9 @@ from program import (
 import train_gpt
 
 STEPS = 24
-RESULT_FIELDS = """version run_id seed world_size device torch source_sha256 data_fingerprint overrides steps train_tokens
-    train_seconds calibration_seconds compile_seconds eval_seconds peak_memory_bytes num_params stages official_stage
-    val_loss val_bpb artifact_bytes code_bytes submission_bytes headroom_bytes fits legal audit"""
+RESULT_FIELDS = """version run_id seed world_size device torch source_sha256 data_fingerprint overrides steps
+    train_tokens train_seconds calibration_seconds compile_seconds eval_seconds peak_memory_bytes num_params stages
+    official_stage val_loss val_bpb artifact_bytes code_bytes submission_bytes headroom_bytes fits legal audit"""
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +244,7 @@ def test_a_signal_before_training_ends_without_a_traceback(data, tmp_path):
 KILLS = '''
 import json, os, signal, sys
 import torch
+import torch._dynamo  # as every optimizer does; here once for all
 import train_gpt
 points, variables = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 for point in points:

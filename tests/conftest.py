@@ -1,0 +1,28 @@
+"""Paths, one thread, and the marks of all tests."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in (ROOT, ROOT / "tools", ROOT / "data"):
+    sys.path.insert(0, str(folder))
+torch.set_num_threads(1)  # the tests themselves run side by side
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` need one."""
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def corpus_dir() -> Path:
+    """The proxy corpus."""
+    path = Path(os.environ.get("TEST_CORPUS_DIR") or "/nonexistent")
+    if not path.is_dir():
+        pytest.skip("set TEST_CORPUS_DIR to the proxy corpus")
+    return path
