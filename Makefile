@@ -22,7 +22,7 @@ $(BIN)/.installed: requirements.txt requirements-dev.txt
 venv: $(BIN)/.installed
 
 data: venv
-	$(BIN)/python data/prepare.py stdlib --name stdlib --vocab-size 1024 --val-docs 60
+	$(BIN)/python data/prepare.py stdlib --name stdlib --vocab-size 2048 --val-docs 60
 
 demo: data
 	set -a && . presets/laptop.env && set +a && RUN_ID=$(RUN_ID) $(BIN)/python train_gpt.py

@@ -188,15 +188,19 @@ class Config:
         for f in fields(self):
             value, name = getattr(self, f.name), f.name.upper()
             if f.type in (int, float):
-                yield math.isfinite(value) and value >= 0, f"{name}={value}: must be a finite number, at least 0"
+                yield 0 <= value < (2 ** 63 if f.type is int else math.inf), \
+                    f"{name}={value}: must be a finite number, at least 0"
             if f.name in POSITIVE:
                 yield value > 0, f"{name}={value}: must be above 0"
             if f.name in FRACTIONS:
                 yield value <= 1, f"{name}={value}: is a fraction, at most 1"
+            if f.name in DECAYS:
+                yield value < 1, f"{name}={value}: must be below 1"
             if f.name in CHOICES:
                 yield value in CHOICES[f.name], f"{name}={value}: must be one of {', '.join(CHOICES[f.name])}"
         yield self.model_dim % self.num_heads == 0, \
             f"MODEL_DIM={self.model_dim} is not divisible by NUM_HEADS={self.num_heads}: change one of them"
+        yield self.model_dim > 1, f"MODEL_DIM={self.model_dim}: must be at least 2"
         yield self.num_heads % self.num_kv_heads == 0, \
             f"NUM_HEADS={self.num_heads} is not divisible by NUM_KV_HEADS={self.num_kv_heads}: change one of them"
         yield float(self.mlp_mult * self.model_dim).is_integer(), \
@@ -278,8 +282,9 @@ POSITIVE = {"train_seq_len", "iterations", "train_batch_tokens", "micro_batch_to
             "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "logit_softcap", "rope_base", "gate_window",
             "vocab_size", "muon_backend_steps", "adam_eps", "attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas",
             "eval_seq_len", "eval_stride"}
-FRACTIONS = {"enable_looping_at", "warmdown_frac", "min_lr", "ema_decay", "muon_momentum", "leaky_relu_slope",
-             "muon_momentum_warmup_start", "beta1", "beta2"}
+FRACTIONS = {"enable_looping_at", "warmdown_frac", "min_lr", "leaky_relu_slope", "muon_momentum",
+             "muon_momentum_warmup_start", "ema_decay", "beta1", "beta2"}
+DECAYS = {"ema_decay", "beta1", "beta2"}
 FAMILY_WORDS = {"TTT", "EMA", "SWA", "GPTQ", "LQER", "MUON", "LOOP", "LOOPS", "LOOPING", "ROPE", "XSA", "QAT", "SMEAR",
                 "SMEARGATE", "LORA", "WARMDOWN", "BIGRAM", "SOFTCAP"}
 NOT_OURS = {"COMPILER"}  # close to a field, but everybody's
@@ -372,8 +377,10 @@ class World:
     @classmethod
     def start(cls, config: Config, environ: Mapping[str, str]) -> "World":
         """Joins torchrun's process group, if any. UserError for a device that is missing or cannot do it."""
-        rank, size, local = (int(environ.get(name, default)) for name, default in
-                             (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        rank, size, local = (parse_value(name, environ.get(name, default), int) for name, default in
+                             (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+        if size > 1 and "RANK" not in environ:
+            raise UserError(f"WORLD_SIZE={size} without RANK: start several processes with torchrun, or unset it")
         device = choose_device(config, local, size)
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -487,6 +494,11 @@ class Log:
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 @contextlib.contextmanager
 def naming_path(path: Path, variable: str):
     """Turns OSError into a UserError that names the file and the variable that moves it elsewhere."""
@@ -510,9 +522,10 @@ def write_atomic(path: Path, write: Callable[[Any], Any], variable: str) -> None
             os.replace(temporary, path)
         except RuntimeError as error:  # torch.save's writer turns a full disk into this
             temporary.unlink(missing_ok=True)
-            raise OSError(str(error).splitlines()[0]) from None
-        except OSError:
-            temporary.unlink(missing_ok=True)
+            raise OSError(first_line(error)) from None
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise
 
 
@@ -564,7 +577,6 @@ def read_shard(path: Path) -> np.ndarray:
     try:
         size = path.stat().st_size
         header = np.fromfile(path, "<i4", SHARD_HEADER_INTS)
-        data = np.memmap(path, "<u2", "r") if size else np.empty(0, np.uint16)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; make it readable") from None
     if len(header) < SHARD_HEADER_INTS or header[0] != SHARD_MAGIC or header[1] != 1:
@@ -574,7 +586,7 @@ def read_shard(path: Path) -> np.ndarray:
         raise UserError(f"{path}: {size} bytes, its header promises {expected}: truncated or altered; make it again")
     if not header[2]:
         raise UserError(f"{path}: holds no tokens; remove it or make it again")
-    return data[2 * SHARD_HEADER_INTS:]
+    return np.memmap(path, "<u2", "r", offset=4 * SHARD_HEADER_INTS)
 
 
 class TokenStream:
@@ -777,8 +789,7 @@ def scan_shard(stream: TokenStream, shard: int, val_keys: np.ndarray, val_digest
         bounds = bounds[1:]  # the head belongs to the previous shard
     candidates = np.flatnonzero(np.isin(document_keys(whole, bounds), val_keys))
     digests = {digest(whole[bounds[i]:bounds[i + 1]]) for i in candidates}
-    reach = min(window_tokens, len(stream))
-    places = np.flatnonzero(np.concatenate((ids, stream.slice(end, reach))) == BOS)
+    places = np.flatnonzero(np.concatenate((ids, stream.slice(end, window_tokens))) == BOS)
     counts = np.searchsorted(places, places + window_tokens) - np.arange(len(places))
     return ShardScan(sha256, int(ids.max()), int(counts.max(initial=0)), digests & val_digests)
 
@@ -885,7 +896,7 @@ def table_bytes(tokens: np.ndarray, tokenizer: Any) -> np.ndarray:
     """Validation tokens (n,) -> bytes of each target (n - 1,) int64, checked against decoded documents.
 
     A tokenizer that puts a space before every text drops it again when it decodes: then a leading space after BOS is
-    no byte of the text. UserError where the table and the decoder disagree.
+    no byte of the text. UserError where table and decoder disagree, or many documents encode to other tokens.
     """
     count, space, silent = byte_table(tokenizer)
     spaced = next((i for i in np.flatnonzero(space) if count[i]), None)
@@ -894,12 +905,18 @@ def table_bytes(tokens: np.ndarray, tokenizer: Any) -> np.ndarray:
     val_bytes = count[target] + (space[target] & ~(silent[previous] & drops_space))
     bounds = document_bounds(tokens)
     documents = len(bounds) - 1
-    for i in sorted({*range(min(8, documents)), *range(0, documents, max(documents // 24, 1))}):
+    sample = sorted({*range(min(8, documents)), *range(0, documents, max(documents // 24, 1))})
+    strange = 0  # documents that this tokenizer would have cut differently
+    for i in sample:
         start, end = bounds[i], bounds[i + 1]
         text = tokenizer.decode(tokens[start + 1:end].tolist())
+        strange += tokenizer.encode(text) != tokens[start + 1:end].tolist()
         if int(val_bytes[start:end - 1].sum()) != len(text.encode()):
             raise UserError(f"validation document {i}: {int(val_bytes[start:end - 1].sum())} bytes by the piece table, "
                             f"{len(text.encode())} decoded: TOKENIZER_PATH does not fit these shards")
+    if 10 * strange > len(sample):
+        raise UserError(f"TOKENIZER_PATH: encodes {strange} of {len(sample)} decoded validation documents to other "
+                        "tokens than the shards hold: set the tokenizer that made them")
     return val_bytes
 
 
@@ -1557,6 +1574,7 @@ class Trainer:
         self.averages = {name: p.detach().clone() for name, p in self.params.items()} if config.ema_decay else {}
         self.step, self.elapsed_seconds, self.saved_seconds, self.finished = 0, 0.0, 0.0, False
         self.last_loss, self.settled_step, self.logged_twentieths = math.nan, 0, 0
+        self.step_seconds = 0.0  # of the latest step, by the agreed clock
         self.num_params = sum(p.numel() for p in self.params.values())
         self.checkpoint_path = Path(config.log_dir) / f"{config.run_id}.checkpoint"
         self.last_checkpoint = config.resume
@@ -1608,17 +1626,17 @@ class Trainer:
         config, stop.deferred = self.config, True
         budget, last_step = training_budget_seconds(config), config.force_stop_step or config.iterations
         in_flight = 1 if self.world.device.type == "cuda" else 0
-        self.start, step_seconds, pending = time.perf_counter() - self.elapsed_seconds, 0.0, None
-        interrupted = False
+        self.start, pending, interrupted, plain = time.perf_counter() - self.elapsed_seconds, None, False, False
         while self.step < last_step:
-            clock, stops = self.world.sum([self.seconds() * (self.world.rank == 0), float(stop.received)])
-            step_seconds = clock - self.elapsed_seconds if pending else step_seconds
-            self.elapsed_seconds, interrupted = clock, stops > 0
-            if interrupted or clock + (1 + in_flight) * step_seconds > budget:
+            clock, stops = self.world.sum([self.seconds() * (self.world.rank == 0), stop.received])
+            if plain:  # nothing but a step since the last look at the clock
+                self.step_seconds = clock - self.elapsed_seconds
+            self.elapsed_seconds, interrupted, plain = clock, stops > 0, True
+            if interrupted or clock + (1 + in_flight) * self.step_seconds > budget:
                 break
             if config.checkpoint_every_seconds and clock - self.saved_seconds >= config.checkpoint_every_seconds:
                 self.settle(pending)
-                self.saved_seconds, pending = clock, None
+                self.saved_seconds, pending, plain = clock, None, False
                 self.save()
             progress = training_progress(config, self.step, clock)
             self.model.looping = is_looping(config, progress)
@@ -1630,18 +1648,18 @@ class Trainer:
             self.settle(before if in_flight else pending)
             if config.val_loss_every and self.step % config.val_loss_every == 0:
                 self.settle(pending)
-                pending = None  # the next step's time is not that of a step alone
                 self.validate(validate)
         self.settle(pending)
         self.elapsed_seconds = self.world.share(self.seconds())
         self.log.progress("")
-        if interrupted:
+        stop.deferred = False
+        if interrupted or self.world.max([stop.received])[0]:
             self.save()
             raise Interrupted(self.checkpoint_path)
         if self.step < last_step:
             self.log(f"stopping_early: wallclock_cap train_time:{self.elapsed_seconds * 1000:.0f}ms "
                      f"step:{self.step}/{config.iterations}")
-        stop.deferred, self.finished = False, True
+        self.finished = True
         self.save()
 
     def seconds(self) -> float:
@@ -1664,9 +1682,7 @@ class Trainer:
             pending.done.synchronize()
         self.settled_step, self.last_loss = pending.step, pending.loss.item()
         if not math.isfinite(self.last_loss):
-            kept = self.last_checkpoint or "none; CHECKPOINT_EVERY_SECONDS writes some"
-            raise UserError(f"train_loss:{self.last_loss} at step {pending.step}: training diverged; lower MATRIX_LR, "
-                            f"TIED_EMBED_LR or SCALAR_LR. Last checkpoint: {kept}")
+            self.diverged(f"train_loss:{self.last_loss}", pending.step)
         config, every, seconds = self.config, self.config.train_log_every, self.seconds()
         text = (f"step:{pending.step}/{config.iterations} train_loss:{self.last_loss:.4f} "
                 f"train_time:{seconds * 1000:.0f}ms step_avg:{seconds * 1000 / pending.step:.2f}ms")
@@ -1677,15 +1693,20 @@ class Trainer:
             self.log(f"{text} lr_multiplier:{scale:.3f} looping:{int(pending.looping)}")
         self.log.progress(text)
 
+    def diverged(self, what: str, step: int) -> None:
+        """Raises UserError."""
+        kept = self.last_checkpoint or "none; CHECKPOINT_EVERY_SECONDS writes some"
+        raise UserError(f"{what} at step {step}: training diverged; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR. "
+                        f"Last checkpoint: {kept}")
+
     def validate(self, validate: Callable[[], Any]) -> None:
         """Scores the present weights; the clock stands still."""
-        self.elapsed_seconds = self.seconds()
-        before = time.perf_counter()
+        seconds, before = self.seconds(), time.perf_counter()
         score = validate()
         paused = time.perf_counter() - before
         self.start += paused
         self.log(f"step:{self.step}/{self.config.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
-                 f"train_time:{self.elapsed_seconds * 1000:.0f}ms paused_seconds:{paused:.1f}")
+                 f"train_time:{seconds * 1000:.0f}ms paused_seconds:{paused:.1f}")
 
     @torch.no_grad()
     def use_averages(self) -> None:
@@ -1696,12 +1717,15 @@ class Trainer:
     # --- checkpoints
     def save(self) -> None:
         """Writes the checkpoint over the older one, whole or not at all; all ranks take part."""
+        if not all(bool(p.isfinite().all()) for p in self.params.values()):  # the loss shows it one step later
+            self.diverged("weights that are not finite", self.step)
         optimizer = {} if self.finished else self.optimizer.state_dict()
         if self.world.rank == 0:
             state = {
                 "model": model_fields(self.config), "fingerprint": self.fingerprint, "step": self.step,
-                "elapsed_seconds": self.elapsed_seconds, "finished": self.finished, "looping": self.model.looping,
-                "loss": self.last_loss, "optimizer": optimizer, "averages": self.averages,
+                "elapsed_seconds": self.elapsed_seconds, "step_seconds": self.step_seconds, "finished": self.finished,
+                "looping": self.model.looping, "loss": self.last_loss, "optimizer": optimizer,
+                "averages": self.averages,
                 "params": {name: p.detach() for name, p in self.params.items()}}
             write_atomic(self.checkpoint_path, lambda file: torch.save(state, file), "LOG_DIR")
         self.last_checkpoint = str(self.checkpoint_path)
@@ -1714,7 +1738,7 @@ class Trainer:
             state = torch.load(path, map_location="cpu", weights_only=True)
             saved_model, saved_data = state["model"], state["fingerprint"]
         except Exception as error:  # whatever an unpickler can make of a broken file
-            raise UserError(f"RESUME={path}: no readable checkpoint ({str(error).splitlines()[0]:.120})") from None
+            raise UserError(f"RESUME={path}: no readable checkpoint ({first_line(error):.120})") from None
         for name, value in model_fields(self.config).items():
             if saved_model.get(name) != value:
                 raise UserError(f"RESUME={path}: was trained with {name.upper()}={saved_model.get(name)}, now {value}: "
@@ -1730,7 +1754,7 @@ class Trainer:
                 self.averages[name].copy_(state["averages"][name])
         self.step, self.elapsed_seconds, self.finished = state["step"], state["elapsed_seconds"], state["finished"]
         self.model.looping, self.last_loss, self.saved_seconds = state["looping"], state["loss"], self.elapsed_seconds
-        self.settled_step = self.step
+        self.settled_step, self.step_seconds = self.step, state["step_seconds"]
         if not self.finished:
             self.optimizer.load_state_dict(state["optimizer"])
         self.log(f"resumed step:{self.step} train_time:{self.elapsed_seconds * 1000:.0f}ms path:{path}")
@@ -1878,7 +1902,7 @@ def pack_artifact(config: Config, quantized: Mapping[str, tuple[str, Arrays]], i
 def unpack_artifact(data: bytes, where: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The artifact's bytes -> (header, {name: float32 weights}). UserError for what pack_artifact did not write."""
     prefix = len(ARTIFACT_MAGIC)
-    if data[:prefix - 1] != ARTIFACT_MAGIC[:-1]:
+    if len(data) < prefix or data[:prefix - 1] != ARTIFACT_MAGIC[:-1]:
         raise UserError(f"{where}: no artifact of this program")
     if data[prefix - 1] != ARTIFACT_MAGIC[-1]:
         raise UserError(f"{where}: artifact version {data[prefix - 1]}, this program reads {ARTIFACT_MAGIC[-1]}")
@@ -1939,8 +1963,9 @@ def pack_source(source: bytes) -> bytes:
     filters = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": 3, "lp": 0, "pb": 0}]
     data = lzma.compress(ast.unparse(tree).encode(), lzma.FORMAT_ALONE, filters=filters)
     escapes = {0: b"\\0", 10: b"\\n", 13: b"\\r", 39: b"\\'", 92: b"\\\\"}
-    literal = b"".join(escapes.get(byte, bytes([byte])) for byte in data)
-    literal = re.sub(rb"\\0(?=[0-7])", rb"\\x00", literal)  # \0 and a digit would be another octal escape
+    literal = b"".join(  # \0 before a digit would be another octal escape
+        b"\\x00" if byte == 0 and data[i + 1:i + 2].isdigit() else escapes.get(byte, data[i:i + 1])
+        for i, byte in enumerate(data))
     return (PACKED_START + b"s=lzma.decompress('" + literal + b"'.encode('latin1')).decode()\n"
             b"f=__file__+'[unpacked]'\nlinecache.cache[f]=len(s),None,s.splitlines(True),f\n"
             b"exec(compile(s,f,'exec'))\n")
@@ -2051,6 +2076,9 @@ class Evaluator:
     def score_stage(self, stage: str, forward: Forward, stride: int) -> None:
         """Scores and keeps one stage of the pipeline."""
         self.stages[stage] = score = self.score(forward, stride)
+        if not math.isfinite(score.nats):
+            raise UserError(f"final_{stage}: {score.nats} nats: training diverged; lower MATRIX_LR, TIED_EMBED_LR or "
+                            "SCALAR_LR")
         self.log(f"final_{stage}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f} "
                  f"eval_time:{score.seconds * 1000:.0f}ms")
 
@@ -2287,16 +2315,19 @@ def main(environ: Mapping[str, str], arguments: Sequence[str] = ()) -> int:
     except UserError as error:
         message, code = f"error: {error}", 2
     except torch.OutOfMemoryError as error:
-        message, code = f"error: out of memory ({str(error).splitlines()[0]}); lower MICRO_BATCH_TOKENS", 2
+        message, code = f"error: out of memory ({first_line(error)}); lower MICRO_BATCH_TOKENS", 2
     except Interrupted as interruption:
         message, code = f"interrupted; RESUME={interruption} continues", 130
     except KeyboardInterrupt:
         message, code = "interrupted; nothing was left half-written", 130
-    except dist.DistBackendError as error:
-        message, code = f"error: another process is gone ({str(error).splitlines()[0]:.200})", 2
+    except RuntimeError as error:  # what NCCL and gloo raise when a peer is gone; anything else is our own mistake
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+            raise
+        message, code = f"error: another process is gone ({first_line(error):.200})", 2
     if log and log.file and rank == "0":
         log(message, to_terminal=False)
-    print(f"rank {rank}: {message}" if rank != "0" else message, file=sys.stderr, flush=True)
+    prefix = f"rank {rank}: " if rank.isdigit() and rank != "0" else ""
+    print(prefix + message, file=sys.stderr, flush=True)
     return code
 
 

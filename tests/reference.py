@@ -36,7 +36,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, starts: list[int]) -> Tensor:
     return out
 
 
-def attention_gradients(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, starts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def attention_gradients(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, starts: list[int]) -> tuple[Tensor, ...]:
     """Gradients of sum(attention x dy), by the formulas of softmax attention."""
     tokens, heads, width = q.shape
     group = heads // k.shape[1]

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import train_gpt
@@ -60,6 +60,7 @@ def decoded(config: Config, weights: dict[str, torch.Tensor]) -> dict[str, torch
 
 
 # --- bytes
+@settings(deadline=None)
 @given(st.integers(1, 5), st.integers(0, 50), st.integers(0, 1000))
 def test_shuffle_is_inverted_and_groups_the_bytes(stride, count, seed):
     data = np.random.default_rng(seed).bytes(stride * count)
@@ -288,6 +289,7 @@ def test_comments_and_docstrings_go_and_nothing_else():
 
 @settings(deadline=None, max_examples=300)
 @given(st.lists(st.sampled_from(b"\\0789\0\r\n'\"\xff\x85\x1ax"), max_size=12).map(bytes))
+@example(b"\\07\0007\08")
 def test_any_compressed_bytes_survive_the_literal(payload):
     """Whatever bytes the compressor gives, Python reads them back from the string literal."""
     with pytest.MonkeyPatch.context() as patch:

@@ -3,7 +3,6 @@ import hashlib
 import io
 import json
 import lzma
-import os
 import shutil
 from pathlib import Path
 
@@ -342,6 +341,11 @@ def test_documents_that_differ_in_one_token_are_no_leak(tmp_path):
     assert dataset.leaked_documents == 0
 
 
+def test_empty_documents_are_no_leak(tmp_path):
+    config = fill(tmp_path, [np.concatenate(([BOS], *TRAINING, [BOS]))], np.concatenate(([BOS], *VALIDATION, [BOS])))
+    assert open_dataset(config, one_world()).leaked_documents == 0
+
+
 # --- the folder
 def test_the_dataset_tells_what_it_read(tmp_path):
     val = np.concatenate(VALIDATION)
@@ -543,13 +547,16 @@ def test_wrong_tokenizers_are_refused(tmp_path, models):
     assert "TOKENIZER_PATH does not fit these shards" in refused(letters)
 
 
-def test_a_tokenizer_of_the_same_size_that_did_not_make_the_shards_is_refused(tmp_path, models):
-    """Its table agrees with its decoder, and is wrong all the same; without a manifest only re-encoding tells."""
+def test_a_tokenizer_that_would_cut_the_text_differently_is_refused(tmp_path, models):
+    """Table and decoder agree for any model; that its own encoding is another one tells that it did not make the shards.
+
+    Not certain: a model whose merges agree passes, and a missing manifest is why the log warns.
+    """
     config = write_text_data(tmp_path, models["plain"])
-    other = train_tokenizer(["".join(reversed(text)) for text in TEXTS], config.vocab_size, hard_vocab_limit=True)
-    assert processor(other).vocab_size() == config.vocab_size
-    (tmp_path / "tokenizer.model").write_bytes(other)
-    assert "TOKENIZER_PATH" in refused(config)
+    tokenizer = processor(models["plain"])
+    letters = [[BOS, *(i for letter in text for i in tokenizer.encode(letter))] for text in TEXTS]
+    write(tmp_path / "fineweb_val_000000.bin", np.concatenate(letters))
+    assert "encodes" in (complaint := refused(config)) and "TOKENIZER_PATH" in complaint
 
 
 def test_an_unknown_tokenizer_file_is_only_needed_without_a_sidecar(tmp_path, models):
@@ -592,17 +599,13 @@ def test_the_manifest_guards_the_tokenizer(tmp_path, models):
 
 
 # --- the proxy corpus
-CORPUS = Path(os.environ.get("TEST_CORPUS_DIR", "nowhere"))
-
-
-@pytest.mark.skipif(not CORPUS.is_dir(), reason="set TEST_CORPUS_DIR to the proxy corpus")
-def test_the_proxy_corpus_is_read_as_published(tmp_path):
+def test_the_proxy_corpus_is_read_as_published(tmp_path, corpus_dir):
     for name in ("fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin"):
-        with lzma.open(CORPUS / f"{name}.xz") as source, open(tmp_path / name, "wb") as target:
+        with lzma.open(corpus_dir / f"{name}.xz") as source, open(tmp_path / name, "wb") as target:
             shutil.copyfileobj(source, target)
-    with lzma.open(CORPUS / "fineweb_train_000000.bin.xz") as source:
+    with lzma.open(corpus_dir / "fineweb_train_000000.bin.xz") as source:
         write(tmp_path / "fineweb_train_000000.bin", np.frombuffer(source.read(1024 + 2 * 200_000)[1024:], "<u2"))
-    tokenizer = CORPUS.parent / "tokenizers" / "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
+    tokenizer = corpus_dir.parent / "tokenizers" / "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
     dataset = open_dataset(Config(data_path=str(tmp_path), tokenizer_path=str(tokenizer)), one_world())
     assert len(dataset.val_tokens) == 986_379 and dataset.val_bytes.sum() == 3_081_622
     assert len(document_bounds(dataset.val_tokens)) - 1 == 1_140 and dataset.leaked_documents == 0

@@ -37,6 +37,13 @@ PRESETS = {
     "proxy": {
         "seed": 42, "iterations": 100000, "max_wallclock_seconds": 240.0, "gptq_reserve_seconds": 0.5,
         "train_batch_tokens": 196608, "muon_momentum_warmup_steps": 300, "train_log_every": 25},
+    "laptop": {
+        "data_path": "data/datasets/stdlib", "tokenizer_path": "data/tokenizers/stdlib.model", "vocab_size": 2048,
+        "train_seq_len": 256, "train_order": "strided", "max_wallclock_seconds": 175.0, "gptq_reserve_seconds": 0.0,
+        "train_batch_tokens": 2048, "micro_batch_tokens": 1024, "num_layers": 3, "model_dim": 128, "num_heads": 4,
+        "num_kv_heads": 2, "mlp_mult": 3.0, "qk_gain_init": 2.0, "xsa_last_n": 0, "num_loops": 0,
+        "parallel_start_layer": 2, "muon_momentum": 0.95, "muon_momentum_warmup_steps": 100, "ema_decay": 0.98,
+        "warmdown_frac": 0.7, "matrix_bits": 8, "embed_bits": 8, "eval_seq_len": 256},
 }
 PRESET_FILES = sorted((ROOT / "presets").glob("*.env"))
 DATA_FROM_OUTSIDE = {"naive_baseline", "proxy"}  # presets for the published data, wherever it lies
@@ -123,6 +130,15 @@ def test_preset_runs_as_it_is(path):
     if path.stem not in DATA_FROM_OUTSIDE:
         assert {"DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE"} <= set(names)
     assert path.read_text().startswith("# ")
+
+
+def test_the_laptop_preset_reads_what_make_data_writes():
+    command = re.search(r"prepare\.py (.*)", (ROOT / "Makefile").read_text())
+    variables = preset_variables(ROOT / "presets/laptop.env")
+    assert command
+    assert f"--vocab-size {variables['VOCAB_SIZE']}" in command[1]
+    assert f"--name {Path(variables['DATA_PATH']).name}" in command[1]
+    assert Path(variables["TOKENIZER_PATH"]).stem == Path(variables["DATA_PATH"]).name
 
 
 # --- commands in README.md and the other pages

@@ -133,15 +133,6 @@ def test_score_is_the_one_definition_of_bits_per_byte():
 
 
 # --- Evaluator
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small tensors are faster without others to wait for."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("data")

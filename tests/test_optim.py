@@ -44,15 +44,6 @@ def world_of(rank: int, size: int) -> World:
     return World(rank, size, torch.device("cpu"), torch.float32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small tensors are faster without others to wait for."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # --- Newton-Schulz
 @pytest.mark.parametrize("coefficients", [POLAR, POLAR[:3], QUINTIC], ids=["polar", "polar3", "quintic"])
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 4, 16), (1, 1, 5), (2, 12, 48)])
@@ -282,7 +273,7 @@ def test_an_unknown_parameter_is_an_error():
 
 # --- clipping
 @settings(deadline=None, max_examples=40)
-@given(st.floats(0.0, 5.0), st.floats(-4.0, 4.0), st.integers(0, 99))
+@given(st.one_of(st.just(0.0), st.floats(1e-3, 5.0)), st.floats(-4.0, 4.0), st.integers(0, 99))
 def test_clip_scales_the_global_norm(limit, exponent, seed):
     config = tiny_config(grad_clip_norm=limit)
     optimizer = Optimizer(config, single_world(), dict(make_model(config).named_parameters()))

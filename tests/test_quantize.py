@@ -42,7 +42,7 @@ def test_error_is_at_most_half_a_step_inside_the_clip(seed, bits, clip_sigmas, e
     exact, got = weight.reshape(rows, columns).double(), decoded.reshape(rows, columns).double()
     error, reach = (exact - got).abs(), levels * scale
     inside = exact.abs() <= reach
-    assert (error <= scale / 2 * (1 + 1e-5)).logical_or(~inside).all()
+    assert (error <= scale / 2 * (1 + 1e-4)).logical_or(~inside).all()
     assert torch.equal(got[~inside], (exact.sign() * reach)[~inside])  # clipped to the last level
     wanted = clip_sigmas * exact.std(dim=1, keepdim=True) / levels
     fits = (wanted > 2.0 ** -14) & (wanted < HALF_MAX)  # else float16 has fewer bits
@@ -100,6 +100,7 @@ def test_more_bits_lose_less():
 
 
 # --- float16
+@settings(deadline=None)
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=8))
 def test_fp16_is_the_nearest_half_within_its_range(values):
     arrays, decoded = round_trip(torch.tensor([values]), 16, 0.0, "fp16")

@@ -3,11 +3,12 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from train_gpt import (
     Config,
+    UserError,
     ema_share,
     is_looping,
     lr_multiplier,
@@ -21,6 +22,7 @@ share = st.floats(0.0, 1.0)
 
 
 # --- progress
+@settings(deadline=None)
 @given(st.integers(1, 100_000), st.integers(0, 200_000), st.floats(1.0, 10_000.0), st.floats(0.0, 0.99),
        st.floats(0.0, 20_000.0))
 def test_progress_is_the_further_of_steps_and_seconds(iterations, step, wallclock, reserved, elapsed):
@@ -34,6 +36,7 @@ def test_progress_is_the_further_of_steps_and_seconds(iterations, step, wallcloc
     assert training_progress(config, step, elapsed + 1.0) >= progress
 
 
+@settings(deadline=None)
 @given(st.integers(1, 1000), st.integers(0, 2000), st.floats(0.0, 1e9))
 def test_without_a_wallclock_only_steps_count(iterations, step, elapsed):
     config = Config(iterations=iterations, max_wallclock_seconds=0.0)
@@ -51,6 +54,7 @@ def test_published_budget():
 
 
 # --- learning rate
+@settings(deadline=None)
 @given(share, share, share, share)
 def test_lr_is_bounded_falls_and_keeps_its_floor(frac, floor, first, second):
     config = Config(warmdown_frac=frac, min_lr=floor)
@@ -61,6 +65,7 @@ def test_lr_is_bounded_falls_and_keeps_its_floor(frac, floor, first, second):
         assert a == 1.0
 
 
+@settings(deadline=None)
 @given(st.floats(0.05, 1.0), share, share)
 def test_lr_is_linear_above_the_floor(frac, floor, progress):
     config = Config(warmdown_frac=frac, min_lr=floor)
@@ -81,7 +86,8 @@ def test_lr_ends_of_the_range():
 
 
 # --- momentum
-@given(share, share, st.integers(0, 2000), st.integers(0, 4000))
+@settings(deadline=None)
+@given(st.floats(0.0, 0.9999), st.floats(0.0, 0.9999), st.integers(0, 2000), st.integers(0, 4000))
 def test_momentum_warms_up_linearly(start, end, steps, step):
     config = Config(muon_momentum=end, muon_momentum_warmup_start=start, muon_momentum_warmup_steps=steps)
     value, following = muon_momentum(config, step), muon_momentum(config, step + 1)
@@ -102,6 +108,7 @@ def test_momentum_of_the_published_settings():
 
 
 # --- looping
+@settings(deadline=None)
 @given(share, share, st.integers(0, 3))
 def test_looping_starts_once_and_stays(start, progress, loops):
     config = Config(enable_looping_at=start, num_loops=loops)
@@ -112,6 +119,7 @@ def test_looping_starts_once_and_stays(start, progress, loops):
 
 
 # --- the average of the weights
+@settings(deadline=None)
 @given(st.floats(0.0, 0.9999), st.integers(0, 2 ** 32 - 1), st.integers(1, 40))
 def test_running_average_is_the_bias_corrected_mean_of_the_history(decay, seed, steps):
     """lerp by ema_share after each step = sum of decay^age w / sum of decay^age; the initial weights have no part."""
@@ -125,15 +133,15 @@ def test_running_average_is_the_bias_corrected_mean_of_the_history(decay, seed, 
     assert average == pytest.approx(float(factors @ history / factors.sum()), abs=1e-6)
 
 
+@settings(deadline=None)
 @given(st.floats(0.0, 0.9999), st.integers(1, 10_000))
 def test_ema_share_falls_towards_one_minus_decay(decay, step):
     assert ema_share(decay, 1) == pytest.approx(1.0)
     assert 1 - decay <= ema_share(decay, step + 1) <= ema_share(decay, step) + TINY
 
 
-def test_a_decay_of_one_is_refused_or_averages_all_alike():
-    try:
-        config = Config(ema_decay=1.0)
-    except ValueError:
-        return
-    assert ema_share(config.ema_decay, 4) == pytest.approx(0.25)
+@pytest.mark.parametrize("name", ["ema_decay", "beta1", "beta2"])
+def test_a_decay_of_one_is_refused(name):
+    """It has no bias-corrected mean: ema_share would divide by zero, and torch refuses such an AdamW."""
+    with pytest.raises(UserError, match=name.upper()):
+        Config(**{name: 1.0})

@@ -488,6 +488,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(make):
 def test_write_atomic_makes_folders_and_names_the_variable_where_it_cannot(tmp_path):
     write_atomic(tmp_path / "a" / "b" / "file", lambda file: file.write(b"x"), "LOG_DIR")
     assert (tmp_path / "a" / "b" / "file").read_bytes() == b"x"
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["file"]
     with pytest.raises(UserError, match=r"Not a directory; .* set ARTIFACT_PATH|File exists; .* set ARTIFACT_PATH"):
         write_atomic(tmp_path / "a" / "b" / "file" / "below", lambda file: file.write(b"x"), "ARTIFACT_PATH")
 
