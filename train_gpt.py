@@ -536,7 +536,7 @@ class StopRequest:
     """
 
     def __init__(self):
-        self.deferred, self.received, self.received_at = False, False, 0.0
+        self.deferred, self.received, self.received_at, self.ending = False, False, 0.0, False
 
     def install(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -547,6 +547,7 @@ class StopRequest:
         if self.received and now - self.received_at < 2:
             return
         if self.received or not self.deferred:
+            self.ending = True
             raise KeyboardInterrupt
         self.received, self.received_at = True, now
 
@@ -2318,12 +2319,13 @@ def main(environ: Mapping[str, str], arguments: Sequence[str] = ()) -> int:
         message, code = f"error: out of memory ({first_line(error)}); lower MICRO_BATCH_TOKENS", 2
     except Interrupted as interruption:
         message, code = f"interrupted; RESUME={interruption} continues", 130
-    except KeyboardInterrupt:
-        message, code = "interrupted; nothing was left half-written", 130
-    except RuntimeError as error:  # what NCCL and gloo raise when a peer is gone; anything else is our own mistake
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+    except (Exception, KeyboardInterrupt) as error:
+        if stop.ending:  # a KeyboardInterrupt; libraries turn some into errors of their own
+            message, code = "interrupted; nothing was left half-written", 130
+        elif isinstance(error, dist.DistError) or "gloo" in str(error).lower():
+            message, code = f"error: another process is gone ({first_line(error):.200})", 2
+        else:
             raise
-        message, code = f"error: another process is gone ({first_line(error):.200})", 2
     if log and log.file and rank == "0":
         log(message, to_terminal=False)
     prefix = f"rank {rank}: " if rank.isdigit() and rank != "0" else ""

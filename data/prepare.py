@@ -12,6 +12,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import io
@@ -122,25 +123,39 @@ class Source:
 
 def walk(root: Path, suffixes: tuple[str, ...]) -> tuple[Path, ...]:
     """The files below `root` with one of the suffixes, sorted by relative POSIX path."""
+    def refuse(error: OSError) -> None:  # os.walk would skip the folder and say nothing
+        raise error
+
     found = []
-    for folder, names, files in os.walk(root):
+    for folder, names, files in os.walk(root, onerror=refuse):
         names[:] = [name for name in names if name not in SKIPPED_FOLDERS]
         found += [Path(folder, name) for name in files if name.endswith(suffixes)]
     return tuple(sorted(found, key=lambda path: path.relative_to(root).as_posix()))
 
 
 def find_source(argument: str) -> Source:
-    """`stdlib`, a folder or a file -> Source. InputError for a missing path or an unsupported extension."""
-    if argument == "stdlib":
-        return Source("stdlib", walk(Path(sysconfig.get_path("stdlib")), (".py",)))
+    """`stdlib`, a folder or a file -> Source. InputError for what is missing, unsupported or unreadable."""
     path = Path(argument)
-    if path.is_dir():
-        return Source(path.resolve().name, walk(path, SUFFIXES))
-    if not path.exists():
-        raise InputError(f"source {argument}: no such file or folder; give 'stdlib' or an existing path")
-    if not path.name.endswith(SUFFIXES):
-        raise InputError(f"source {argument}: unsupported extension; use one of {' '.join(SUFFIXES)} or a folder")
-    return Source(path.name, (path,))
+    try:
+        if argument == "stdlib":
+            source = Source("stdlib", walk(Path(sysconfig.get_path("stdlib")), (".py",)))
+        elif path.is_dir():
+            source = Source(path.resolve().name, walk(path, SUFFIXES))
+        elif not path.exists():
+            raise InputError(f"source {argument}: no such file or folder; give 'stdlib' or an existing path")
+        elif not path.name.endswith(SUFFIXES):
+            raise InputError(f"source {argument}: unsupported extension; use one of {' '.join(SUFFIXES)} or a folder")
+        else:
+            source = Source(path.name, (path,))
+        for file in source.files:  # now, not in the middle of an hour's work
+            if not file.is_file():
+                raise InputError(f"{file}: neither a file nor a link to one; remove it from the source")
+            if not os.access(file, os.R_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+    except OSError as error:
+        raise InputError(f"source {argument}: {error.filename}: {error.strerror}; make it readable or take it out of "
+                         "the source") from None
+    return source
 
 
 def parse_line(line: bytes, where: str, text_key: str) -> bytes | None:
@@ -261,6 +276,20 @@ def scan(sources: list[Source], config: argparse.Namespace) -> Scan:
              "sha256_keys": h.hexdigest()}
             for source, (count, size), h in zip(sources, counts, hashes, strict=True)]
     return Scan(np.frombuffer(keys, ">u8").reshape(-1, 4), np.array(sizes, np.int64), rows, dropped)
+
+
+def read_again(sources: list[Source], config: argparse.Namespace, stage: str, scanned: Scan) -> Iterator[Document]:
+    """The documents of the scan once more. InputError where they are others now: the split would not hold."""
+    remedy = "changed while it was read; start again when nothing writes to it"
+    number = -1
+    for document in read_documents(sources, config, stage):
+        number = document.number
+        key = document_key(document.text, config.seed)
+        if number >= len(scanned.sizes) or scanned.keys[number].tobytes() != key:
+            raise InputError(f"{document.path}: {remedy}")
+        yield document
+    if number + 1 != len(scanned.sizes):
+        raise InputError(f"{' '.join(config.sources)}: {remedy}")
 
 
 def split(keys: np.ndarray, config: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
@@ -476,7 +505,11 @@ class Job:
         self.folder = Path(config.out) / "datasets" / config.name
         self.model_path = Path(config.out) / "tokenizers" / f"{config.name}.model"
         self.manifest_path, self.state_path = self.folder / "manifest.json", self.folder / "prepare_state.json"
-        self.state: dict[str, Any] = {"request": request, "tokenizer": None, "train": [], "val": [], "failed": {}}
+        self.request = request
+        self.state = self.new_state()
+
+    def new_state(self) -> dict[str, Any]:
+        return {"request": self.request, "sources": None, "tokenizer": None, "train": [], "val": [], "failed": {}}
 
     def open(self, force: bool) -> bool:
         """True where the request is already complete and intact; else takes over what is finished.
@@ -485,7 +518,7 @@ class Job:
         """
         manifest, state = self.read(self.manifest_path), self.read(self.state_path)
         found = manifest or state or {}
-        ours = found.get("request") == self.state["request"]
+        ours = found.get("request") == self.request
         taken = [path for path in [self.model_path, *self.folder.glob("[!.]*")] if path.exists()]
         if taken and not ours and not force:
             raise InputError(f"{taken[0]}: exists and belongs to another request; take another --name, or --force")
@@ -493,23 +526,35 @@ class Job:
             self.state_path.unlink(missing_ok=True)  # it stays after a kill between manifest and end
             return True
         if ours and state and not manifest and self.is_intact(state["tokenizer"], state):
-            self.state = state
+            self.state = {**self.new_state(), **state}
             return False
         if ours:
             print("some finished files are damaged or missing: starting over", flush=True)
-        for path in self.folder.glob("*fineweb_*"):
-            path.unlink()
+        self.clear()
         if taken:  # in this order a kill leaves nothing that belongs to no request
             self.save()
         self.manifest_path.unlink(missing_ok=True)
         return False
 
+    def expect(self, sources: list[dict[str, Any]]) -> None:
+        """Starts over where what is finished was made from other texts; the request knows names and sizes only."""
+        if self.state["tokenizer"] and self.state["sources"] != sources:
+            print("the sources changed since the last start: starting over", flush=True)
+            self.clear()
+            self.state = self.new_state()
+        self.state["sources"] = sources
+
+    def clear(self) -> None:
+        for path in self.folder.glob("*fineweb_*"):
+            path.unlink()
+
     @staticmethod
     def read(path: Path) -> dict[str, Any] | None:
         try:
-            return json.loads(path.read_bytes())
+            value = json.loads(path.read_bytes())
         except (FileNotFoundError, ValueError):
             return None
+        return value if isinstance(value, dict) else None  # another program's file
 
     def is_intact(self, tokenizer: str | None, found: dict[str, Any]) -> bool:
         """The tokenizer and all finished shards of a manifest or a state have the recorded hashes."""
@@ -552,14 +597,15 @@ def make_tokenizer(config: argparse.Namespace, job: Job,
     return load_tokenizer(job.model_path.read_bytes(), str(job.model_path))
 
 
-def encode(config: argparse.Namespace, job: Job, sources: list[Source], sides: np.ndarray) -> dict[str, ShardWriter]:
+def encode(config: argparse.Namespace, job: Job, sources: list[Source], scanned: Scan,
+           sides: np.ndarray) -> dict[str, ShardWriter]:
     """Last pass: documents -> shards of both sides. Drops and counts documents that do not survive the round trip."""
     writers = {side: ShardWriter(job.folder, side, config.shard_tokens, job.state[side]) for side in ("train", "val")}
     failed: dict[str, str] = job.state["failed"]  # document index -> reason
     work = functools.partial(encode_batch, str(job.model_path), job.state["tokenizer"], not config.allow_lossy)
 
     def needed() -> Iterator[Document]:
-        for document in read_documents(sources, config, "encode"):
+        for document in read_again(sources, config, "encode", scanned):
             if sides[document.number] == DUPLICATE:
                 continue
             writer = writers["val" if sides[document.number] == VAL else "train"]
@@ -604,7 +650,7 @@ def write_manifest(config: argparse.Namespace, job: Job, scanned: Scan, sides: n
         "vocab_size", "val_docs", "val_fraction", "val_first", "shard_tokens", "tokenizer_sample_bytes",
         "character_coverage", "max_docs", "text_key", "seed", "allow_lossy")}
     manifest = {
-        "version": VERSION, "name": config.name, "request": job.state["request"],
+        "version": VERSION, "name": config.name, "request": job.request,
         "tokenizer": {"file": job.model_path.name, "sha256": job.state["tokenizer"], "vocab_size": vocab_size,
                       "trained_here": config.tokenizer is None},
         "sources": scanned.sources, "dropped": dropped, "options": options,
@@ -622,9 +668,10 @@ def prepare(config: argparse.Namespace) -> None:
         print(f"{job.folder}: complete already, nothing to do")
         return
     scanned = scan(sources, config)
+    job.expect(scanned.sources)
     sides, firsts = split(scanned.keys, config)
     tokenizer = make_tokenizer(config, job, lambda: sample_texts(sources, config, scanned, sides, firsts))
-    writers = encode(config, job, sources, sides)
+    writers = encode(config, job, sources, scanned, sides)
     manifest = write_manifest(config, job, scanned, sides, tokenizer.vocab_size(), writers)
     for side in ("train", "val"):
         totals = manifest[side]
@@ -716,4 +763,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything  # pyright: ignore
     sys.exit(main())

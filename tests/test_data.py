@@ -548,7 +548,7 @@ def test_wrong_tokenizers_are_refused(tmp_path, models):
 
 
 def test_a_tokenizer_that_would_cut_the_text_differently_is_refused(tmp_path, models):
-    """Table and decoder agree for any model; that its own encoding is another one tells that it did not make the shards.
+    """Table and decoder agree for any model; that its own encoding is another one tells that it did not make them.
 
     Not certain: a model whose merges agree passes, and a missing manifest is why the log warns.
     """

@@ -237,7 +237,7 @@ def test_a_signal_before_training_ends_without_a_traceback(data, tmp_path):
         wait_for_line(process, "train_gpt:")
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and stderr.startswith("interrupted; ") and "Traceback" not in stderr
+    assert process.returncode == 130 and stderr.startswith("interrupted; ") and "Traceback" not in stderr, stderr
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["run.txt"]
 
 
