@@ -420,7 +420,11 @@ def map_ordered(function: Callable[[Any], Any], items: Iterable[Any], workers: i
     try:
         pending = collections.deque()
         for item in items:
-            pending.append((item, pool.submit(function, item)))
+            try:
+                future = pool.submit(function, item)
+            except (OSError, ValueError):  # a worker died while another was started: the pool closed its pipes before
+                future = pool.submit(function, item)  # it could say so; now it does. Any other reason is met again.
+            pending.append((item, future))
             if len(pending) > workers * BATCHES_AHEAD:
                 item, future = pending.popleft()
                 yield item, future.result()

@@ -17,12 +17,29 @@ def tiny_config(**changes) -> Config:
     return Config(**(base | changes))
 
 
+def tiny_environment(folder: Path, **changes) -> dict[str, str]:
+    """The variables of a run of that model on the data in `folder`, which also takes the logs."""
+    return program.settings(folder, folder / "logs", **{name.upper(): value for name, value in changes.items()})
+
+
 def single_world() -> World:
     return World(0, 1, torch.device("cpu"), torch.float32)
 
 
 def tiny_dataset(folder: Path) -> Path:
     return program.write_data(folder)
+
+
+def write_shard(path: Path, tokens) -> None:
+    program.write_tokens(path, np.asarray(tokens))
+
+
+def random_segments(random: np.random.Generator, total: int, seq_len: int) -> Segments:
+    """Cuts at random places, none further apart than seq_len; sometimes with empty segments behind them."""
+    starts = [0]
+    while (start := starts[-1] + int(random.integers(1, seq_len + 1))) < total:
+        starts.append(start)
+    return make_segments(np.array(starts), total, seq_len, int(random.choice([0, len(starts), len(starts) + 5])))
 
 
 @torch.no_grad()

@@ -1,11 +1,13 @@
 """Section 5, attention back ends: each equals the reference; the absent ones are called as their packages want it."""
+import inspect
 import sys
 import types
 
+import numpy as np
 import pytest
 import reference
 import torch
-from helpers import random_batch
+from helpers import random_batch, random_segments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,7 +37,6 @@ def check(attention, tolerance: float = 1e-5) -> None:
 @given(st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1), max_size=6))),
        st.integers(0, 5), st.sampled_from([(2, 1), (4, 2), (3, 3)]))
 def test_sdpa_equals_the_reference(places, empty, heads):
-    import numpy as np
     total, starts = places[0], sorted({0, *places[1]})
     segments = make_segments(np.array(starts), total, total, len(starts) + empty if empty else 0)
     q, k, v = inputs(total, total, *heads)
@@ -43,8 +44,17 @@ def test_sdpa_equals_the_reference(places, empty, heads):
                                rtol=1e-4, atol=1e-5)
 
 
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 10 ** 6), st.integers(1, 40), st.integers(1, 9))
+def test_sdpa_of_padded_batches(seed, total, seq_len):
+    """Segments end before SEQ_LEN, and empty ones follow: only the tokens' own places count."""
+    segments = random_segments(np.random.default_rng(seed), total, seq_len)
+    q, k, v = inputs(seed, total)
+    torch.testing.assert_close(attention_sdpa(q, k, v, segments), reference.attention(q, k, v, starts_of(segments)),
+                               rtol=1e-4, atol=1e-5)
+
+
 def test_sdpa_of_full_segments():
-    import numpy as np
     q, k, v = inputs(1, 24)
     segments = make_segments(np.array([0, 8, 16]), 24, 8, 0)
     torch.testing.assert_close(attention_sdpa(q, k, v, segments), reference.attention(q, k, v, [0, 8, 16]),
@@ -106,6 +116,21 @@ def test_varlen_call(monkeypatch, has_gqa_switch):
     check(load_varlen())
 
 
+def test_varlen_call_fits_the_installed_torch(monkeypatch):
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    signature = inspect.signature(varlen.varlen_attn)
+
+    def bound(*arguments, **named):
+        call = signature.bind(*arguments, **named)
+        assert call.arguments["window_size"] == (-1, 0) and call.arguments["max_q"] == call.arguments["max_k"] == 8
+        assert call.arguments.get("enable_gqa", False) == ("enable_gqa" in signature.parameters)
+        q, k, v, bounds = call.args[:4]
+        return reference.attention(q, k, v, segment_starts(bounds))
+    bound.__dict__["__signature__"] = signature
+    monkeypatch.setattr(varlen, "varlen_attn", bound)
+    check(load_varlen())
+
+
 def fake_fa4(calls: list[str]) -> types.ModuleType:
     """flash_attn.cute.interface with its two low-level functions, computed by the reference."""
     def fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, return_lse):
@@ -115,6 +140,7 @@ def fake_fa4(calls: list[str]) -> types.ModuleType:
 
     def bwd(q, k, v, y, dy, lse, softmax_scale, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
         assert causal and softmax_scale == q.size(-1) ** -0.5 and lse.shape == (q.size(1), q.size(0))
+        assert dy.is_contiguous(), "the kernels want it so"
         assert max_seqlen_q == max_seqlen_k == 8, "the longest length must reach the backward pass"
         calls.append("backward")
         starts = segment_starts(cu_seqlens_q)
@@ -125,17 +151,24 @@ def fake_fa4(calls: list[str]) -> types.ModuleType:
     return module
 
 
-def test_fa4_call_forward_and_backward(monkeypatch):
+@pytest.fixture
+def forget_fa4():
+    """No stub stays behind in the cache, nor any earlier one."""
+    load_fa4.cache_clear()
+    yield
+    load_fa4.cache_clear()
+
+
+def test_fa4_call_forward_and_backward(monkeypatch, forget_fa4):
     calls: list[str] = []
     for name in ("flash_attn", "flash_attn.cute"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", fake_fa4(calls))
-    load_fa4.cache_clear()
     attention = load_fa4()
     check(attention)
     _, _, segments = random_batch(0, 32, 8, num_segments=16)
     leaves = [x.requires_grad_() for x in inputs(1, 32)]
-    dy = torch.randn(32, 4, 8)
+    dy = torch.randn(4, 32, 8).transpose(0, 1)  # not contiguous, as behind a transpose
     ours = torch.autograd.grad(attention(*leaves, segments), leaves, dy)
     theirs = torch.autograd.grad(reference.attention(*leaves, starts_of(segments)), leaves, dy)
     for a, b in zip(ours, theirs):
@@ -144,18 +177,16 @@ def test_fa4_call_forward_and_backward(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_engines_that_are_present_agree():
+def test_engines_that_are_present_agree(forget_fa4):
     device = torch.device("cuda")
     _, _, segments = random_batch(0, 8192, 1024, num_segments=1024)
     segments = segments._replace(boundaries=segments.boundaries.to(device), positions=segments.positions.to(device))
     values = [x.to(device, torch.bfloat16) for x in inputs(0, 8192, 8, 4, 64)]
     results = {}
-    for name, (load, needed) in train_gpt.ATTENTIONS.items():
+    for name in train_gpt.ATTENTIONS:
         try:
-            if needed and torch.cuda.get_device_capability() < needed:
-                continue
-            attention = load()
-        except ImportError:
+            _, attention = choose_attention(name, device)
+        except UserError:
             continue
         leaves = [x.clone().requires_grad_() for x in values]
         y = attention(*leaves, segments)

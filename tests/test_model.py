@@ -214,6 +214,14 @@ def test_exclusive_output_is_orthogonal_to_the_own_value():
     torch.testing.assert_close(out, reference.exclude_own_value(y, v), rtol=1e-4, atol=1e-5)
     assert (out.unflatten(1, (2, 2)) * v[:, :, None]).sum(-1).abs().max() < 1e-4
     assert torch.equal(exclusive(y, torch.zeros_like(v)), y)
+    torch.testing.assert_close(exclusive(y, 1e-6 * v), out, rtol=1e-4, atol=1e-5)  # however short the value is
+
+
+def test_exclusive_computes_in_float32():
+    y, v = torch.randn(6, 4, 8).bfloat16(), torch.randn(6, 2, 8).bfloat16()
+    out = exclusive(y, v)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, reference.exclude_own_value(y.float(), v.float()), rtol=1e-4, atol=1e-5)
 
 
 # --- initial values

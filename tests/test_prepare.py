@@ -1,6 +1,7 @@
 """data/prepare.py: any text -> tokenizer, shards, manifest. Shards are read here by an independent reader."""
 import argparse
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -629,6 +631,23 @@ def test_a_dead_worker_is_told_in_one_line(start, large, two_workers, tmp_path):
     assert process.communicate(timeout=60)[1] == "" and tree(tmp_path) == two_workers
 
 
+@pytest.mark.parametrize("first", [OSError("handle is closed"), ValueError("bad value(s) in fds_to_keep")])
+@pytest.mark.parametrize("second", [BrokenProcessPool("a worker died"), OSError(errno.EAGAIN, "no more processes")])
+def test_a_worker_that_dies_while_another_starts(monkeypatch, first, second):
+    """What CPython's pool raises then is no reason; a second call tells the real one."""
+    errors = [first, second]
+
+    class Pool:
+        def __init__(self, *arguments, **options): ...
+        def shutdown(self, **options): ...
+        def submit(self, *arguments): raise errors.pop(0)
+
+    monkeypatch.setattr(prepare, "ProcessPoolExecutor", Pool)
+    with pytest.raises(type(second)) as caught:
+        list(prepare.map_ordered(str, [1], 2))
+    assert caught.value is second and not errors
+
+
 def test_a_complete_dataset_is_left_alone(corpus, copy):
     before = stamps(copy)
     for more in ((), ("--force",)):
@@ -672,13 +691,39 @@ def test_changed_sources_and_tokenizers_are_another_request(done, tmp_path):
     assert "belongs to another request" in refused(*options, "--out", out)
 
 
+def test_a_source_edited_after_a_kill_is_prepared_afresh(done, tmp_path, monkeypatch):
+    """The same size, so the request is the same: shards of both texts must not mix."""
+    source = tmp_path / "a.jsonl"
+    options = (source, "--val-docs", 3, "--vocab-size", 400, "--shard-tokens", 3000)
+    for more in ((), ("--tokenizer", done.model)):
+        write_jsonl(source, REAL[:40])
+        out = tmp_path / f"out{len(more)}"
+        crashed_at(monkeypatch, 25, *options, *more, "--name", "d", "--out", out)
+        assert len(list((out / "datasets" / "d").glob("fineweb_train_*"))) > 1
+        write_jsonl(source, [text.replace("self", "SELF") for text in REAL[:40]])
+        assert "the sources changed" in make(out, *options, *more).stdout
+        assert tree(out) == tree(make(tmp_path / f"fresh{len(more)}", *options, *more).folder.parent.parent)
+
+
+@pytest.mark.parametrize("after", [[*REAL[:30], "grown"], REAL[:29], [*REAL[:29], REAL[29].swapcase()]])
+def test_a_source_that_changes_meanwhile_is_told(tmp_path, monkeypatch, after):
+    source, split = write_jsonl(tmp_path / "a.jsonl", REAL[:30]), prepare.split
+    options = (source, "--vocab-size", 400, "--val-docs", 3, "--out", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "split", lambda *arguments: (write_jsonl(source, after), split(*arguments))[1])
+        assert f"{source}: changed while it was read" in refused(*options)
+    write_jsonl(source, REAL[:30])
+    make(tmp_path / "out", *options[:-2])
+
+
 def test_foreign_files_are_not_touched(corpus, tmp_path):
     for name in ("tokenizers/d.model", "datasets/d/fineweb_train_000000.bin", "datasets/d/manifest.json"):
         out = tmp_path / Path(name).name
         (out / name).parent.mkdir(parents=True)
-        (out / name).write_bytes(b"foreign")
-        assert "--force" in refused(corpus, *SETTINGS, "--out", out)
-        assert tree(out) == {name: b"foreign"}
+        for content in (b"foreign", b"[1]", b"{}"):
+            (out / name).write_bytes(content)
+            assert "--force" in refused(corpus, *SETTINGS, "--out", out)
+            assert tree(out) == {name: content}
 
 
 def test_a_corrected_command_needs_no_force(corpus, tmp_path):
@@ -753,6 +798,56 @@ def test_a_mistake_is_told_in_one_line(case, tmp_path, monkeypatch, capfd):
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
     assert all(word in error for word in words), error
     assert capfd.readouterr().err == "", "SentencePiece itself must not speak"
+
+
+def limited(source: Path, out: Path, setup: str) -> subprocess.CompletedProcess:
+    """The command after a line of shell that limits it."""
+    line = f"{setup}; exec {sys.executable} {SCRIPT} {source} --name d --out {out} --workers 1 --vocab-size 400"
+    return subprocess.run(["bash", "-c", line], check=False, capture_output=True, text=True, timeout=60)
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_half(tmp_path):
+    source, out = write_jsonl(tmp_path / "a.jsonl", REAL), tmp_path / "out"
+    done = limited(source, out, "ulimit -f 16")  # no file may grow over 16 KiB: the model fits, the shard does not
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith(f"error: {out}: File too large; free space")
+    assert not [name for name in tree(out) if "fineweb" in name and not name.endswith(".part")]
+    make(out, source, "--vocab-size", 400)
+    assert not [name for name in tree(out) if name.endswith(".part")]
+
+
+@pytest.mark.parametrize("kind", ["dangling link", "pipe", "file", "folder"])
+def test_what_cannot_be_read_is_not_left_out_silently(kind, tmp_path, monkeypatch):
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    write_jsonl(tmp_path / "in" / "ok.jsonl", REAL[:30])
+    path = tmp_path / "in" / "sub" / "a.txt"
+    access, scandir = os.access, os.scandir
+    if kind == "dangling link":
+        path.symlink_to("/nowhere/at/all")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "file":  # root may read anything: the system's answers are changed
+        path.write_text("text")
+        monkeypatch.setattr(os, "access", lambda name, mode: name != path and access(name, mode))
+    else:
+        path = path.parent
+
+        def refuse(name):
+            if Path(name) == path:
+                raise PermissionError(errno.EACCES, "Permission denied", str(name))
+            return scandir(name)
+        monkeypatch.setattr(os, "scandir", refuse)
+    error = refused(tmp_path / "in", *SETTINGS, "--out", tmp_path / "out")
+    assert f"{path}: " in error and ("neither a file" if kind in ("dangling link", "pipe") else "Permission") in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_name_of_any_bytes_can_be_told(tmp_path):
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in" / "ok.jsonl", REAL[:30])
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/in/\xff.txt")).write_text(MARK)
+    done = limited(tmp_path / "in", tmp_path / "out", "export PYTHONIOENCODING=utf-8:strict")
+    assert (done.returncode, done.stderr) == (0, "") and "\\udcff" in done.stdout
 
 
 def test_the_command_line_tells_mistakes_and_help(tmp_path):
