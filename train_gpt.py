@@ -41,6 +41,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+if __name__ == "__main__":  # torch takes seconds to import: until main decides otherwise, Ctrl-C just ends the process
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -555,8 +558,8 @@ class StopRequest:
 # ====================================================================================================================
 # 3. data: shard files -> one circular training stream and the validation tokens with their byte counts.
 #    Micro-slice m is tokens [m T, m T + T] of all shards in a row (or the m-th set of rows from all over them), for any
-#    number of ranks: a batch is a function of the step alone, so every world size sees the same data, resuming needs no
-#    state, and no shard's tail is dropped.
+#    number of ranks: a batch is a function of the step alone, so every world size sees the same data and resuming needs
+#    no state. No shard's tail is dropped; strided order leaves out the last part of a row, once for all shards.
 # ====================================================================================================================
 
 SHARD_MAGIC, SHARD_HEADER_INTS = 20240520, 256
@@ -1366,14 +1369,15 @@ class MuonGroup:
         if self.world.size == 1:
             return packed, None
         own = torch.empty_like(self.momentum_buffer, dtype=self.dtype)
-        return own, dist.reduce_scatter_tensor(own, packed.div_(self.world.size), async_op=True)
+        reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # the newer name, if any
+        return own, reduce_scatter(own, packed.div_(self.world.size), async_op=True)
 
     def gather(self, own: Tensor) -> tuple[Tensor, Any]:
         """Starts collecting every rank's share -> (stack, work to wait for or None)."""
         if self.world.size == 1:
             return own, None
         packed = own.new_empty(self.share * self.world.size, *own.shape[1:])
-        all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the newer name where it exists
+        all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
         return packed, all_gather(packed, own.contiguous(), async_op=True)
 
 
@@ -1448,7 +1452,7 @@ class Optimizer:
 
     def clip(self, own: list[Tensor], small: list[Tensor]) -> Tensor:
         """Scales the reduced gradients down to grad_clip_norm -> their global norm before that."""
-        shares = torch.stack(torch._foreach_norm(own)).float().square().sum()
+        shares = torch.stack(torch._foreach_norm(own, dtype=torch.float32)).square().sum()
         if self.world.size > 1:
             dist.all_reduce(shares)
         norm = (shares + torch.stack(torch._foreach_norm(small)).square().sum()).sqrt()
@@ -1953,7 +1957,8 @@ PACKED_START = b"#coding:latin1\nimport lzma,linecache\n"
 def pack_source(source: bytes) -> bytes:
     """A Python file -> a smaller one that does the same: comments and docstrings go, the rest is compressed.
 
-    It needs the standard library only; tracebacks and inspect.getsource see the unpacked source. Packed stays as it is.
+    It needs the standard library only; inspect.getsource and the traceback module see the unpacked source, the
+    interpreter's own tracebacks from Python 3.13 on. Packed stays as it is.
     """
     if source.startswith(PACKED_START):
         return source

@@ -40,8 +40,9 @@ PRESETS = {
     "laptop": {
         "data_path": "data/datasets/stdlib", "tokenizer_path": "data/tokenizers/stdlib.model", "vocab_size": 2048,
         "train_seq_len": 256, "train_order": "strided", "max_wallclock_seconds": 175.0, "gptq_reserve_seconds": 0.0,
-        "train_batch_tokens": 2048, "micro_batch_tokens": 1024, "num_layers": 3, "model_dim": 128, "num_heads": 4,
-        "num_kv_heads": 2, "mlp_mult": 3.0, "qk_gain_init": 2.0, "xsa_last_n": 0, "num_loops": 0,
+        "val_loss_every": 250, "train_batch_tokens": 2048, "micro_batch_tokens": 1024, "num_layers": 3,
+        "model_dim": 128, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 3.0,
+        "qk_gain_init": 2.0, "xsa_last_n": 0, "num_loops": 0,
         "parallel_start_layer": 2, "muon_momentum": 0.95, "muon_momentum_warmup_steps": 100, "ema_decay": 0.98,
         "warmdown_frac": 0.7, "matrix_bits": 8, "embed_bits": 8, "eval_seq_len": 256},
 }

@@ -241,6 +241,15 @@ def test_a_signal_before_training_ends_without_a_traceback(data, tmp_path):
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["run.txt"]
 
 
+def test_a_signal_during_the_imports_ends_without_a_traceback(data, tmp_path):
+    (tmp_path / "numpy.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    with started(settings(data, tmp_path / "logs", PYTHONPATH=tmp_path)) as process:
+        wait_for_line(process, "importing")
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (-signal.SIGINT, "")
+
+
 KILLS = '''
 import json, os, signal, sys
 import torch

@@ -51,6 +51,7 @@ def run_lines(run_id: str = "demo", steps: int = 5, finished: bool = True, count
             lines.append(f"step:{step}/{steps} val_loss:{5 - 0.4 * step:.4f} val_bpb:1.5000 train_time:{step * 500}ms "
                          "paused_seconds:0.1")
     if finished:
+        lines.append(f"peak_memory:100MiB steps:{steps} train_seconds:{steps / 2:.3f}")
         lines += [f"final_{name}_exact val_loss:2.00000000 val_bpb:{bpb:.8f} eval_time:1500ms"
                   for name, bpb in STAGES.items()]
         result = {"run_id": run_id, "seed": 7, "world_size": 1, "device": "cpu (1 threads)", "steps": steps,
@@ -173,7 +174,7 @@ def test_parse_log_reads_only_what_follows_the_separator(log: Path) -> None:
     run = run_log.parse_log(log)
     assert run.name == "demo" and run.settings["vocab_size"] == "300" and "train_gpt" not in run.settings
     assert [point.step for point in run.steps] == [1, 2, 3, 4, 5] and run.steps[0] == (1, 0.5, 4.5)
-    assert run.validations == [(2, 1.0, 4.2), (4, 2.0, 3.4)]
+    assert run.validations == [(2, 1.0, 4.2), (4, 2.0, 3.4), (5, 2.5, 2.0)], "the last weights' score ends the curve"
     assert {name: stage.val_bpb for name, stage in run.stages.items()} == STAGES and run.stages["raw"].seconds == 1.5
     assert run.result is not None and run.result["num_params"] == 12345
 
@@ -191,7 +192,8 @@ def test_parse_log_passes_over_a_last_run_that_did_nothing(tmp_path: Path) -> No
 def test_parse_log_joins_a_resumed_run_with_its_beginning(tmp_path: Path) -> None:
     parts = run_lines(steps=4, finished=False), run_lines(steps=6, first=3, resumed=2)
     run = run_log.parse_log(write_log(tmp_path / "a.txt", *parts))
-    assert [point.step for point in run.steps] == [1, 2, 3, 4, 5, 6] and [p.step for p in run.validations] == [2, 4, 6]
+    assert [point.step for point in run.steps] == [1, 2, 3, 4, 5, 6]
+    assert [point.step for point in run.validations] == [2, 4, 6, 6]
 
 
 def test_parse_log_survives_a_cut_result_and_windows_line_ends(tmp_path: Path) -> None:

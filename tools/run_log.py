@@ -22,6 +22,7 @@ SEPARATOR = "=" * 100
 SETTING = re.compile(r"([a-z]\w*):(.*)")
 STEP = re.compile(r"step:(\d+)/\d+ train_loss:(\d+\.\d+) train_time:(\d+)ms ")
 VALIDATION = re.compile(r"step:(\d+)/\d+ val_loss:(\d+\.\d+) val_bpb:\d+\.\d+ train_time:(\d+)ms ")
+TRAINED = re.compile(r"peak_memory:\d+MiB steps:(\d+) train_seconds:(\d+\.\d+)")
 RESUMED = re.compile(r"resumed step:(\d+) ")
 STAGE = re.compile(r"final_(\w+)_exact val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+) eval_time:(\d+)ms")
 
@@ -55,6 +56,7 @@ class Run:
     steps: list[Point] = field(default_factory=list)
     validations: list[Point] = field(default_factory=list)
     stages: dict[str, Stage] = field(default_factory=dict)
+    trained: tuple[int, float] | None = None  # steps and seconds, once training is over
     result: dict[str, Any] | None = None  # None where the run did not finish
 
     @property
@@ -79,8 +81,12 @@ class Run:
         for pattern, points in ((STEP, self.steps), (VALIDATION, self.validations)):
             if found := pattern.match(line):
                 points.append(Point(int(found[1]), int(found[3]) / 1000, float(found[2])))
+        if found := TRAINED.match(line):
+            self.trained = int(found[1]), float(found[2])
         if found := STAGE.match(line):
-            self.stages[found[1]] = Stage(float(found[2]), float(found[3]), int(found[4]) / 1000)
+            self.stages[found[1]] = stage = Stage(float(found[2]), float(found[3]), int(found[4]) / 1000)
+            if found[1] == "raw" and self.trained:
+                self.validations.append(Point(*self.trained, stage.val_loss))
         if line.startswith("result {"):
             try:
                 self.result = json.loads(line.removeprefix("result "))
