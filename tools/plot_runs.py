@@ -62,7 +62,7 @@ def draw_losses(axes: Any, runs: Sequence[Run], names: Sequence[str]) -> None:
                   marker="D", markersize=7, markeredgecolor="white", zorder=3)
     axes.set(title="Loss in training", xlabel="training time (seconds)", ylabel="loss (nats per token)")
     axes.set_ylim(*loss_limits(runs))
-    axes.set_xlim(0, 1.02 * max(run.steps[-1].seconds for run in runs) or 1.0)
+    axes.set_xlim(0, 1.02 * max(point.seconds for run in runs for point in run.steps + run.validations) or 1.0)
     axes.grid(alpha=0.3)
 
 
