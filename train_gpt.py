@@ -90,6 +90,7 @@ class Config:
     vocab_size: int = 8192  # pieces; must equal the tokenizer's
     train_seq_len: int = 2048  # tokens of the longest attention segment in training
     document_mask: bool = True  # segments begin at document starts; 0 = plain rows of TRAIN_SEQ_LEN tokens
+    train_seq_schedule: str = ""  # longest segment over time, as 1024@0.1,2048@0.7,3072@1; empty = TRAIN_SEQ_LEN
     train_order: str = "sequential"  # sequential, or strided: rows of TRAIN_SEQ_LEN tokens from all over the shards
     max_leaked_documents: int = 0  # validation documents that may occur in the training shards
     # --- training length
@@ -99,6 +100,7 @@ class Config:
     force_stop_step: int = 0  # stop after this step, schedules unchanged; 0 = off
     warmup_steps: int = 3  # throw-away steps per graph that compile before the clock starts
     train_batch_tokens: int = 786432  # tokens per optimizer step over all ranks
+    batch_schedule: str = ""  # share of TRAIN_BATCH_TOKENS over time, as 0.5@0.1,1@1; learning rates go with its root
     micro_batch_tokens: int = 98304  # tokens per forward pass and rank
     val_batch_tokens: int = 524288  # tokens per scoring batch over all ranks; lowered to fit the free memory
     val_loss_every: int = 0  # steps between validations in training, outside the clock; 0 = only at the end
@@ -109,26 +111,50 @@ class Config:
     num_heads: int = 8  # H, query heads
     num_kv_heads: int = 4  # K, key/value heads; query head h reads h // (H / K)
     mlp_mult: float = 4.0  # F = D x this
-    leaky_relu_slope: float = 0.5  # MLP activation leaky_relu(x)^2; 0 = ReLU^2
-    tied_embed_init_std: float = 0.005  # of the embedding, which is also the head
+    mlp_hidden: int = 0  # F; 0 = by MLP_MULT
+    mlp_activation: str = "leaky2"  # leaky2 = leaky_relu(x)^2, or swiglu (with two up projections of width F)
+    leaky_relu_slope: float = 0.5  # of leaky2; 0 = ReLU^2
+    projection_norm: bool = False  # RMS norm before the output and the down projection
+    tie_embeddings: bool = True  # the embedding is also the head
+    embed_dim: int = 0  # width of embedding and head, with projections to D and back; 0 = D
+    vocab_bias: bool = False  # learned bias of each token's logit
+    tied_embed_init_std: float = 0.005  # of the embedding
+    embed_init: str = "normal"  # normal, or overtone: singular values fall with the root of their index
+    matrix_init: str = "orthogonal"  # orthogonal, or uniform within 1 / sqrt(columns)
+    resid_mix_init: str = "identity"  # identity, or phase: early layers read the embedding, late ones the stream
     logit_softcap: float = 30.0  # logits = cap x tanh(logits / cap)
+    softcap_type: str = "tanh"  # tanh, poly5, or two_sided: learned caps for positive and negative logits
+    z_loss: float = 0.0  # weight of logsumexp(logits)^2 in training
     rope_base: float = 10000.0  # of the rotation frequencies
     rope_dims: int = 16  # channels per head that rotate; 0 = no positions
+    rope_scaling: str = "none"  # for longer contexts than TRAIN_SEQ_LEN: none, ntk or yarn
+    rope_stretch: float = 0.0  # of rope_scaling, in training too; 0 = EVAL_SEQ_LEN / TRAIN_SEQ_LEN in evaluation only
+    key_offset: bool = False  # key channels that do not rotate are those of the previous token
+    value_residual: bool = False  # values are blended with the first layer's, in layers behind the loops
     ln_scale: bool = True  # block inputs are scaled by 1 / sqrt(layer + 1)
     qk_gain_init: float = 5.0  # start of the learned gain on normalized queries
     xsa_last_n: int = 11  # layers, from the end, with exclusive self attention; 0 = off
+    xsa_learned: bool = False  # its strength is learned per head, from 1
     skip_gates_enabled: bool = True  # U-Net skips are gated blends; 0 = weighted sums
     num_loops: int = 2  # extra passes over layers LOOP_START..LOOP_END; 0 = no depth recurrence
     loop_start: int = 3  # first looped layer
     loop_end: int = 5  # last looped layer
     enable_looping_at: float = 0.35  # fraction at which looping starts
+    depth_lora_rank: int = 0  # adapters of queries and values for each visit of a looped layer; 0 = off
     parallel_start_layer: int = 8  # from here attention and MLP run on two lanes; 0 = off
+    gptj_block: bool = False  # other layers' attention and MLP read the same input
+    attn_gate: str = "sparse"  # per-head output gate of GATE_WINDOW channels (sparse, output) or all, with bias (dense)
+    sparse_attn_gate_scale: float = 0.5  # sparse: sigmoid(scale x W x); 0 = no such gate
     gate_window: int = 12  # channels that the head gate and the smear gate read
-    sparse_attn_gate_scale: float = 0.5  # per-head output gate sigmoid(scale x W x); 0 = off
-    smear_gate_enabled: bool = True  # adds a gated previous token to each embedding
+    smear_gate: str = "input"  # blends in the previous token: off, input (gate per token), static; mean = all before
+    bigram_hash_buckets: int = 0  # rows of a table of hashed token pairs, added to the embedding; 0 = off
+    bigram_hash_dim: int = 128  # its width
+    bigram_hash: str = "92821"  # the hash, by its multiplier: 92821, 36313, 1000003 or 31
     # --- optimizer
     matrix_lr: float = 0.026  # Muon
     tied_embed_lr: float = 0.03  # Adam, embedding
+    embed_lr: float = 0.6  # the same where TIE_EMBEDDINGS=0
+    head_lr: float = 0.008  # Adam, head, where TIE_EMBEDDINGS=0
     scalar_lr: float = 0.02  # Adam, everything small
     muon_momentum: float = 0.97  # after the warm-up
     muon_momentum_warmup_start: float = 0.92  # at step 0
@@ -136,7 +162,13 @@ class Config:
     muon_backend_steps: int = 5  # Newton-Schulz steps
     muon_coefficients: str = "polar"  # of Newton-Schulz: polar (Polar Express) or quintic
     muon_row_normalize: bool = True  # rows of the update get unit norm before Newton-Schulz (MuonEq-R)
+    muon_head_group: int = 0  # heads whose query or key rows are orthogonalized together; 0 = all
+    normuon_beta2: float = 0.0  # rows of the orthogonal update are divided by their running size (NorMuon); 0 = off
     muon_wd: float = 0.095  # decoupled weight decay, times the learning rate
+    muon_wd_after: bool = False  # decay after the update instead of before it
+    cautious_wd: bool = False  # decay only where the update shrinks the weight too (Muon)
+    wd_taper_start_frac: float = 0.0  # fraction from which MUON_WD falls linearly; 0 = off
+    wd_taper_final_mult: float = 0.5  # to this share of it
     embed_wd: float = 0.085  # the same for the embedding
     adam_wd: float = 0.02  # the same for everything small
     beta1: float = 0.9  # Adam
@@ -144,8 +176,19 @@ class Config:
     adam_eps: float = 1e-8  # Adam
     grad_clip_norm: float = 0.3  # global norm of the reduced gradient; 0 = off
     ema_decay: float = 0.9965  # per step, of the averaged weights that are shipped; 0 = ship the last weights
-    warmdown_frac: float = 0.85  # fraction at the end over which the learning rates fall linearly
+    swa_start_frac: float = 0.0  # below this learning rate multiplier snapshots are averaged and shipped; 0 = off
+    swa_every: int = 50  # steps between snapshots (of the EMA where EMA_DECAY is on)
+    warmdown_frac: float = 0.85  # fraction at the end over which the learning rates fall
+    warmdown_iters: int = 0  # the same in steps; 0 = by WARMDOWN_FRAC
+    warmdown_power: float = 1.0  # of the fall: 1 = linear
     min_lr: float = 0.1  # floor of the learning rate multiplier
+    prefix_loss: float = 0.0  # weight of predicting the longest token that begins the next one; 0 = off
+    mtp_loss: float = 0.0  # weight of predicting the token after the next; the one behind it has half; 0 = off
+    aux_loss_until: float = 0.6  # fraction at which both are 0; they fall linearly from half of it
+    qat_start: float = 0.0  # fraction from which matrices are trained through the quantizer; 0 = off
+    late_qat_threshold: float = 0.0  # the same by the learning rate multiplier: from below this; 0 = off
+    qat_embedding: bool = False  # the embedding too
+    qat_noise: bool = False  # looped layers get noise of the quantizer's step instead
     # --- artifact
     matrix_quantizer: str = "rtn"  # of the banks: rtn or fp16
     embed_quantizer: str = "rtn"  # of the embedding: rtn or fp16
@@ -164,19 +207,20 @@ class Config:
     def from_env(cls, environ: Mapping[str, str]) -> tuple["Config", list[str]]:
         """Environment -> (Config, notes for the log). UserError names the variable, the value and the remedy."""
         known = {f.name.upper(): f for f in fields(cls)}
-        values, notes = {}, []
+        values, origin, notes = {}, {}, []
         for variable, text in environ.items():
             if variable in known:
-                values[known[variable].name] = parse_value(variable, text, known[variable].type)
+                name = known[variable].name
+                values[name], origin[name] = parse_value(variable, text, known[variable].type), f"{variable}={text}"
         for variable, text in environ.items():
             if variable in ALIASES:
                 name, value = ALIASES[variable](variable, text.strip())
                 if name is None:
                     notes.append(f"{variable}={text} has no effect here: it asks for what is always so")
                 elif name in values and values[name] != value:
-                    raise UserError(f"{variable}={text} contradicts {name.upper()}={values[name]}: set one of them")
+                    raise UserError(f"{variable}={text} contradicts {origin[name]}: set one of them")
                 else:
-                    values[name] = value
+                    values[name], origin[name] = value, f"{variable}={text}"
             elif variable not in known:
                 refuse_near_miss(variable, [*known, *ALIASES])
         return cls(**values), notes
@@ -201,17 +245,21 @@ class Config:
                 yield value < 1, f"{name}={value}: must be below 1"
             if f.name in CHOICES:
                 yield value in CHOICES[f.name], f"{name}={value}: must be one of {', '.join(CHOICES[f.name])}"
+        yield from self.model_checks()
+        yield from self.training_checks()
+
+    def model_checks(self) -> Iterator[tuple[bool, str]]:
         yield self.model_dim % self.num_heads == 0, \
             f"MODEL_DIM={self.model_dim} is not divisible by NUM_HEADS={self.num_heads}: change one of them"
         yield self.model_dim > 1, f"MODEL_DIM={self.model_dim}: must be at least 2"
         yield self.num_heads % self.num_kv_heads == 0, \
             f"NUM_HEADS={self.num_heads} is not divisible by NUM_KV_HEADS={self.num_kv_heads}: change one of them"
-        yield float(self.mlp_mult * self.model_dim).is_integer(), \
+        yield self.mlp_hidden > 0 or float(self.mlp_mult * self.model_dim).is_integer(), \
             f"MLP_MULT={self.mlp_mult} x MODEL_DIM={self.model_dim} is no whole width: change one of them"
         yield self.rope_dims % 2 == 0 and self.rope_dims <= self.model_dim // self.num_heads, \
             f"ROPE_DIMS={self.rope_dims}: must be even and at most the head width {self.model_dim // self.num_heads}"
-        yield self.gate_window <= self.model_dim, \
-            f"GATE_WINDOW={self.gate_window}: must be at most MODEL_DIM={self.model_dim}"
+        yield self.gate_window <= (self.embed_dim or self.model_dim), \
+            f"GATE_WINDOW={self.gate_window}: must be at most MODEL_DIM={self.model_dim} and EMBED_DIM={self.embed_dim}"
         yield self.xsa_last_n <= self.num_layers, \
             f"XSA_LAST_N={self.xsa_last_n}: must be at most NUM_LAYERS={self.num_layers}"
         yield self.parallel_start_layer < self.num_layers, \
@@ -225,6 +273,30 @@ class Config:
             yield not self.parallel_start_layer or self.loop_end < self.parallel_start_layer, \
                 f"LOOP_END={self.loop_end}: must be below PARALLEL_START_LAYER={self.parallel_start_layer}, " \
                 "lanes that were joined do not part again; NUM_LOOPS=0 = no loops"
+        yield not self.depth_lora_rank or self.num_loops > 0, \
+            f"DEPTH_LORA_RANK={self.depth_lora_rank} NUM_LOOPS={self.num_loops}: adapters belong to looped layers"
+        yield not self.value_residual or self.num_loops == 0 or self.loop_end + 1 < self.num_layers, \
+            f"VALUE_RESIDUAL=1 LOOP_END={self.loop_end}: no layer behind the loops takes the first layer's values"
+        for name, group in (("NUM_HEADS", self.num_heads), ("NUM_KV_HEADS", self.num_kv_heads)):
+            yield not self.muon_head_group or group % self.muon_head_group == 0, \
+                f"MUON_HEAD_GROUP={self.muon_head_group} does not divide {name}={group}: change one of them"
+
+    def training_checks(self) -> Iterator[tuple[bool, str]]:
+        for name in ("swa_start_frac", "late_qat_threshold"):
+            yield not getattr(self, name) or getattr(self, name) > self.min_lr, \
+                f"{name.upper()}={getattr(self, name)}: never reached, the multiplier does not fall below " \
+                f"MIN_LR={self.min_lr}"
+        yield not (self.qat_start and self.late_qat_threshold), \
+            f"QAT_START={self.qat_start} LATE_QAT_THRESHOLD={self.late_qat_threshold}: set one of them"
+        for name in ("train_seq_schedule", "batch_schedule"):
+            parts = parse_schedule(name.upper(), getattr(self, name))
+            ends = [end for _, end in parts]
+            yield not parts or (ends == sorted(set(ends)) and ends[-1] == 1 and all(value > 0 for value, _ in parts)), \
+                f"{name.upper()}={getattr(self, name)}: needs values above 0 at rising fractions up to 1"
+            largest = max((value for value, _ in parts), default=0)
+            full = self.train_seq_len if name == "train_seq_schedule" else 1
+            yield not parts or largest == full, \
+                f"{name.upper()}={getattr(self, name)}: its largest value must be {full}"
         yield self.vocab_size <= 65536, f"VOCAB_SIZE={self.vocab_size}: shards hold 16-bit tokens, at most 65536"
         yield self.train_batch_tokens % self.micro_batch_tokens == 0, \
             f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not divisible by MICRO_BATCH_TOKENS=" \
@@ -247,14 +319,15 @@ class Config:
         """{variable: value} of the settings that differ from the defaults."""
         return {f.name.upper(): getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
-    def accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches per optimizer step and rank. UserError where they do not share the batch out evenly."""
-        count, rest = divmod(self.train_batch_tokens, world_size * self.micro_batch_tokens)
-        if rest or not count:
+    def accumulation_steps(self, world_size: int, share: float = 1.0) -> int:
+        """Micro-batches per rank in a step of a share of the batch. UserError where they do not divide it evenly."""
+        count = share * self.train_batch_tokens / (world_size * self.micro_batch_tokens)
+        if count < 1 or not count.is_integer():
             raise UserError(
-                f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not a multiple of {world_size} processes x "
-                f"MICRO_BATCH_TOKENS={self.micro_batch_tokens}: change one of them or the number of processes")
-        return count
+                f"{f'BATCH_SCHEDULE: {share} x ' * (share != 1)}TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not a "
+                f"multiple of {world_size} processes x MICRO_BATCH_TOKENS={self.micro_batch_tokens}: change one of "
+                "them or the number of processes")
+        return int(count)
 
     @property
     def head_dim(self) -> int:
@@ -262,7 +335,11 @@ class Config:
 
     @property
     def mlp_dim(self) -> int:
-        return int(self.mlp_mult * self.model_dim)
+        return self.mlp_hidden or int(self.mlp_mult * self.model_dim)
+
+    @property
+    def embedding_lr(self) -> float:
+        return self.tied_embed_lr if self.tie_embeddings else self.embed_lr
 
 
 # Newton-Schulz coefficients (a, b, c) per step: x <- a x + (b A + c A^2) x with A = x x^T.
@@ -278,16 +355,21 @@ NEWTON_SCHULZ = {
 CHOICES = {
     "train_order": ("sequential", "strided"), "device": ("auto", "cuda", "mps", "cpu"), "compile": ("auto", "0", "1"),
     "attention": ("auto", "fa3", "fa4", "varlen", "sdpa"), "muon_coefficients": tuple(NEWTON_SCHULZ),
-    "matrix_quantizer": ("rtn", "fp16"), "embed_quantizer": ("rtn", "fp16"),
-    "compressor": ("brotli", "zstd", "lzma"), "eval_mode": ("packed", "sliding"),
+    "mlp_activation": ("leaky2", "swiglu"), "embed_init": ("normal", "overtone"),
+    "matrix_init": ("orthogonal", "uniform"), "resid_mix_init": ("identity", "phase"),
+    "softcap_type": ("tanh", "poly5", "two_sided"), "rope_scaling": ("none", "ntk", "yarn"),
+    "attn_gate": ("sparse", "dense", "output"), "smear_gate": ("off", "input", "static", "mean"),
+    "bigram_hash": ("92821", "36313", "1000003", "31"), "matrix_quantizer": ("rtn", "fp16"),
+    "embed_quantizer": ("rtn", "fp16"), "compressor": ("brotli", "zstd", "lzma"), "eval_mode": ("packed", "sliding"),
 }
 POSITIVE = {"train_seq_len", "iterations", "train_batch_tokens", "micro_batch_tokens", "val_batch_tokens", "num_layers",
             "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "logit_softcap", "rope_base", "gate_window",
             "vocab_size", "muon_backend_steps", "adam_eps", "attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas",
-            "eval_seq_len", "eval_stride"}
+            "eval_seq_len", "eval_stride", "bigram_hash_dim", "swa_every", "warmdown_power"}
 FRACTIONS = {"enable_looping_at", "warmdown_frac", "min_lr", "leaky_relu_slope", "muon_momentum",
-             "muon_momentum_warmup_start", "ema_decay", "beta1", "beta2"}
-DECAYS = {"ema_decay", "beta1", "beta2"}
+             "muon_momentum_warmup_start", "ema_decay", "beta1", "beta2", "normuon_beta2", "wd_taper_start_frac",
+             "swa_start_frac", "aux_loss_until", "qat_start", "late_qat_threshold"}
+DECAYS = {"ema_decay", "beta1", "beta2", "normuon_beta2"}
 FAMILY_WORDS = {"TTT", "EMA", "SWA", "GPTQ", "LQER", "MUON", "LOOP", "LOOPS", "LOOPING", "ROPE", "XSA", "QAT", "SMEAR",
                 "SMEARGATE", "LORA", "WARMDOWN", "BIGRAM", "SOFTCAP"}
 NOT_OURS = {"COMPILER"}  # close to a field, but everybody's
@@ -306,6 +388,14 @@ def parse_value(variable: str, text: str, kind: Any) -> Any:
     except (ValueError, KeyError):
         wanted = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
         raise UserError(f"{variable}={text}: must be {wanted}") from None
+
+
+def parse_schedule(variable: str, text: str) -> list[tuple[float, float]]:
+    """'1024@0.1,2048@1' -> [(1024.0, 0.1), (2048.0, 1.0)]: each value holds until that fraction of the training."""
+    try:
+        return [(float(value), float(until)) for value, until in (part.split("@") for part in text.split(",") if text)]
+    except ValueError:
+        raise UserError(f"{variable}={text}: must look like 1024@0.1,2048@1") from None
 
 
 def rename(name: str) -> Alias:
@@ -332,15 +422,22 @@ ALIASES: dict[str, Alias] = {
     "MUON_WEIGHT_DECAY": rename("muon_wd"), "ADAM_WEIGHT_DECAY": rename("adam_wd"),
     "EMBED_WEIGHT_DECAY": rename("embed_wd"), "VAL_BATCH_SIZE": rename("val_batch_tokens"),
     "EMBEDDING_BITS": rename("embed_bits"), "TIED_EMBEDDING_LR": rename("tied_embed_lr"),
-    "USE_SMEARGATE": rename("smear_gate_enabled"),
-    "SPARSE_ATTN_GATE_ENABLED": translate({"0": ("sparse_attn_gate_scale", 0.0), "1": (None, None)}, "must be 0 or 1"),
+    "SMEAR_GATE_ENABLED": translate({"0": ("smear_gate", "off"), "1": ("smear_gate", "input")}, "must be 0 or 1"),
+    "USE_SMEARGATE": translate({"0": ("smear_gate", "off"), "1": ("smear_gate", "static")}, "must be 0 or 1"),
+    "SPARSE_ATTN_GATE_ENABLED": translate({"0": ("sparse_attn_gate_scale", 0.0), "1": ("attn_gate", "sparse")},
+                                          "must be 0 or 1"),
+    "GATED_ATTN_ENABLED": translate({"0": (None, None), "1": ("attn_gate", "dense")}, "must be 0 or 1"),
+    "GATED_ATTENTION": translate({"0": (None, None), "1": ("attn_gate", "dense")}, "must be 0 or 1"),
+    "ATTN_OUT_GATE_ENABLED": translate({"0": (None, None), "1": ("attn_gate", "output")}, "must be 0 or 1"),
+    "BIGRAM_VOCAB_SIZE": rename("bigram_hash_buckets"), "BIGRAM_DIM": rename("bigram_hash_dim"),
     "EMA_ENABLED": translate({"0": ("ema_decay", 0.0), "1": (None, None)}, "must be 0 or 1"),
-    "SKIP_GATE_ENABLED": rename("skip_gates_enabled"), "TIE_EMBEDDINGS": inert("1"), "ROPE_YARN": inert("0"),
+    "SKIP_GATE_ENABLED": rename("skip_gates_enabled"), "ROPE_YARN": inert("0"),
     "FUSED_CE_ENABLED": inert("0", "1"), "CASEOPS_ENABLED": inert("0", "1"), "PARALLEL_FINAL_LANE": inert("mean"),
     "SMEAR_GATE_BOS_FIX": inert("1"), "SPARSE_ATTN_GATE_INIT_STD": inert("0", "0.0"),
-    "ATTN_OUT_GATE_ENABLED": inert("0"), "GATED_ATTN_ENABLED": inert("0"), "LQER_ENABLED": inert("0"),
-    "TTT_ENABLED": inert("0"), "PHASED_TTT_ENABLED": inert("0"), "SWA_ENABLED": inert("0"), "LATE_QAT": inert("0"),
-    "QAT_ENABLED": inert("0"), "OPTROT_ENABLED": inert("0"), "BIGRAM_HASH_BUCKETS": inert("0"),
+    "SWA_ENABLED": translate({"0": ("swa_start_frac", 0.0), "1": (None, None)}, "must be 0 or 1"),
+    "LATE_QAT": translate({"0": ("late_qat_threshold", 0.0), "1": (None, None)}, "must be 0 or 1"),
+    "LQER_ENABLED": inert("0"), "TTT_ENABLED": inert("0"), "PHASED_TTT_ENABLED": inert("0"), "QAT_ENABLED": inert("0"),
+    "OPTROT_ENABLED": inert("0"),
 }
 
 
@@ -626,7 +723,7 @@ class Segments(NamedTuple):
 
 class Batch(NamedTuple):
     ids: Tensor  # (1, T) int64
-    targets: Tensor  # (1, T) int64
+    targets: Tensor  # (1, T) or (1, T, C) int64
     segments: Segments
 
 
@@ -653,7 +750,7 @@ def make_segments(starts: np.ndarray, total: int, seq_len: int, num_segments: in
 
 
 def make_batch(inputs: np.ndarray, targets: np.ndarray, segments: Segments) -> Batch:
-    """inputs, targets (T,) -> Batch; contiguous, since another memory layout would be another compiled graph."""
+    """inputs (T,), targets (T,) or (T, C) -> Batch; contiguous, since another layout would be another graph."""
     ids, labels = (torch.from_numpy(np.ascontiguousarray(x, np.int64))[None] for x in (inputs, targets))
     return Batch(ids, labels, segments)
 
@@ -681,37 +778,57 @@ def coprime_stride(rows: int) -> int:
     return stride
 
 
-class TrainLoader:
-    """micro(step, j) = micro-batch j of a step for this rank, prepared by a thread while the device works."""
+def auxiliary_targets(config: Config, targets: Sequence[np.ndarray], prefixes: np.ndarray | None) -> np.ndarray:
+    """The next three tokens, (T,) each -> (T, C) targets: the next one, its prefix, and those after it; -1 = none.
 
-    def __init__(self, config: Config, world: World, stream: TokenStream, num_segments: int):
+    No target lies in another document than the next token.
+    """
+    columns = [targets[0].astype(np.int64)]
+    if config.prefix_loss and prefixes is not None:
+        columns.append(prefixes[targets[0]])
+    if config.mtp_loss:
+        second = np.where(targets[1] == BOS, -1, targets[1].astype(np.int64))
+        columns += [second, np.where((second < 0) | (targets[2] == BOS), -1, targets[2].astype(np.int64))]
+    return np.stack(columns, 1)
+
+
+def auxiliary_weights(config: Config) -> list[float]:
+    """Weights of the columns behind the first."""
+    return [weight for weight in (config.prefix_loss, config.mtp_loss, config.mtp_loss / 2) if weight]
+
+
+class TrainLoader:
+    """micro(i, ...) = micro-batch i of this rank, prepared by a thread while the device works."""
+
+    def __init__(self, config: Config, world: World, stream: TokenStream, num_segments: int,
+                 prefixes: np.ndarray | None = None):
         self.config, self.world, self.stream, self.num_segments = config, world, stream, num_segments
-        self.accumulation_steps = config.accumulation_steps(world.size)
+        self.prefixes = prefixes
         self.worker = ThreadPoolExecutor(1)
-        self.pending: dict[tuple[int, int], Any] = {}
+        self.pending: dict[tuple[int, int, bool], Any] = {}
         self.num_rows = max(len(stream) // config.train_seq_len, 1)
         self.stride = coprime_stride(self.num_rows)
 
-    def build(self, step: int, micro: int) -> Batch:
-        config = self.config
-        tokens, seq_len = config.micro_batch_tokens, config.train_seq_len
-        index = (step * self.accumulation_steps + micro) * self.world.size + self.world.rank
+    def build(self, index: int, seq_len: int, auxiliary: bool) -> Batch:
+        config, tokens = self.config, self.config.micro_batch_tokens
+        row, index, further = config.train_seq_len, index * self.world.size + self.world.rank, 3  # targets seen ahead
         if config.train_order == "strided":
-            count = tokens // seq_len
+            count = tokens // row
             rows = [(index * count + i) * self.stride % self.num_rows for i in range(count)]
-            windows = [self.stream.slice(row * seq_len, seq_len + 1) for row in rows]
+            windows = [self.stream.slice(i * row, row + further) for i in rows]
         else:
-            windows = [self.stream.slice(index * tokens, tokens + 1)]
-        starts = [cut_segments(window[:-1], seq_len, config.document_mask) for window in windows]
-        starts = np.concatenate([part + i * seq_len for i, part in enumerate(starts)])
-        segments = make_segments(starts, tokens, seq_len, self.num_segments)
-        inputs, targets = (np.concatenate([window[part] for window in windows]) for part in (slice(-1), slice(1, None)))
-        batch = make_batch(inputs, targets, segments)
+            windows = [self.stream.slice(index * tokens, tokens + further)]
+        starts = [cut_segments(window[:-further], seq_len, config.document_mask) for window in windows]
+        starts = np.concatenate([part + i * row for i, part in enumerate(starts)])
+        inputs, *targets = (np.concatenate([window[i:len(window) - further + i] for window in windows])
+                            for i in range(1 + further))
+        columns = auxiliary_targets(config, targets, self.prefixes) if auxiliary else targets[0]
+        batch = make_batch(inputs, columns, make_segments(starts, tokens, seq_len, self.num_segments))
         return pin(batch) if self.world.device.type == "cuda" else batch
 
-    def micro(self, step: int, micro: int) -> Batch:
-        count = self.accumulation_steps
-        upcoming = [divmod(step * count + micro + ahead, count) for ahead in range(3)]
+    def micro(self, index: int, seq_len: int, auxiliary: bool) -> Batch:
+        """Micro-batch `index` of this rank, with segments of up to seq_len tokens."""
+        upcoming = [(index + ahead, seq_len, auxiliary) for ahead in range(3)]
         self.pending = {key: self.pending.get(key) or self.worker.submit(self.build, *key) for key in upcoming}
         return to_device(self.pending.pop(upcoming[0]).result(), self.world.device)
 
@@ -730,6 +847,7 @@ class Dataset:
     fingerprint: str  # sha256 over validation tokens, their bytes and all training shards
     leaked_documents: int  # validation documents found in the training shards
     max_documents: int  # BOS tokens in any micro-batch, at most
+    prefixes: np.ndarray | None  # (V,) int64: longest token that each one begins with, -1 = none; None if not needed
     notes: list[str]
 
 
@@ -834,7 +952,10 @@ def open_dataset(config: Config, world: World) -> Dataset:
     parts = [hashlib.sha256(x.data).hexdigest() for x in (val_tokens, val_bytes)] + [scan.sha256 for scan in scans]
     fingerprint = hashlib.sha256(" ".join(parts).encode()).hexdigest()
     most = rows * max(scan.max_documents for scan in scans)
-    return Dataset(train, val_tokens, val_bytes, sha256, fingerprint, leaked, most, notes)
+    if config.prefix_loss and tokenizer is None:
+        raise UserError(f"PREFIX_LOSS={config.prefix_loss}: needs the pieces of the tokenizer; set TOKENIZER_PATH")
+    prefixes = prefix_tokens(tokenizer) if config.prefix_loss else None
+    return Dataset(train, val_tokens, val_bytes, sha256, fingerprint, leaked, most, prefixes, notes)
 
 
 def check_tokens(largest: int, config: Config, path: Path) -> None:
@@ -894,6 +1015,21 @@ def byte_table(tokenizer: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         space[i] = piece.startswith("\u2581")
         count[i] = len(piece[int(space[i]):].replace("\u2581", " ").encode())
     return count, space, silent
+
+
+def prefix_tokens(tokenizer: Any) -> np.ndarray:
+    """SentencePiece model -> (V,) int64: id of the longest other piece that each piece begins with, -1 = none.
+
+    A lone space is no prefix. For the auxiliary loss of modded-nanogpt's PR 337.
+    """
+    plain = [i for i in range(tokenizer.vocab_size()) if not (
+        tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i) or tokenizer.is_byte(i))]
+    ids = {tokenizer.id_to_piece(i): i for i in plain}
+    ids.pop("\u2581", None)
+    result = np.full(tokenizer.vocab_size(), -1, np.int64)
+    for piece, i in ids.items():
+        result[i] = next((ids[piece[:n]] for n in range(len(piece) - 1, 0, -1) if piece[:n] in ids), -1)
+    return result
 
 
 def table_bytes(tokens: np.ndarray, tokenizer: Any) -> np.ndarray:
@@ -963,10 +1099,26 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
 
 
-def rotary_angles(positions: Tensor, dims: int, base: float) -> tuple[Tensor, Tensor]:
-    """positions (T,) -> cos, sin (T, 1, dims / 2) float32 of position x base^(-2j / dims)."""
-    exponent = torch.arange(0, dims, 2, device=positions.device, dtype=torch.float32) / max(dims, 1)
-    angles = positions.float()[:, None, None] * base ** -exponent
+def rotary_frequencies(config: Config, training: bool) -> Tensor:
+    """-> (ROPE_DIMS / 2,) float32: ROPE_BASE^(-2j / ROPE_DIMS), slowed down where contexts are `stretch` times longer.
+
+    ntk raises the base (NTK-aware scaling). yarn divides by up to `stretch`, slow channels most (arXiv:2309.00071, as
+    in the ternary record: without a temperature).
+    """
+    dims, stretch = config.rope_dims, config.rope_stretch or 1.0
+    if not training and not config.rope_stretch:
+        stretch = max(config.eval_seq_len / config.train_seq_len, 1.0)
+    exponent = torch.arange(0, dims, 2, dtype=torch.float32) / max(dims, 1)
+    base = config.rope_base * (stretch ** (dims / max(dims - 2, 1)) if config.rope_scaling == "ntk" else 1.0)
+    frequencies = base ** -exponent
+    if config.rope_scaling == "yarn":
+        frequencies = frequencies / (1 + ((exponent - 0.25) / 0.75).clamp(0, 1) * (stretch - 1))
+    return frequencies
+
+
+def rotary_angles(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """positions (T,), frequencies (R / 2,) -> cos, sin (T, 1, R / 2) float32 of their products."""
+    angles = positions.float()[:, None, None] * frequencies
     return angles.cos(), angles.sin()
 
 
@@ -977,11 +1129,54 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), -1).to(x.dtype)
 
 
-def exclusive(y: Tensor, v: Tensor) -> Tensor:
-    """Exclusive self attention (XSA): y (T, H, E) less its part along the token's own value v (T, K, E); float32."""
+def exclusive(y: Tensor, v: Tensor, strength: Tensor | None = None) -> Tensor:
+    """Exclusive self attention (XSA): y (T, H, E) less its part along the token's own value v (T, K, E); float32.
+
+    strength (H,): how much of that part goes; None = all.
+    """
     grouped = y.float().unflatten(1, (v.size(1), -1))
     direction = F.normalize(v.float(), dim=-1, eps=1e-12)[:, :, None]
-    return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(1, 2)
+    part = (grouped * direction).sum(-1, keepdim=True)
+    if strength is not None:
+        part = part * strength.float().view(v.size(1), -1, 1)
+    return (grouped - part * direction).flatten(1, 2)
+
+
+def shift(x: Tensor, keep: Tensor) -> Tensor:
+    """x (T, ...) -> each token's predecessor's row, or its own where keep (T,) is 0, as at the start of a segment."""
+    keep = keep.view(-1, *[1] * (x.dim() - 1))
+    return torch.where(keep, x.roll(1, 0), x)
+
+
+def segment_mean(x: Tensor, positions: Tensor) -> Tensor:
+    """x (T, D), positions (T,) in the segment -> mean over the segment up to each token, in float32."""
+    total = x.float().cumsum(0)
+    first = torch.arange(len(x), device=x.device) - positions
+    before = total[first] - x[first].float()  # of all earlier segments
+    return (total - before) / (positions + 1)[:, None]
+
+
+def bigram_buckets(ids: Tensor, keep: Tensor, kind: str, buckets: int) -> Tensor:
+    """ids (T,) -> (T,) rows of the BigramHash table: a hash of each token and the one before, where keep (T,) says so.
+
+    The published hashes: 92821 (2026-03-19 record), 36313 (03-20 and later; its last row is for starts), 1000003
+    (#363), 31 (#289).
+    """
+    previous = torch.where(keep, ids.roll(1), ids if kind == "1000003" else 0)
+    if kind == "36313":
+        return torch.where(keep, ((36313 * ids) ^ (27191 * previous)) % (buckets - 1), buckets - 1)
+    return (int(kind) * previous + ids) % buckets
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "leaky2": lambda x, slope: F.leaky_relu(x, slope).square(),
+    "swiglu": lambda x, slope: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]}
+
+
+def poly5(u: Tensor) -> Tensor:
+    """Fifth-order Taylor polynomial of tanh's kind, clamped (2026-03-24 ternary record)."""
+    u = u.clamp(-2, 2)
+    return (u * (1 - u.square() / 3 + u.square().square() / 15)).clamp(-1, 1)
 
 
 # --- attention back ends: (q (T, H, E), k (T, K, E), v (T, K, E), segments) -> (T, H, E), causal within segments
@@ -1097,7 +1292,7 @@ class Visit(NamedTuple):
     layer: int
     push: bool  # keep the output for a skip
     skip: int  # row of skip_weight that blends the newest kept output in before the block; -1 = none
-    lane: int  # row of the lane parameters; -1 = a plain sequential block
+    adapter: int  # row of the depth adapters; -1 = none
 
 
 def layer_order(config: Config, looping: bool) -> list[int]:
@@ -1126,137 +1321,216 @@ def skip_rows(config: Config) -> dict[tuple[int, int], int]:
 def visit_plan(config: Config, looping: bool) -> tuple[Visit, ...]:
     """The encoder half keeps its outputs; the decoder half takes them back, newest first (U-Net)."""
     order, rows, keys = layer_order(config, looping), skip_rows(config), skip_keys(config, looping)
-    encoder, start = len(order) // 2, config.parallel_start_layer
-    plan = []
+    encoder, plan = len(order) // 2, []
+    looped = range(config.loop_start, config.loop_end + 1) if config.num_loops and config.depth_lora_rank else range(0)
     for i, layer in enumerate(order):
         skip = rows[keys[i - encoder]] if encoder <= i < encoder + len(keys) else -1
-        plan.append(Visit(layer, i < encoder, skip, layer - start if start and layer >= start else -1))
+        adapter = order[:i].count(layer) * len(looped) + layer - config.loop_start if layer in looped else -1
+        plan.append(Visit(layer, i < encoder, skip, adapter))
     return tuple(plan)
 
 
-def describe_plan(plan: Sequence[Visit]) -> str:
+def is_lane(config: Config, layer: int) -> bool:
+    return 0 < config.parallel_start_layer <= layer
+
+
+def describe_plan(config: Config, plan: Sequence[Visit]) -> str:
     """'0+ 1+ 3-0 8-3|': + keeps its output, -r takes a skip through row r, | is a two-lane block."""
-    return " ".join(f"{v.layer}{'+' * v.push}{f'-{v.skip}' if v.skip >= 0 else ''}{'|' * (v.lane >= 0)}" for v in plan)
+    return " ".join(f"{v.layer}{'+' * v.push}{f'-{v.skip}' if v.skip >= 0 else ''}{'|' * is_lane(config, v.layer)}"
+                    for v in plan)
 
 
 def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every parameter; nothing exists that the plan does not use."""
+    """Name -> shape of every parameter; nothing exists that the plan does not use.
+
+    A bank with fewer rows than layers belongs to the last layers.
+    """
     layers, width, heads, mlp = config.num_layers, config.model_dim, config.num_heads, config.mlp_dim
-    kv, rows = config.num_kv_heads * config.head_dim, len(skip_rows(config))
+    kv, rows, rank = config.num_kv_heads * config.head_dim, len(skip_rows(config)), config.depth_lora_rank
     lanes = layers - config.parallel_start_layer if config.parallel_start_layer else 0
-    shapes: dict[str, tuple[int, ...]] = {
-        "embedding": (config.vocab_size, width),
+    behind = layers - 1 - config.loop_end if config.num_loops else layers - 1  # the loops, or the first layer
+    looped = (config.loop_end + 1 - config.loop_start) * (config.num_loops + 1) if config.num_loops else 0
+    embed, window = config.embed_dim or width, width if config.attn_gate == "dense" else config.gate_window
+    gated, smear = config.attn_gate != "sparse" or config.sparse_attn_gate_scale > 0, config.smear_gate
+    sizes = {  # a parameter of size 0 does not exist
+        "embedding": (config.vocab_size, embed),
+        "head": (config.vocab_size * (not config.tie_embeddings), embed),
+        "vocab_bias": (config.vocab_size * config.vocab_bias,),
+        "embed_in": (bool(config.embed_dim), width, embed), "embed_out": (bool(config.embed_dim), embed, width),
+        "bigram_table": (config.bigram_hash_buckets, config.bigram_hash_dim),
+        "bigram_proj": (bool(config.bigram_hash_buckets), embed, config.bigram_hash_dim),
+        "bigram_scale": (bool(config.bigram_hash_buckets) * (config.bigram_hash == "36313"),),
         "q_proj": (layers, width, width), "k_proj": (layers, kv, width), "v_proj": (layers, kv, width),
-        "out_proj": (layers, width, width), "up_proj": (layers, mlp, width), "down_proj": (layers, width, mlp),
+        "out_proj": (layers, width, width), "down_proj": (layers, width, mlp),
+        "up_proj": (layers, mlp * (2 if config.mlp_activation == "swiglu" else 1), width),
+        "q_adapter_in": (looped, rank, width), "q_adapter_out": (looped, width, rank),
+        "v_adapter_in": (looped, rank, width), "v_adapter_out": (looped, kv, rank),
         "q_gain": (layers, heads), "attn_scale": (layers, width), "mlp_scale": (layers, width),
-        "resid_mix": (layers, 2, width), "skip_weight": (rows, width)}
-    if config.skip_gates_enabled:
-        shapes["skip_gate"] = (rows, width)
-    if config.sparse_attn_gate_scale:
-        shapes["attn_gate"] = (layers, heads, config.gate_window)
-    if lanes:
-        shapes |= {"lane_resid": (lanes, 2), "lane_mix": (lanes, 2, 2)}
-    if config.smear_gate_enabled:
-        shapes |= {"smear_gate": (1, config.gate_window), "smear_scale": (1,)}
-    return {name: shape for name, shape in shapes.items() if math.prod(shape)}
+        "resid_mix": (layers, 2, width), "skip_weight": (rows, width),
+        "skip_gate": (rows * config.skip_gates_enabled, width),
+        "attn_gate": (layers * gated, heads, window), "attn_gate_bias": (layers * (config.attn_gate == "dense"), heads),
+        "xsa_strength": (config.xsa_last_n * config.xsa_learned, heads),
+        "value_mix": (behind * config.value_residual, 2), "lane_resid": (lanes, 2), "lane_mix": (lanes, 2, 2),
+        "smear_gate": (smear == "input", config.gate_window), "smear_scale": (smear == "input",),
+        "static_smear": (embed * (smear == "static"),), "mean_smear": (layers * (smear == "mean"), width),
+        "softcap_scale": (2 * (config.softcap_type == "two_sided"),)}
+    return {name: tuple(map(int, shape)) for name, shape in sizes.items() if math.prod(shape)}
 
 
 Forward = Callable[..., Tensor]  # a GPT or its compiled form: (ids, targets, segments) -> nats
-LAYER_ROLES = {"q_proj", "k_proj", "v_proj", "out_proj", "up_proj", "down_proj", "q_gain", "attn_scale", "mlp_scale",
-               "resid_mix", "attn_gate"}  # one row per layer
-ROW_ROLES = {"skip_weight", "skip_gate", "lane_resid", "lane_mix"}  # one row per skip or lane layer
+SKIP_ROLES, GLOBAL_ROLES = {"skip_weight", "skip_gate"}, {  # a row per skip; one for the whole model; else per layer
+    "embedding", "head", "vocab_bias", "embed_in", "embed_out", "bigram_table", "bigram_proj", "bigram_scale",
+    "smear_gate", "smear_scale", "static_smear", "softcap_scale"}
+CONSTANTS = {"attn_scale": 1.0, "mlp_scale": 1.0, "skip_weight": 1.0, "lane_resid": 1.1, "lane_mix": 1.0,
+             "value_mix": 0.5, "xsa_strength": 1.0, "attn_gate_bias": 4.0, "static_smear": 3.0, "bigram_scale": 0.05}
+MATRICES = {"q_proj", "k_proj", "v_proj", "up_proj", "embed_in", "embed_out", "q_adapter_in", "v_adapter_in"}
+FakeQuantize = Callable[[str, int, Tensor], Tensor]  # (parameter, layer or -1, weights) -> as the artifact gives them
 
 
 class GPT(nn.Module):
     """The model of PR #1855 (R0427) at the default settings. `looping` chooses between its two plans."""
 
-    embedding: Tensor
-    smear_gate: Tensor
     smear_scale: Tensor
+    vocab_bias: Tensor
+    softcap_scale: Tensor
 
     def __init__(self, config: Config, dtype: torch.dtype = torch.float32, attention: Attention = attention_sdpa):
         super().__init__()
         self.config, self.dtype, self.attention = config, dtype, attention
         self.plans = (visit_plan(config, False), visit_plan(config, True))
         self.looping = False
+        self.fake_quantize: FakeQuantize | None = None  # in training; set by the trainer when QAT starts
         for name, shape in param_shapes(config).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        for training in (False, True):
+            self.register_buffer(f"frequencies_{training}", rotary_frequencies(config, training), persistent=False)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Orthogonal matrices, zero output projections, constants; drawn on the CPU, so the same on every device."""
-        generator = torch.Generator().manual_seed(seed)
-        constants = {"q_gain": self.config.qk_gain_init, "attn_scale": 1.0, "mlp_scale": 1.0, "skip_weight": 1.0,
-                     "lane_resid": 1.1, "lane_mix": 1.0}
+        config, generator = self.config, torch.Generator().manual_seed(seed)
+        constants = CONSTANTS | {"q_gain": config.qk_gain_init}
         for name, parameter in self.named_parameters():
             value = torch.full(parameter.shape, constants.get(name, 0.0))
             if name == "embedding":
-                value.normal_(0.0, self.config.tied_embed_init_std, generator=generator)
-            elif name in ("q_proj", "k_proj", "v_proj", "up_proj"):
+                value.normal_(0.0, config.tied_embed_init_std, generator=generator)
+                if config.embed_init == "overtone":  # (2026-03-19 record)
+                    u, sigma, v = torch.linalg.svd(value, full_matrices=False)
+                    value = u * (sigma[0] * torch.arange(1, len(sigma) + 1) ** -0.5) @ v
+            elif name == "bigram_table":
+                value.normal_(0.0, 0.01, generator=generator)
+            elif name in MATRICES and (config.matrix_init == "uniform" or "adapter" in name):
+                value.uniform_(-(value.size(-1) ** -0.5), value.size(-1) ** -0.5, generator=generator)
+            elif name in MATRICES:
                 for matrix in value:
                     nn.init.orthogonal_(matrix, generator=generator)
             elif name == "resid_mix":
-                value[:, 0] = 1.0
+                depth = torch.arange(len(value)) / max(len(value) - 1, 1)
+                share = (3 * (depth - 0.5)).sigmoid() if config.resid_mix_init == "phase" else torch.ones(len(value))
+                value.copy_(torch.stack((share, 1 - share), 1)[:, :, None])
             parameter.copy_(value)
 
-    def embed(self, ids: Tensor, segments: Segments) -> Tensor:
-        """ids (1, T) -> (T, D), with SmearGate (PR #1667): e_t + scale x sigmoid(W e_t[:12]) e_(t-1).
+    def weight(self, name: str) -> Tensor:
+        """A parameter of the whole model, through the fake quantizer while that is on, in the activations' dtype."""
+        value = getattr(self, name)
+        if self.fake_quantize and self.training:
+            value = self.fake_quantize(name, -1, value)
+        return value.to(self.dtype)
 
-        No token is smeared into the first of a segment, nor into BOS (the mask of PR #1855).
+    def layer_weights(self, banks: Mapping[str, Sequence[Tensor]], layer: int, adapter: int) -> dict[str, Tensor]:
+        """Parameters of a layer, or of the visit with that adapter; only those that it has."""
+        weights = {}
+        for name, bank in banks.items():
+            row = adapter if "adapter" in name else layer - (self.config.num_layers - len(bank))
+            if name not in SKIP_ROLES and row >= 0:
+                value = bank[row]
+                if self.fake_quantize and self.training:
+                    value = self.fake_quantize(name, layer, value)
+                weights[name] = value.to(self.dtype)
+        return weights
+
+    def embed(self, ids: Tensor, segments: Segments) -> Tensor:
+        """ids (1, T) -> (T, D): embedding, BigramHash, SmearGate.
+
+        input (PR #1667): e_t + scale x sigmoid(W e_t[:12]) e_(t-1). static (2026-03-19 record): a blend with e_(t-1),
+        a weight per channel. No token is smeared into the first of a segment, nor into BOS (the mask of PR #1855).
         """
-        x = F.embedding(ids[0], self.embedding).to(self.dtype)
-        if not self.config.smear_gate_enabled:
-            return x
-        gate = F.linear(x[1:, :self.config.gate_window], self.smear_gate.to(self.dtype)).sigmoid() * self.smear_scale
-        keep = (segments.positions[1:] != 0) & (ids[0, 1:] != BOS)
-        return torch.cat((x[:1], x[1:] + (gate * keep[:, None]).to(self.dtype) * x[:-1]))
+        config, keep = self.config, (segments.positions != 0) & (ids[0] != BOS)
+        x = F.embedding(ids[0], self.weight("embedding"))
+        if config.bigram_hash_buckets:
+            buckets = bigram_buckets(ids[0], segments.positions != 0, config.bigram_hash, config.bigram_hash_buckets)
+            pairs = F.linear(F.embedding(buckets, self.weight("bigram_table")), self.weight("bigram_proj")[0])
+            x = x + (pairs * self.weight("bigram_scale") if config.bigram_hash == "36313" else pairs)
+        if config.smear_gate == "input":
+            gate = F.linear(x[:, :config.gate_window], self.weight("smear_gate")).sigmoid() * self.smear_scale
+            x = x + (gate * keep[:, None]).to(self.dtype) * x.roll(1, 0)
+        if config.smear_gate == "static":
+            x = torch.lerp(shift(x, keep), x, self.weight("static_smear").sigmoid())
+        return F.linear(x, self.weight("embed_in")[0]) if config.embed_dim else x
 
     def attend(self, w: dict[str, Tensor], n: Tensor, angles: tuple[Tensor, Tensor], segments: Segments,
-               exclude: bool) -> Tensor:
-        """Weights w of a layer, its normalized input n (T, D) -> attention's output (T, D); `exclude` = XSA."""
+               exclude: bool, first_value: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weights w of a layer, its normalized input n (T, D) -> attention's output (T, D), values (T, K, E).
+
+        exclude = XSA; first_value = the first layer's values, for the value residual (arXiv:2410.17897).
+        """
         config = self.config
-        q = F.linear(n, w["q_proj"]).unflatten(-1, (config.num_heads, -1))
-        k = F.linear(n, w["k_proj"]).unflatten(-1, (config.num_kv_heads, -1))
-        v = F.linear(n, w["v_proj"]).unflatten(-1, (config.num_kv_heads, -1))
-        q = rotary(norm(q), *angles) * w["q_gain"][:, None]
-        y = self.attention(q, rotary(norm(k), *angles), v, segments)
+        q, k, v = F.linear(n, w["q_proj"]), F.linear(n, w["k_proj"]), F.linear(n, w["v_proj"])
+        if "q_adapter_in" in w:
+            q = q + F.linear(F.linear(n, w["q_adapter_in"]), w["q_adapter_out"])
+            v = v + F.linear(F.linear(n, w["v_adapter_in"]), w["v_adapter_out"])
+        q, k, v = (x.unflatten(-1, (-1, config.head_dim)) for x in (q, k, v))
+        if "value_mix" in w and first_value is not None:
+            v = w["value_mix"][0] * first_value + w["value_mix"][1] * v
+        q, k = rotary(norm(q), *angles) * w["q_gain"][:, None], rotary(norm(k), *angles)
+        if config.key_offset:
+            plain = k[..., config.rope_dims:]
+            k = torch.cat((k[..., :config.rope_dims], shift(plain, segments.positions != 0)), -1)
+        y = self.attention(q, k, v, segments)
         if exclude:
-            y = exclusive(y, v)
-        if config.sparse_attn_gate_scale:
-            gate = config.sparse_attn_gate_scale * F.linear(n[:, :config.gate_window], w["attn_gate"])
-            y = y * gate.sigmoid()[:, :, None]
-        return F.linear(y.flatten(1).to(self.dtype), w["out_proj"])
+            y = exclusive(y, v, w.get("xsa_strength"))
+        if "attn_gate" in w:
+            inner = config.sparse_attn_gate_scale if config.attn_gate == "sparse" else 1.0
+            gate = F.linear(n[:, :w["attn_gate"].size(1)], w["attn_gate"], w.get("attn_gate_bias"))
+            y = y * ((inner * gate).sigmoid() * (2 if config.attn_gate == "output" else 1))[:, :, None]
+        y = y.flatten(1).to(self.dtype)
+        return F.linear(norm(y) if config.projection_norm else y, w["out_proj"]), v
 
     def feed_forward(self, w: dict[str, Tensor], n: Tensor) -> Tensor:
         """Weights w of a layer, its normalized input n (T, D) -> the MLP's output (T, D)."""
-        hidden = F.leaky_relu(F.linear(n, w["up_proj"]), self.config.leaky_relu_slope).square()
-        return F.linear(hidden, w["down_proj"])
+        config = self.config
+        hidden = ACTIVATIONS[config.mlp_activation](F.linear(n, w["up_proj"]), config.leaky_relu_slope)
+        return F.linear(norm(hidden) if config.projection_norm else hidden, w["down_proj"])
 
     def features(self, ids: Tensor, segments: Segments) -> Tensor:
         """ids (1, T) -> (T, D), normalized: what the head reads."""
         config = self.config
-        banks = {name: p.unbind(0) for name, p in self.named_parameters() if name in LAYER_ROLES | ROW_ROLES}
-        angles = rotary_angles(segments.positions, config.rope_dims, config.rope_base)
+        banks = {name: p.unbind(0) for name, p in self.named_parameters() if name not in GLOBAL_ROLES}
+        angles = rotary_angles(segments.positions, getattr(self, f"frequencies_{self.training}"))
         x = x0 = norm(self.embed(ids, segments))
-        mlp_lane, two_lanes, kept = x, False, []
-        for layer, push, skip, lane in self.plans[1 if self.looping else 0]:
-            w = {name: bank[layer].to(self.dtype) for name, bank in banks.items() if name in LAYER_ROLES}
+        mlp_lane, two_lanes, kept, first_value = x, False, [], None
+        for layer, push, skip, adapter in self.plans[1 if self.looping else 0]:
+            w = self.layer_weights(banks, layer, adapter)
             scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
-            if lane >= 0 and not two_lanes:
+            if is_lane(config, layer) and not two_lanes:
                 mlp_lane, two_lanes = x, True
             if skip >= 0:
                 skipped = banks["skip_weight"][skip].to(self.dtype) * kept.pop()
                 x = torch.lerp(skipped, x, banks["skip_gate"][skip].sigmoid().to(self.dtype)) \
                     if config.skip_gates_enabled else x + skipped
+            if "mean_smear" in w:
+                x = torch.lerp(x, segment_mean(x, segments.positions).to(self.dtype), w["mean_smear"].tanh())
             mixed = w["resid_mix"][0] * x + w["resid_mix"][1] * x0
             exclude = layer >= config.num_layers - config.xsa_last_n
-            attn_out = w["attn_scale"] * self.attend(w, norm(mixed) * scale, angles, segments, exclude)
-            if lane < 0:
+            attn_in = norm(mixed) * scale
+            attn_out, v = self.attend(w, attn_in, angles, segments, exclude, first_value)
+            attn_out, first_value = w["attn_scale"] * attn_out, v if first_value is None else first_value
+            if not two_lanes:
                 x = mixed + attn_out
-                x = x + w["mlp_scale"] * self.feed_forward(w, norm(x) * scale)
+                x = x + w["mlp_scale"] * self.feed_forward(w, attn_in if config.gptj_block else norm(x) * scale)
             else:  # both sublayers read the old lanes; each lane keeps a share of itself and takes some of both outputs
                 mlp_out = w["mlp_scale"] * self.feed_forward(w, norm(mlp_lane) * scale)
-                stay, share = (banks[name][lane].to(self.dtype) for name in ("lane_resid", "lane_mix"))
+                stay, share = w["lane_resid"], w["lane_mix"]
                 x = stay[0] * x + share[0, 0] * attn_out + share[1, 0] * mlp_out
                 mlp_lane = stay[1] * mlp_lane + share[0, 1] * attn_out + share[1, 1] * mlp_out
             if push:
@@ -1264,16 +1538,29 @@ class GPT(nn.Module):
         return norm((x + mlp_lane) * 0.5 if two_lanes else x)
 
     def logits(self, features: Tensor) -> Tensor:
-        """features (T, D) -> softcapped logits (T, V) float32; the head is the embedding."""
-        cap = self.config.logit_softcap
-        return cap * torch.tanh(F.linear(features, self.embedding.to(self.dtype)).float() / cap)
+        """features (T, D) -> softcapped logits (T, V) float32."""
+        cap, kind = self.config.logit_softcap, self.config.softcap_type
+        if self.config.embed_dim:
+            features = F.linear(features, self.weight("embed_out")[0])
+        logits = F.linear(features, self.weight("embedding" if self.config.tie_embeddings else "head")).float()
+        if self.config.vocab_bias:
+            logits = logits + self.vocab_bias
+        if kind == "two_sided":  # learned on a log scale, so that a step of the optimizer is a share of the cap
+            above, below = cap * self.softcap_scale.exp()
+            cap = torch.where(logits >= 0, above, below)
+        return cap * (poly5 if kind == "poly5" else torch.tanh)(logits / cap)
 
     def forward(self, ids: Tensor, targets: Tensor, segments: Segments) -> Tensor:
-        """ids (1, T), targets (1, T) or (1, T, C) -> nats (T,) or (T, C) float32, from one pass over the logits."""
+        """ids (1, T), targets (1, T) or (1, T, C) -> nats (T,) or (T, C) float32, from one pass over the logits.
+
+        A target of -1 has 0 nats. In training the first column includes the z-loss.
+        """
         logits, targets = self.logits(self.features(ids, segments)), targets[0]
-        if targets.dim() == 1:
-            return F.cross_entropy(logits, targets, reduction="none")
-        return torch.stack([F.cross_entropy(logits, column, reduction="none") for column in targets.unbind(1)], 1)
+        columns = [F.cross_entropy(logits, column, reduction="none", ignore_index=-1)
+                   for column in targets.view(len(targets), -1).unbind(1)]
+        if self.config.z_loss and self.training:
+            columns[0] = columns[0] + self.config.z_loss * logits.logsumexp(-1).square()
+        return columns[0] if targets.dim() == 1 else torch.stack(columns, 1)
 
 
 # ====================================================================================================================
@@ -1298,11 +1585,15 @@ ATTN = Role("muon", "matrix_lr", "muon_wd", "matrix_quantizer", "matrix_bits", "
 MLP = Role("muon", "matrix_lr", "muon_wd", "matrix_quantizer", "matrix_bits", "mlp_clip_sigmas")
 SMALL = Role("adam", "scalar_lr", "adam_wd")
 PARAM_TABLE = {
-    "embedding": Role("adam", "tied_embed_lr", "embed_wd", "embed_quantizer", "embed_bits", "embed_clip_sigmas"),
-    "q_proj": ATTN, "k_proj": ATTN, "v_proj": ATTN, "out_proj": ATTN, "up_proj": MLP, "down_proj": MLP,
-    "q_gain": SMALL, "attn_scale": SMALL, "mlp_scale": SMALL, "resid_mix": SMALL, "skip_weight": SMALL,
-    "skip_gate": SMALL, "attn_gate": SMALL, "lane_resid": SMALL, "lane_mix": SMALL, "smear_gate": SMALL,
-    "smear_scale": SMALL,
+    "embedding": Role("adam", "embedding_lr", "embed_wd", "embed_quantizer", "embed_bits", "embed_clip_sigmas"),
+    "head": Role("adam", "head_lr", "embed_wd", "embed_quantizer", "embed_bits", "embed_clip_sigmas"),
+    "bigram_table": Role("adam", "embedding_lr", "embed_wd", "matrix_quantizer", "matrix_bits", "embed_clip_sigmas"),
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "out_proj", "embed_in", "embed_out", "bigram_proj", "q_adapter_in",
+                     "q_adapter_out", "v_adapter_in", "v_adapter_out"), ATTN),
+    "up_proj": MLP, "down_proj": MLP,
+    **dict.fromkeys(("q_gain", "attn_scale", "mlp_scale", "resid_mix", "skip_weight", "skip_gate", "attn_gate",
+                     "attn_gate_bias", "xsa_strength", "value_mix", "lane_resid", "lane_mix", "smear_gate",
+                     "smear_scale", "static_smear", "mean_smear", "softcap_scale", "vocab_bias"), SMALL),
 }
 
 
@@ -1315,32 +1606,52 @@ def orthogonalize(x: Tensor, coefficients: Sequence[tuple[float, float, float]])
     return x
 
 
-def muon_update(grad: Tensor, momentum_buffer: Tensor, momentum: Tensor, tall: Tensor, row_normalize: bool,
-                coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
+def muon_update(grad: Tensor, state: Mapping[str, Tensor], momentum: Tensor, tall: Tensor, row_normalize: bool,
+                beta2: float, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
     """Muon with Nesterov momentum: gradients (n, rows, columns), rows <= columns -> updates in the gradients' dtype.
 
-    Changes momentum_buffer. tall (n, 1, 1) bool marks matrices that are stored transposed: MuonEq-R (PR #1394) gives
-    unit norm to the rows they have in the model, which are then the columns.
+    Changes state. tall (n, 1, 1) bool marks matrices that are stored transposed: what is said of rows holds for the
+    rows they have in the model, which are then the columns. MuonEq-R (PR #1394) and NeoMuon give the rows unit norm
+    before the orthogonalization; NorMuon (arXiv:2510.05491 as in PR #532, beta2 > 0) divides them by the running root
+    mean square of their entries after it, and restores the norm of the whole matrix.
     """
-    momentum_buffer.mul_(momentum).add_(grad)
-    update = grad.float() + momentum_buffer * momentum
+    buffer = state["momentum"].mul_(momentum).add_(grad)
+    update = grad.float() + buffer * momentum
     if row_normalize:
         norms = torch.where(tall, update.norm(dim=-2, keepdim=True), update.norm(dim=-1, keepdim=True))
         update = update / norms.clamp_min(1e-7)
-    return orthogonalize(update.to(grad.dtype), coefficients)
+    update = orthogonalize(update.to(grad.dtype), coefficients)
+    if beta2:
+        square, before = update.float().square(), update.float().norm(dim=(-2, -1), keepdim=True)
+        rows = state["row_square"].lerp_(square.mean(-1, keepdim=True), 1 - beta2)
+        columns = state["column_square"].lerp_(square.mean(-2, keepdim=True), 1 - beta2)
+        scaled = update.float() / (torch.where(tall, columns, rows).sqrt() + 1e-10)
+        update = (scaled * (before / (scaled.norm(dim=(-2, -1), keepdim=True) + 1e-10))).to(grad.dtype)
+    return update
+
+
+def blocks_of(config: Config, name: str, bank: Tensor) -> Tensor:
+    """Bank (layers, rows, columns) -> (n, rows, columns) of the matrices that are orthogonalized on their own."""
+    heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name, 0)
+    rows = bank.size(1) * config.muon_head_group // heads if heads and config.muon_head_group else bank.size(1)
+    return bank.detach().view(-1, rows, bank.size(2))
 
 
 class MuonGroup:
     """Banks whose matrices have one shape once the tall ones are transposed, as one stack shared out over ranks."""
 
-    def __init__(self, names: list[str], params: Mapping[str, Tensor], world: World, communication_dtype: torch.dtype):
-        self.names, self.world, self.dtype = names, world, communication_dtype
-        self.params = [params[name] for name in names]
+    def __init__(self, config: Config, names: list[str], params: Mapping[str, Tensor], world: World):
+        self.names, self.world = names, world
+        self.dtype = torch.bfloat16 if world.dtype == torch.bfloat16 else torch.float32  # of the communication
+        self.params = [blocks_of(config, name, params[name]) for name in names]
         self.tall = [p.size(1) > p.size(2) for p in self.params]
         self.count = sum(len(p) for p in self.params)  # matrices
         self.share = -(-self.count // world.size)  # of them per rank; the last slots may be empty
         device, (rows, columns) = self.params[0].device, sorted(self.params[0].shape[1:])
-        self.momentum_buffer = torch.zeros(self.share, rows, columns, device=device)
+        self.state = {"momentum": torch.zeros(self.share, rows, columns, device=device)}
+        if config.normuon_beta2:
+            self.state |= {"row_square": torch.zeros(self.share, rows, 1, device=device),
+                           "column_square": torch.zeros(self.share, 1, columns, device=device)}
         tall = [flag for p, flag in zip(self.params, self.tall) for _ in range(len(p))]
         tall += [False] * (self.share * world.size - self.count)
         own = slice(world.rank * self.share, (world.rank + 1) * self.share)
@@ -1361,14 +1672,12 @@ class MuonGroup:
         parts = packed[:self.count].split([len(p) for p in self.params])
         return [part.mT if tall else part for part, tall in zip(parts, self.tall)]
 
-    def scatter(self) -> tuple[Tensor, Any]:
+    def scatter(self, grads: Sequence[Tensor]) -> tuple[Tensor, Any]:
         """Starts averaging the gradients over ranks -> (own share, work to wait for or None)."""
-        grads = [p.grad for p in self.params if p.grad is not None]
-        assert len(grads) == len(self.params)
-        packed = self.pack(grads, self.dtype)
+        packed = self.pack([grad.view_as(p) for grad, p in zip(grads, self.params)], self.dtype)
         if self.world.size == 1:
             return packed, None
-        own = torch.empty_like(self.momentum_buffer, dtype=self.dtype)
+        own = torch.empty_like(self.state["momentum"], dtype=self.dtype)
         reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # the newer name, if any
         return own, reduce_scatter(own, packed.div_(self.world.size), async_op=True)
 
@@ -1392,13 +1701,12 @@ class Optimizer:
         for name, parameter in params.items():
             role = PARAM_TABLE[name]
             if role.optimizer == "muon":
-                shapes.setdefault(tuple(sorted(parameter.shape[1:])), []).append(name)
+                shapes.setdefault(tuple(sorted(blocks_of(config, name, parameter).shape[1:])), []).append(name)
             else:
                 adam.setdefault((role.lr, role.weight_decay), []).append(parameter)
         on_gpu = world.device.type == "cuda"
-        dtype = torch.bfloat16 if world.dtype == torch.bfloat16 else torch.float32
         order = sorted(shapes, key=math.prod, reverse=True)  # the most work first
-        self.groups = [MuonGroup(shapes[shape], self.params, world, dtype) for shape in order]
+        self.groups = [MuonGroup(config, shapes[shape], self.params, world) for shape in order]
         self.adam = torch.optim.AdamW(
             [{"params": members, "weight_decay": getattr(config, decay), "base_lr": getattr(config, lr)}
              for (lr, decay), members in adam.items()],
@@ -1414,15 +1722,17 @@ class Optimizer:
         """Forgets all momentum, as before the first step."""
         self.adam.state.clear()
         for group in self.groups:
-            group.momentum_buffer.zero_()
+            for value in group.state.values():
+                value.zero_()
 
     @torch.no_grad()
-    def step(self, loss: Tensor, lr_scale: float, momentum: float) -> tuple[Tensor, Tensor]:
+    def step(self, loss: Tensor, lr_scale: float, momentum: float, decay_scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """Updates the parameters from their gradients, which it frees. -> (loss averaged over ranks, gradient norm)."""
         small = [p.grad for p in self.adam_params if p.grad is not None]
         buffer = torch.cat([loss.reshape(1), *(grad.reshape(-1) for grad in small)]) if self.world.size > 1 else None
         started = [] if buffer is None else [dist.all_reduce(buffer, async_op=True)]
-        scattered = [group.scatter() for group in self.groups]
+        grads = {name: p.grad for name, p in self.params.items() if p.grad is not None}
+        scattered = [group.scatter([grads[name] for name in group.names]) for group in self.groups]
         own = [grad for grad, _ in scattered]
         for work in [*started, *(work for _, work in scattered)]:
             if work:
@@ -1438,14 +1748,14 @@ class Optimizer:
         coefficients = NEWTON_SCHULZ[self.config.muon_coefficients][:self.config.muon_backend_steps]
         gathered = []
         for group, grad in zip(self.groups, own):
-            update = self.muon_update(grad, group.momentum_buffer, self.momentum, group.own_tall,
-                                      self.config.muon_row_normalize, coefficients)
+            update = self.muon_update(grad, group.state, self.momentum, group.own_tall, self.config.muon_row_normalize,
+                                      self.config.normuon_beta2, coefficients)
             gathered.append(group.gather(update))
         self.adam.step()
         for group, (packed, work) in zip(self.groups, gathered):
             if work:
                 work.wait()
-            self.apply(group, packed, lr_scale)
+            self.apply(group, packed, lr_scale, decay_scale)
         for parameter in self.params.values():
             parameter.grad = None
         return loss.reshape(()), norm
@@ -1462,31 +1772,38 @@ class Optimizer:
             torch._foreach_mul_(small, factor)
         return norm
 
-    def apply(self, group: MuonGroup, packed: Tensor, lr_scale: float) -> None:
+    def apply(self, group: MuonGroup, packed: Tensor, lr_scale: float, decay_scale: float) -> None:
         """w <- w (1 - lr wd) - lr sqrt(max(1, rows / columns)) update, for every bank of a group."""
         for name, parameter, update in zip(group.names, group.params, group.unpack(packed)):
             role = PARAM_TABLE[name]
             lr = getattr(self.config, role.lr) * lr_scale
-            parameter.mul_(1 - lr * getattr(self.config, role.weight_decay))
+            decay = lr * getattr(self.config, role.weight_decay) * decay_scale
+            shrink = 1 - decay * (update * parameter >= 0) if self.config.cautious_wd else 1 - decay
+            if not self.config.muon_wd_after:
+                parameter.mul_(shrink)
             parameter.add_(update, alpha=-lr * math.sqrt(max(1.0, parameter.size(1) / parameter.size(2))))
+            if self.config.muon_wd_after:
+                parameter.mul_(shrink)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, whatever the number of ranks; all ranks must call it."""
-        momentum = {}
+        muon: dict[str, dict[str, Tensor]] = {}
         for group in self.groups:
-            packed, work = group.gather(group.momentum_buffer)
-            if work:
-                work.wait()
-            momentum |= dict(zip(group.names, (x.cpu() for x in group.unpack(packed))))
-        return {"adam": self.adam.state_dict()["state"], "momentum": momentum}
+            for key, own in group.state.items():
+                packed, work = group.gather(own)
+                if work:
+                    work.wait()
+                muon.setdefault(key, {}).update(zip(group.names, (x.cpu() for x in group.unpack(packed))))
+        return {"adam": self.adam.state_dict()["state"], "muon": muon}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes this rank's share of a state written by any number of ranks."""
         self.adam.load_state_dict({"state": state["adam"], "param_groups": self.adam.state_dict()["param_groups"]})
         for group in self.groups:
-            packed = group.pack([state["momentum"][name] for name in group.names], torch.float32)
             first = self.world.rank * group.share
-            group.momentum_buffer.copy_(packed[first:first + group.share])
+            for key, own in group.state.items():
+                packed = group.pack([state["muon"][key][name] for name in group.names], torch.float32)
+                own.copy_(packed[first:first + group.share])
 
 
 # ====================================================================================================================
@@ -1507,11 +1824,63 @@ def training_budget_seconds(config: Config) -> float:
     return config.max_wallclock_seconds - config.gptq_reserve_seconds if config.max_wallclock_seconds else math.inf
 
 
-def lr_multiplier(config: Config, progress: float) -> float:
-    """1, then linear over the last WARMDOWN_FRAC towards 0, but not below MIN_LR."""
-    if not config.warmdown_frac or progress <= 1 - config.warmdown_frac:
-        return 1.0
-    return max((1 - progress) / config.warmdown_frac, config.min_lr)
+def warmdown(config: Config, progress: float, step: int) -> float:
+    """1, then towards 0 over the last WARMDOWN_FRAC, but not below MIN_LR.
+
+    WARMDOWN_ITERS steps are turned into a fraction by the steps taken so far (the published time-based warmdown).
+    """
+    window = config.warmdown_frac
+    if config.warmdown_iters:
+        window = min(config.warmdown_iters * progress / step, 1.0) if step and progress else 0.0
+    return max(((1 - progress) / window) ** config.warmdown_power, config.min_lr) if 1 - progress < window else 1.0
+
+
+def lr_multiplier(config: Config, progress: float, step: int) -> float:
+    """The warmdown times the root of the batch's share."""
+    return warmdown(config, progress, step) * scheduled(config, "batch_schedule", progress, 1.0) ** 0.5
+
+
+def decay_multiplier(config: Config, progress: float) -> float:
+    """Of MUON_WD: 1, then linear to WD_TAPER_FINAL_MULT (2026-04-18 record)."""
+    start = config.wd_taper_start_frac
+    share = max(progress - start, 0.0) / (1 - start) if 0 < start < 1 else 0.0
+    return 1 + share * (config.wd_taper_final_mult - 1)
+
+
+def aux_multiplier(config: Config, progress: float) -> float:
+    """Of the auxiliary losses: 1, then linear from half of AUX_LOSS_UNTIL to 0 there."""
+    return min(max(2 * (1 - progress / config.aux_loss_until), 0.0), 1.0) if config.aux_loss_until else 0.0
+
+
+def scheduled(config: Config, name: str, progress: float, default: float) -> float:
+    """Value of a schedule string at this progress."""
+    parts = parse_schedule(name.upper(), getattr(config, name))
+    return next((value for value, until in parts if progress <= until), default)
+
+
+class Stage(NamedTuple):
+    """What makes steps differ in their graph or their cost."""
+
+    looping: bool
+    quantizing: bool  # QAT is on
+    auxiliary: bool  # more targets than the next token
+    seq_len: int
+    batch_share: float
+
+
+def stage_at(config: Config, progress: float, step: int) -> Stage:
+    threshold = config.late_qat_threshold
+    quantizing = 0 < config.qat_start <= progress or warmdown(config, progress, step) < threshold
+    auxiliary = (config.prefix_loss > 0 or config.mtp_loss > 0) and aux_multiplier(config, progress) > 0
+    return Stage(is_looping(config, progress), quantizing, auxiliary,
+                 int(scheduled(config, "train_seq_schedule", progress, config.train_seq_len)),
+                 scheduled(config, "batch_schedule", progress, 1.0))
+
+
+def stages(config: Config) -> dict[Stage, float]:
+    """Every stage of a run -> its share of the progress, to a thousandth."""
+    found = [stage_at(config, i / 1000, i * config.iterations // 1000) for i in range(1000)]
+    return {stage: found.count(stage) / 1000 for stage in dict.fromkeys(found)}
 
 
 def muon_momentum(config: Config, step: int) -> float:
@@ -1536,10 +1905,12 @@ def is_looping(config: Config, progress: float) -> bool:
 
 # What the parameters and the function they compute depend on: stored in checkpoints and artifacts.
 MODEL_FIELDS = (
-    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "leaky_relu_slope",
-    "logit_softcap", "rope_base", "rope_dims", "ln_scale", "xsa_last_n", "skip_gates_enabled", "num_loops",
-    "loop_start", "loop_end", "parallel_start_layer", "gate_window", "sparse_attn_gate_scale", "smear_gate_enabled",
-    "document_mask")
+    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_hidden", "mlp_activation",
+    "leaky_relu_slope", "projection_norm", "tie_embeddings", "embed_dim", "vocab_bias", "logit_softcap", "softcap_type",
+    "rope_base", "rope_dims", "rope_scaling", "rope_stretch", "train_seq_len", "key_offset", "value_residual",
+    "ln_scale", "xsa_last_n", "xsa_learned", "skip_gates_enabled", "num_loops", "loop_start", "loop_end",
+    "depth_lora_rank", "parallel_start_layer", "gptj_block", "attn_gate", "sparse_attn_gate_scale", "gate_window",
+    "smear_gate", "bigram_hash_buckets", "bigram_hash_dim", "bigram_hash", "document_mask")
 
 
 def model_fields(config: Config) -> dict[str, Any]:
@@ -1555,7 +1926,7 @@ class Pending(NamedTuple):
 
     step: int
     progress: float  # before it
-    looping: bool
+    stage: Stage
     loss: Tensor  # on the CPU, valid after `done`
     done: Any  # CUDA event or None
 
@@ -1563,8 +1934,10 @@ class Pending(NamedTuple):
 class Trainer:
     """Model, optimizer and averages, and the loop over steps."""
 
-    def __init__(self, config: Config, world: World, log: Log, dataset: Dataset, attention: Attention, compiled: bool):
+    def __init__(self, config: Config, world: World, log: Log, dataset: Dataset, attention: Attention, compiled: bool,
+                 fake_quantize: FakeQuantize | None = None):
         self.config, self.world, self.log, self.compiled = config, world, log, compiled
+        self.fake_quantize, self.stage = fake_quantize, stage_at(config, 0.0, 0)
         self.fingerprint = dataset.fingerprint
         self.model = GPT(config, world.dtype, attention).to(world.device)
         self.model.init_weights(config.seed)
@@ -1574,10 +1947,14 @@ class Trainer:
         if compiled:
             self.forward = torch.compile(self.model, dynamic=False, fullgraph=True)
             self.optimizer.compile()
+        for stage in stages(config):
+            config.accumulation_steps(world.size, stage.batch_share)
         self.num_segments = segment_bound(config.micro_batch_tokens, dataset.max_documents, config) if compiled else 0
-        self.loader = TrainLoader(config, world, dataset.train, self.num_segments)
+        self.loader = TrainLoader(config, world, dataset.train, self.num_segments, dataset.prefixes)
         self.averages = {name: p.detach().clone() for name, p in self.params.items()} if config.ema_decay else {}
+        self.snapshots, self.num_snapshots = {}, 0  # their sum, by parameter (SWA)
         self.step, self.elapsed_seconds, self.saved_seconds, self.finished = 0, 0.0, 0.0, False
+        self.slices = 0  # micro-batches used so far, of all ranks
         self.last_loss, self.settled_step, self.logged_twentieths = math.nan, 0, 0
         self.step_seconds = 0.0  # of the latest step, by the agreed clock
         self.num_params = sum(p.numel() for p in self.params.values())
@@ -1585,21 +1962,40 @@ class Trainer:
         self.last_checkpoint = config.resume
 
     # --- one step
-    def train_step(self, micro_batches: Sequence[Batch], lr_scale: float, momentum: float, ema_share: float) -> Tensor:
+    def train_step(self, micro_batches: Sequence[Batch], progress: float) -> Tensor:
         """Forward, backward, reduce, update, average -> loss (nats per token) averaged over all ranks."""
+        config, step = self.config, self.step
         total = torch.zeros((), device=self.world.device)
+        weights = [weight * aux_multiplier(config, progress) for weight in auxiliary_weights(config)]
         for batch in micro_batches:
-            loss = self.forward(*batch).mean() / len(micro_batches)
-            loss.backward()
+            nats = self.forward(*batch)
+            loss, *others = nats.view(len(nats), -1).mean(0) / len(micro_batches)  # of each column of targets
             total += loss.detach()
-        loss, _ = self.optimizer.step(total, lr_scale, momentum)
+            sum((weight * other for weight, other in zip(weights, others)), loss).backward()
+        loss, _ = self.optimizer.step(total, lr_multiplier(config, progress, step), muon_momentum(config, step),
+                                      decay_multiplier(config, progress))
         if self.averages:
             with torch.no_grad():
-                torch._foreach_lerp_(list(self.averages.values()), list(self.params.values()), ema_share)
+                torch._foreach_lerp_(list(self.averages.values()), list(self.params.values()),
+                                     ema_share(config.ema_decay, step + 1))
         return loss
 
-    def warmup(self, steps: int) -> dict[bool, float]:
-        """Runs throw-away steps of both plans on made-up tokens, then resets everything. -> {looping: seconds a step}.
+    def enter(self, stage: Stage) -> None:
+        """Switches the model to the graph of a stage."""
+        self.stage, self.model.looping = stage, stage.looping
+        self.model.fake_quantize = self.fake_quantize if stage.quantizing else None
+
+    @torch.no_grad()
+    def take_snapshot(self) -> None:
+        """Adds the averaged weights, or the present ones, to the sum (SWA)."""
+        weights = self.averages or {name: p.detach() for name, p in self.params.items()}
+        if not self.num_snapshots:
+            self.snapshots = {name: torch.zeros_like(value) for name, value in weights.items()}
+        torch._foreach_add_(list(self.snapshots.values()), list(weights.values()))
+        self.num_snapshots += 1
+
+    def warmup(self, steps: int) -> dict[Stage, float]:
+        """Runs throw-away steps of every stage on made-up tokens, then resets everything. -> {stage: seconds a step}.
 
         Compiles every graph that training needs before the clock starts.
         """
@@ -1607,18 +2003,21 @@ class Trainer:
         generator = np.random.default_rng(config.seed)
         window = generator.integers(min(4, config.vocab_size - 1), config.vocab_size, config.micro_batch_tokens + 1)
         window[::512] = BOS
-        starts = cut_segments(window[:-1], config.train_seq_len, config.document_mask)
-        bound = max(self.num_segments, len(starts)) if self.num_segments else 0
-        segments = make_segments(starts, len(window) - 1, config.train_seq_len, bound)
-        batch = to_device(make_batch(window[:-1], window[1:], segments), self.world.device)
-        for looping in sorted({is_looping(config, 0.0), is_looping(config, 1.0)}):
-            self.model.looping = looping
+        for stage in stages(config):
+            self.enter(stage)
+            starts = cut_segments(window[:-1], stage.seq_len, config.document_mask)
+            bound = max(self.num_segments, len(starts)) if self.num_segments else 0
+            segments = make_segments(starts, len(window) - 1, stage.seq_len, bound)
+            columns = [window[1:]] * (1 + len(auxiliary_weights(config)))
+            targets = np.stack(columns, 1) if stage.auxiliary else window[1:]
+            batch = to_device(make_batch(window[:-1], targets, segments), self.world.device)
             for _ in range(steps):
                 self.world.synchronize()
                 start = time.perf_counter()
-                self.train_step([batch] * self.loader.accumulation_steps, 1.0, config.muon_momentum, 0.5)
+                self.train_step([batch] * config.accumulation_steps(self.world.size, stage.batch_share), 0.0)
                 self.world.synchronize()
-                seconds[looping] = time.perf_counter() - start
+                seconds[stage] = time.perf_counter() - start
+        self.enter(stage_at(config, 0.0, 0))
         self.model.init_weights(config.seed)
         self.optimizer.reset()
         for name, average in self.averages.items():
@@ -1644,11 +2043,10 @@ class Trainer:
                 self.saved_seconds, pending, plain = clock, None, False
                 self.save()
             progress = training_progress(config, self.step, clock)
-            self.model.looping = is_looping(config, progress)
-            batches = [self.loader.micro(self.step, j) for j in range(self.loader.accumulation_steps)]
-            loss = self.train_step(batches, lr_multiplier(config, progress), muon_momentum(config, self.step),
-                                   ema_share(config.ema_decay, self.step + 1))
+            loss = self.train_step(self.next_batches(progress), progress)
             self.step += 1
+            if warmdown(config, progress, self.step) < config.swa_start_frac and self.step % config.swa_every == 0:
+                self.take_snapshot()
             pending, before = self.launch(loss, progress), pending
             self.settle(before if in_flight else pending)
             if config.val_loss_every and self.step % config.val_loss_every == 0:
@@ -1667,17 +2065,27 @@ class Trainer:
         self.finished = True
         self.save()
 
+    def next_batches(self, progress: float) -> list[Batch]:
+        """Enters the stage of this progress and takes the micro-batches of its step."""
+        if (stage := stage_at(self.config, progress, self.step)) != self.stage:
+            self.enter(stage)
+            self.log(f"stage step:{self.step} " + " ".join(f"{k}:{v:g}" for k, v in stage._asdict().items()))
+        count = self.config.accumulation_steps(self.world.size, stage.batch_share)
+        first = self.slices // self.world.size
+        self.slices += count * self.world.size
+        return [self.loader.micro(first + j, stage.seq_len, stage.auxiliary) for j in range(count)]
+
     def seconds(self) -> float:
         return time.perf_counter() - self.start
 
     def launch(self, loss: Tensor, progress: float) -> Pending:
         """Sends the loss on its way to the host without waiting for it."""
         if self.world.device.type != "cuda":
-            return Pending(self.step, progress, self.model.looping, loss.cpu(), None)
+            return Pending(self.step, progress, self.stage, loss.cpu(), None)
         host = torch.empty((), pin_memory=True).copy_(loss, non_blocking=True)
         done = torch.cuda.Event()
         done.record()
-        return Pending(self.step, progress, self.model.looping, host, done)
+        return Pending(self.step, progress, self.stage, host, done)
 
     def settle(self, pending: Pending | None) -> None:
         """Waits for a step, checks its loss, and logs a progress line where one is due."""
@@ -1694,8 +2102,8 @@ class Trainer:
         twentieths = int(training_progress(config, pending.step, seconds) * 20)
         if pending.step % every == 0 if every else twentieths > self.logged_twentieths or pending.step == 1:
             self.logged_twentieths = twentieths
-            scale = lr_multiplier(config, pending.progress)
-            self.log(f"{text} lr_multiplier:{scale:.3f} looping:{int(pending.looping)}")
+            scale = lr_multiplier(config, pending.progress, pending.step - 1)
+            self.log(f"{text} lr_multiplier:{scale:.3f} looping:{int(pending.stage.looping)}")
         self.log.progress(text)
 
     def diverged(self, what: str, step: int) -> None:
@@ -1707,7 +2115,9 @@ class Trainer:
     def validate(self, validate: Callable[[], Any]) -> None:
         """Scores the present weights; the clock stands still."""
         seconds, before = self.seconds(), time.perf_counter()
+        self.model.eval()
         score = validate()
+        self.model.train()
         paused = time.perf_counter() - before
         self.start += paused
         self.log(f"step:{self.step}/{self.config.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
@@ -1715,9 +2125,9 @@ class Trainer:
 
     @torch.no_grad()
     def use_averages(self) -> None:
-        """Replaces the last weights by the averaged ones."""
-        for name, average in self.averages.items():
-            self.params[name].copy_(average)
+        """Replaces the last weights by the averaged ones: of the snapshots, else the EMA, if any."""
+        for name, average in (self.snapshots or self.averages).items():
+            self.params[name].copy_(average / max(self.num_snapshots, 1))
 
     # --- checkpoints
     def save(self) -> None:
@@ -1729,8 +2139,8 @@ class Trainer:
             state = {
                 "model": model_fields(self.config), "fingerprint": self.fingerprint, "step": self.step,
                 "elapsed_seconds": self.elapsed_seconds, "step_seconds": self.step_seconds, "finished": self.finished,
-                "looping": self.model.looping, "loss": self.last_loss, "optimizer": optimizer,
-                "averages": self.averages,
+                "looping": self.model.looping, "loss": self.last_loss, "optimizer": optimizer, "slices": self.slices,
+                "averages": self.averages, "snapshots": self.snapshots, "num_snapshots": self.num_snapshots,
                 "params": {name: p.detach() for name, p in self.params.items()}}
             write_atomic(self.checkpoint_path, lambda file: torch.save(state, file), "LOG_DIR")
         self.last_checkpoint = str(self.checkpoint_path)
@@ -1757,6 +2167,8 @@ class Trainer:
             parameter.copy_(state["params"][name])
             if self.averages:
                 self.averages[name].copy_(state["averages"][name])
+        self.snapshots = {name: value.to(self.world.device) for name, value in state["snapshots"].items()}
+        self.num_snapshots, self.slices = state["num_snapshots"], state["slices"]
         self.step, self.elapsed_seconds, self.finished = state["step"], state["elapsed_seconds"], state["finished"]
         self.model.looping, self.last_loss, self.saved_seconds = state["looping"], state["loss"], self.elapsed_seconds
         self.settled_step, self.step_seconds = self.step, state["step_seconds"]
@@ -1767,7 +2179,7 @@ class Trainer:
 
 def segment_bound(tokens: int, max_documents: int, config: Config) -> int:
     """Segments that a window of `tokens` can hold at most, rounded up to 64: one shape for every batch."""
-    seq_len = config.train_seq_len
+    seq_len = min([config.train_seq_len, *(stage.seq_len for stage in stages(config))])
     return -(-(1 + max_documents * config.document_mask + tokens // seq_len + 1) // 64) * 64
 
 
@@ -1786,12 +2198,19 @@ class Quantizer(NamedTuple):
 MIN_SCALE = 2.0 ** -24  # the smallest float16 above 0: no scale underflows
 
 
+def rtn_grid(weight: Tensor, bits: int, clip_sigmas: float) -> tuple[Tensor, Tensor]:
+    """Round to nearest, symmetric, one float16 scale per row: clip_sigmas standard deviations reach the last level.
+
+    -> codes, scales; float32, shaped like the weights but for the scales' last dimension of 1.
+    """
+    weight, levels = weight.float(), 2 ** (bits - 1) - 1
+    scale = (clip_sigmas * weight.std(dim=-1, keepdim=True) / levels).clamp(MIN_SCALE, 65504.0).half().float()
+    return (weight / scale).round().clamp(-levels, levels), scale
+
+
 def rtn_encode(weight: Tensor, bits: int, clip_sigmas: float) -> Arrays:
-    """Round to nearest, symmetric, one float16 scale per row: clip_sigmas standard deviations reach the last level."""
-    rows, levels = weight.flatten(0, -2).float().cpu(), 2 ** (bits - 1) - 1
-    scale = (clip_sigmas * rows.std(dim=1) / levels).clamp(MIN_SCALE, 65504.0).half()
-    codes = (rows / scale.float()[:, None]).round().clamp(-levels, levels).to(torch.int8)
-    return {"codes": codes.numpy(), "scale": scale.numpy()}
+    codes, scale = rtn_grid(weight.flatten(0, -2).cpu(), bits, clip_sigmas)
+    return {"codes": codes.to(torch.int8).numpy(), "scale": scale[:, 0].half().numpy()}
 
 
 def rtn_decode(arrays: Arrays, shape: tuple[int, ...]) -> Tensor:
@@ -1816,6 +2235,27 @@ def quantizer_of(config: Config, name: str) -> tuple[str, int, float]:
     if not role.quantizer:
         return "fp16", 16, 0.0
     return getattr(config, role.quantizer), getattr(config, role.bits), getattr(config, role.clip_sigmas)
+
+
+def fake_quantizer(config: Config) -> FakeQuantize:
+    """What training sees of the weights while QAT is on: the values that the exporter would give back.
+
+    Gradients pass as if there were no rounding. QAT_NOISE: looped layers get uniform noise of the grid's step instead,
+    fresh in each pass (Noisy QAT, PR #363).
+    """
+    def fake(name: str, layer: int, weight: Tensor) -> Tensor:
+        quantizer, bits, clip_sigmas = quantizer_of(config, name)
+        table = PARAM_TABLE[name].optimizer == "adam"  # embedding, head, hashed pairs
+        if quantizer == "fp16" or (table and not config.qat_embedding):
+            return weight
+        with torch.no_grad():
+            codes, scale = rtn_grid(weight, bits, clip_sigmas)
+            if config.qat_noise and config.num_loops and config.loop_start <= layer <= config.loop_end:
+                change = (torch.rand_like(weight) - 0.5) * scale
+            else:
+                change = codes * scale - weight
+        return weight + change
+    return fake
 
 
 def quantize(config: Config, weights: Mapping[str, Tensor]) -> dict[str, tuple[str, Arrays]]:
@@ -2151,9 +2591,9 @@ def describe_dataset(log: Log, dataset: Dataset, notes: Sequence[str]) -> None:
 def describe_model(log: Log, config: Config, trainer: Trainer, attention: str) -> None:
     """Its size, its engine, and the order in which its layers are applied."""
     log(f"num_params:{trainer.num_params} attention:{attention} compile:{int(trainer.compiled)} "
-        f"accumulation_steps:{trainer.loader.accumulation_steps}")
+        f"accumulation_steps:{config.accumulation_steps(trainer.world.size)}")
     for looping in sorted({False, bool(config.num_loops)}):
-        log(f"plan looping:{int(looping)} {describe_plan(trainer.model.plans[looping])}")
+        log(f"plan looping:{int(looping)} {describe_plan(config, trainer.model.plans[looping])}")
 
 
 def check_disk(config: Config, trainer: Trainer, artifact_path: Path) -> None:
@@ -2170,16 +2610,17 @@ def check_disk(config: Config, trainer: Trainer, artifact_path: Path) -> None:
 
 
 def preflight(config: Config, log: Log, trainer: Trainer, code_bytes: int) -> None:
-    """Measures a step of both plans; predicts steps, seconds, memory and bytes."""
-    seconds = trainer.warmup(max(config.warmup_steps, 2))
-    off, on = seconds[min(seconds)], seconds[max(seconds)]
-    budget, share = training_budget_seconds(config), config.enable_looping_at if config.num_loops else 1.0
-    steps = config.iterations
+    """Measures a step of every stage; predicts steps, seconds, memory and bytes."""
+    seconds, shares = trainer.warmup(max(config.warmup_steps, 2)), stages(config)
+    for stage, taken in seconds.items():
+        log(f"preflight step_seconds:{taken:.4f} share:{shares[stage]:.3f} "
+            + " ".join(f"{k}:{v:g}" for k, v in stage._asdict().items()))
+    budget, steps = training_budget_seconds(config), config.iterations
     if not math.isinf(budget):
-        steps = min(steps, int(budget * (share / off + (1 - share) / on)))
-    projected = min(budget, config.iterations * (share * off + (1 - share) * on))
-    log(f"preflight step_seconds:{off:.4f} step_seconds_looping:{on:.4f} projected_steps:{steps} "
-        f"projected_train_seconds:{projected:.0f} peak_memory:{trainer.world.peak_memory_bytes() // 2**20}MiB")
+        steps = min(steps, int(budget * sum(share / seconds[stage] for stage, share in shares.items())))
+    projected = min(budget, config.iterations * sum(share * seconds[stage] for stage, share in shares.items()))
+    log(f"preflight projected_steps:{steps} projected_train_seconds:{projected:.0f} "
+        f"peak_memory:{trainer.world.peak_memory_bytes() // 2**20}MiB")
     predicted = predicted_bytes(config)
     log(f"preflight predicted_artifact_bytes:{predicted} code_bytes:{code_bytes} "
         f"predicted_submission_bytes:{predicted + code_bytes} limit_bytes:{SIZE_LIMIT_BYTES}")
@@ -2195,7 +2636,7 @@ def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequ
     compiled = use_compile(config, world, attention_name)
     dataset = open_dataset(config, world)
     describe_dataset(log, dataset, notes)
-    trainer = Trainer(config, world, log, dataset, attention, compiled)
+    trainer = Trainer(config, world, log, dataset, attention, compiled, fake_quantizer(config))
     describe_model(log, config, trainer, attention_name)
     artifact_path = Path(config.artifact_path or Path(config.log_dir) / f"{config.run_id}.artifact")
     if world.rank == 0:
@@ -2206,6 +2647,7 @@ def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequ
 
     evaluator = Evaluator(config, world, log, dataset, compiled)
     compile_seconds = train(config, trainer, evaluator, stop)
+    trainer.model.eval()
     evaluator.score_stage("raw", trainer.forward, config.eval_seq_len)
     trainer.use_averages()
     evaluator.score_stage("averaged", trainer.forward, config.eval_seq_len)
@@ -2248,7 +2690,7 @@ def reload(config: Config, world: World, path: Path, attention: Attention, compi
     if world.rank == 0:
         (header, weights), size = read_artifact(path), path.stat().st_size
     header, size = world.share((header, size))
-    model = GPT(artifact_config(header, config), world.dtype, attention).to(world.device)
+    model = GPT(artifact_config(header, config), world.dtype, attention).to(world.device).eval()
     model.looping = header["looping"]
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -115,7 +115,7 @@ def forward(config, w: dict[str, Tensor], ids: Tensor, targets: Tensor, starts: 
 
     e = w["embedding"][ids]
     x = e.clone()
-    if config.smear_gate_enabled:
+    if config.smear_gate == "input":
         for t in range(1, tokens):
             if ids[t] != BOS and position[t] != 0:
                 x[t] = e[t] + w["smear_scale"] * torch.sigmoid(w["smear_gate"] @ e[t, :window]) * e[t - 1]

@@ -84,7 +84,7 @@ def test_codecs_are_inverted_and_deterministic(codec, data):
        st.integers(2, 8), st.integers(2, 8), st.booleans(), st.integers(0, 99))
 def test_every_pipeline_gives_back_its_weights_bit_exact(codec, matrix, embed, matrix_bits, embed_bits, gates, seed):
     config = small_config(compressor=codec, matrix_quantizer=matrix, embed_quantizer=embed, matrix_bits=matrix_bits,
-                          embed_bits=embed_bits, skip_gates_enabled=gates, smear_gate_enabled=not gates)
+                          embed_bits=embed_bits, skip_gates_enabled=gates, smear_gate="off" if gates else "input")
     weights = random_weights(config, seed)
     header, result = unpack_artifact(pack_artifact(config, quantize(config, weights), {"looping": gates}), "here")
     expected = decoded(config, weights)

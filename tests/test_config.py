@@ -184,7 +184,7 @@ def test_values_that_training_cannot_use_are_refused_at_the_start(variable):
 RENAMED = {"MUON_WEIGHT_DECAY": ("muon_wd", "0.5", 0.5), "ADAM_WEIGHT_DECAY": ("adam_wd", "0.5", 0.5),
            "EMBED_WEIGHT_DECAY": ("embed_wd", "0.5", 0.5), "VAL_BATCH_SIZE": ("val_batch_tokens", "4096", 4096),
            "EMBEDDING_BITS": ("embed_bits", "5", 5), "TIED_EMBEDDING_LR": ("tied_embed_lr", "0.5", 0.5),
-           "USE_SMEARGATE": ("smear_gate_enabled", "0", False), "SKIP_GATE_ENABLED": ("skip_gates_enabled", "0", False)}
+           "USE_SMEARGATE": ("smear_gate", "0", "off"), "SKIP_GATE_ENABLED": ("skip_gates_enabled", "0", False)}
 TRANSLATED = {("SPARSE_ATTN_GATE_ENABLED", "0"): ("sparse_attn_gate_scale", 0.0),
               ("EMA_ENABLED", "0"): ("ema_decay", 0.0)}
 INERT = {"TIE_EMBEDDINGS": (["1"], ["0"]), "ROPE_YARN": (["0"], ["1"]), "FUSED_CE_ENABLED": (["0", "1"], ["2"]),

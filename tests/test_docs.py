@@ -28,7 +28,7 @@ PRESETS = {
         "train_batch_tokens": 524288, "micro_batch_tokens": 65536, "num_layers": 9, "mlp_mult": 2.0,
         "leaky_relu_slope": 0.0, "rope_dims": 64, "ln_scale": False, "qk_gain_init": 1.5, "xsa_last_n": 0,
         "skip_gates_enabled": False, "num_loops": 0, "parallel_start_layer": 0, "sparse_attn_gate_scale": 0.0,
-        "smear_gate_enabled": False, "matrix_lr": 0.04, "scalar_lr": 0.04, "tied_embed_lr": 0.05,
+        "smear_gate": "off", "matrix_lr": 0.04, "scalar_lr": 0.04, "tied_embed_lr": 0.05,
         "muon_momentum": 0.95, "muon_momentum_warmup_start": 0.85, "muon_momentum_warmup_steps": 500,
         "muon_coefficients": "quintic", "muon_row_normalize": False, "muon_wd": 0.0, "embed_wd": 0.0, "adam_wd": 0.0,
         "beta2": 0.95, "grad_clip_norm": 0.0, "ema_decay": 0.0, "warmdown_frac": 0.09, "min_lr": 0.0,

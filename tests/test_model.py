@@ -28,7 +28,7 @@ PRESETS = Path(__file__).resolve().parent.parent / "presets"
 PLAIN = {  # the naive baseline's model
     "leaky_relu_slope": 0.0, "rope_dims": 16, "ln_scale": False, "qk_gain_init": 1.5, "xsa_last_n": 0,
     "skip_gates_enabled": False, "num_loops": 0, "parallel_start_layer": 0, "sparse_attn_gate_scale": 0.0,
-    "smear_gate_enabled": False}
+    "smear_gate": "off"}
 
 
 def preset(name: str) -> Config:

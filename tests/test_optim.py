@@ -295,7 +295,7 @@ def test_clip_scales_the_global_norm(limit, exponent, seed):
 def preset_configs() -> dict[str, Config]:
     """The default, every preset, and settings that switch parts off or on."""
     configs = {"default": Config(), "tiny": tiny_config(), "flat": Config(num_loops=0, parallel_start_layer=0),
-               "bare": Config(skip_gates_enabled=False, smear_gate_enabled=False, sparse_attn_gate_scale=0.0)}
+               "bare": Config(skip_gates_enabled=False, smear_gate="off", sparse_attn_gate_scale=0.0)}
     for path in sorted((ROOT / "presets").glob("*.env")):
         text = subprocess.run(["bash", "-c", f"set -a; . '{path}'; env -0"], capture_output=True, text=True, check=True,
                               env={"PATH": os.environ["PATH"]}).stdout
