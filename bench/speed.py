@@ -1,0 +1,183 @@
+"""Measures a training step: every stage's micro-batch, the optimizer, the loader, memory, compile time. One table.
+
+    python bench/speed.py                                   the defaults (R0427's model) on this machine's device
+    set -a; . presets/laptop.env; set +a; python bench/speed.py
+    torchrun --standalone --nproc_per_node=2 bench/speed.py two devices; tokens/s of both together
+
+Takes the same environment variables as train_gpt.py. Needs no data: the tokens are random, in documents as long as
+FineWeb's (log-normal, median 390 tokens). Times are medians; flops are those of the matrix products and of causal
+attention within documents, forward and backward; utilization is against the fastest matrix product measured here.
+"""
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from summary import table
+
+import train_gpt
+from train_gpt import Batch, Config, Dataset, Stage, TokenStream, Trainer, UserError, World
+
+MEDIAN_DOCUMENT_TOKENS, SPREAD = 390, 1.15  # of the log-normal distribution; its mean is 755 tokens
+
+
+def made_up_tokens(config: Config, count: int) -> np.ndarray:
+    """(count,) random tokens in documents, each starting with BOS."""
+    generator = np.random.default_rng(config.seed)
+    tokens = generator.integers(min(4, config.vocab_size - 1), config.vocab_size, count)
+    lengths = np.maximum(generator.lognormal(np.log(MEDIAN_DOCUMENT_TOKENS), SPREAD, count // 100), 2).astype(np.int64)
+    starts = np.cumsum(lengths) - lengths
+    tokens[starts[starts < count]] = train_gpt.BOS
+    return tokens
+
+
+def write_shard(folder: Path, tokens: np.ndarray) -> Path:
+    header = np.zeros(train_gpt.SHARD_HEADER_INTS, "<i4")
+    header[:3] = train_gpt.SHARD_MAGIC, 1, len(tokens)
+    path = folder / "fineweb_train_000000.bin"
+    path.write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+    return path
+
+
+def made_up_dataset(config: Config, folder: Path) -> Dataset:
+    """A training stream of a few batches and no validation text."""
+    tokens = made_up_tokens(config, max(8 * config.micro_batch_tokens, 1 << 18))
+    places, window = np.flatnonzero(tokens == train_gpt.BOS), config.micro_batch_tokens + 1
+    most = int((np.searchsorted(places, places + window) - np.arange(len(places))).max())
+    prefixes = np.full(config.vocab_size, -1, np.int64) if config.prefix_loss else None
+    stream, empty = TokenStream([write_shard(folder, tokens)]), np.zeros(0, np.int64)
+    return Dataset(stream, empty, empty, "", "made up", 0, 2 * most, prefixes, [])
+
+
+def median_seconds(world: World, work: Callable[[], Any], repeats: int) -> float:
+    """Median of timed calls, each with the device idle before and after."""
+    times = []
+    for _ in range(repeats):
+        world.synchronize()
+        start = time.perf_counter()
+        work()
+        world.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def ceiling_flops(world: World, repeats: int) -> float:
+    """Flops a second of the fastest square matrix product in the activations' dtype."""
+    best = 0.0
+    for size in ((4096, 8192) if world.device.type == "cuda" else (512, 1024)):
+        a, b = (torch.randn(size, size, device=world.device, dtype=world.dtype) for _ in range(2))
+        for _ in range(3):
+            torch.matmul(a, b)
+        best = max(best, 2 * size ** 3 / median_seconds(world, lambda a=a, b=b: torch.matmul(a, b), repeats))
+    return best
+
+
+def step_flops(config: Config, batch: Batch, looping: bool) -> float:
+    """Flops of a micro-batch, forward and backward: 6 a weight that a token meets, 6 D n^2 for n tokens' attention."""
+    shapes, weights = train_gpt.param_shapes(config), 0
+    visits = train_gpt.visit_plan(config, looping)
+    for role in ("q_proj", "k_proj", "v_proj", "out_proj", "up_proj", "down_proj"):
+        weights += len(visits) * int(np.prod(shapes[role][1:]))
+    weights += sum(int(np.prod(shapes[name])) for name in ("embedding", "embed_in", "embed_out") if name in shapes)
+    lengths = np.diff(batch.segments.boundaries.cpu().numpy().astype(np.float64))
+    return 6.0 * weights * batch.ids.numel() + 6.0 * config.model_dim * len(visits) * float((lengths ** 2).sum())
+
+
+def measure_stage(trainer: Trainer, stage: Stage, repeats: int) -> dict[str, float]:
+    """Compile seconds, and seconds of a micro-batch forward, forward and backward, and of the optimizer's step."""
+    config, world = trainer.config, trainer.world
+    trainer.enter(stage)
+    batch = trainer.loader.micro(0, stage.seq_len, stage.auxiliary)
+    start = time.perf_counter()
+    for _ in range(3):
+        trainer.train_step([batch], 0.0)
+    world.synchronize()
+    compiling = time.perf_counter() - start
+
+    def backward() -> None:
+        trainer.forward(*batch).mean().backward()
+
+    def optimize() -> None:
+        trainer.optimizer.step(torch.zeros((), device=world.device), 1.0, config.muon_momentum)
+
+    micro, step = [], []
+    for _ in range(repeats):  # the optimizer needs fresh gradients each time
+        micro.append(median_seconds(world, backward, 1))
+        step.append(median_seconds(world, optimize, 1))
+    with torch.no_grad():
+        trainer.forward(*batch)  # another graph
+        forward = median_seconds(world, lambda: trainer.forward(*batch), repeats)
+    count = config.accumulation_steps(world.size, stage.batch_share)
+    whole = median_seconds(world, lambda: trainer.train_step([batch] * count, 0.0), max(repeats // 2, 3))
+    return {"compile": compiling, "forward": forward, "micro": statistics.median(micro), "whole": whole / count,
+            "optimizer": statistics.median(step), "flops": step_flops(config, batch, stage.looping)}
+
+
+def measure_loader(trainer: Trainer, repeats: int) -> float:
+    """Seconds to build a micro-batch on the host, without waiting ahead."""
+    stage, places = trainer.stage, iter(range(10 ** 6))
+
+    def build() -> None:
+        trainer.loader.build(next(places), stage.seq_len, stage.auxiliary)
+    return median_seconds(trainer.world, build, repeats)
+
+
+def report(config: Config, world: World, repeats: int) -> None:
+    """Measures everything and prints the table on rank 0."""
+    name, attention = train_gpt.choose_attention(config.attention, world.device)
+    compiled = train_gpt.use_compile(config, world, name)
+    log = train_gpt.Log(replace(world, rank=1), config)  # says nothing
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(config, world, log, made_up_dataset(config, Path(folder)), attention, compiled,
+                          train_gpt.fake_quantizer(config))
+        ceiling = ceiling_flops(world, repeats)
+        measured = {stage: measure_stage(trainer, stage, repeats) for stage in train_gpt.stages(config)}
+        loader = measure_loader(trainer, repeats)
+        trainer.loader.close()
+    if world.rank:
+        return
+    tokens = config.micro_batch_tokens
+    print(f"train_gpt:{train_gpt.VERSION} torch:{torch.__version__} device:{world.describe()} world_size:{world.size} "
+          f"attention:{name} compile:{int(compiled)} params:{trainer.num_params:,}")
+    header, rows = ["stage", "tokens/s", "ms a micro-batch", "forward + backward", "forward", "optimizer ms a step",
+                    "utilization", "first steps, s"], []
+    for stage, m in measured.items():
+        what = f"loops {'on' if stage.looping else 'off'}, {stage.seq_len} tokens"
+        what += ", QAT" * stage.quantizing + ", auxiliary" * stage.auxiliary
+        rows.append([what, f"{world.size * tokens / m['whole']:,.0f}",
+                     *(f"{1e3 * m[key]:.1f}" for key in ("whole", "micro", "forward", "optimizer")),
+                     f"{100 * m['flops'] / m['micro'] / ceiling:.1f} %", f"{m['compile']:.1f}"])
+    print(table(header, rows))
+    print(f"micro-batch {tokens:,} tokens; matmul ceiling {ceiling / 1e12:.3g} TFLOP/s in {str(world.dtype)[6:]}; "
+          f"loader {tokens / loader / 1e6:.1f} M tokens/s; peak memory {world.peak_memory_bytes() / 2**20:,.0f} MiB")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line -> exit code: 0 done, 2 a mistake of the user."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=10, help="timed calls of each thing (default 10)")
+    repeats = max(parser.parse_args(arguments).repeats, 1)
+    try:
+        config, _ = Config.from_env(os.environ)
+        world = World.start(config, os.environ)
+        report(config, world, repeats)
+        world.close()
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
