@@ -82,6 +82,7 @@ class Config:
     device: str = "auto"  # auto, cuda, mps or cpu
     compile: str = "auto"  # torch.compile: auto (on CUDA), 0 or 1
     attention: str = "auto"  # auto, or one of fa3, fa4, varlen, sdpa
+    fp8_matmul: bool = False  # blocks multiply in 8-bit floats, forward, in training
     allow_oversize: bool = False  # a submission above 16,000,000 bytes is no error
     # --- data
     data_dir: str = "./data"  # holds datasets/ and tokenizers/
@@ -1285,6 +1286,45 @@ def choose_attention(wanted: str, device: torch.device) -> tuple[str, Attention]
     raise AssertionError("sdpa is always there")
 
 
+# --- matrix products: (x (T, K), weight (N, K)) -> (T, N)
+Linear = Callable[[Tensor, Tensor], Tensor]
+E4M3_MAX = 448.0
+
+
+class Fp8Linear(torch.autograd.Function):
+    """A product of e4m3 operands with float32 accumulation; its gradients multiply in the activations' dtype.
+
+    Weights are scaled to their largest entry. Activations are not: behind a norm they fit, and a reduction over them
+    would cost a pass over memory; what exceeds 448 is clamped.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        one, scale = torch.ones((), device=x.device), weight.abs().amax().float().clamp_min(1e-12) / E4M3_MAX
+        a, b = x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), (weight / scale).to(torch.float8_e4m3fn)
+        return torch._scaled_mm(a, b.t(), one, scale, out_dtype=x.dtype, use_fast_accum=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (grad,), (x, weight) = grads, ctx.saved_tensors
+        return grad @ weight, grad.t() @ x
+
+
+def choose_linear(config: Config, device: torch.device) -> Linear:
+    """The product of training's blocks. UserError where FP8_MATMUL=1 does not fit the device or the widths."""
+    if not config.fp8_matmul:
+        return F.linear
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError(f"FP8_MATMUL=1 DEVICE={config.device}: {device.type} has no 8-bit float products; set "
+                        "FP8_MATMUL=0")
+    odd = {name: value for name, value in (("MODEL_DIM", config.model_dim), ("MLP width", config.mlp_dim), (
+        "key width", config.num_kv_heads * config.head_dim)) if value % 16}
+    if odd:
+        raise UserError(f"FP8_MATMUL=1 {odd}: widths must be multiples of 16")
+    return Fp8Linear.apply
+
+
 # --- the plan of a forward pass
 class Visit(NamedTuple):
     """One application of a layer."""
@@ -1394,9 +1434,10 @@ class GPT(nn.Module):
     vocab_bias: Tensor
     softcap_scale: Tensor
 
-    def __init__(self, config: Config, dtype: torch.dtype = torch.float32, attention: Attention = attention_sdpa):
+    def __init__(self, config: Config, dtype: torch.dtype = torch.float32, attention: Attention = attention_sdpa,
+                 linear: Linear = F.linear):
         super().__init__()
-        self.config, self.dtype, self.attention = config, dtype, attention
+        self.config, self.dtype, self.attention, self.training_linear = config, dtype, attention, linear
         self.plans = (visit_plan(config, False), visit_plan(config, True))
         self.looping = False
         self.fake_quantize: FakeQuantize | None = None  # in training; set by the trainer when QAT starts
@@ -1475,7 +1516,8 @@ class GPT(nn.Module):
         exclude = XSA; first_value = the first layer's values, for the value residual (arXiv:2410.17897).
         """
         config = self.config
-        q, k, v = F.linear(n, w["q_proj"]), F.linear(n, w["k_proj"]), F.linear(n, w["v_proj"])
+        linear = self.training_linear if self.training else F.linear
+        q, k, v = (linear(n, w[name]) for name in ("q_proj", "k_proj", "v_proj"))
         if "q_adapter_in" in w:
             q = q + F.linear(F.linear(n, w["q_adapter_in"]), w["q_adapter_out"])
             v = v + F.linear(F.linear(n, w["v_adapter_in"]), w["v_adapter_out"])
@@ -1494,13 +1536,13 @@ class GPT(nn.Module):
             gate = F.linear(n[:, :w["attn_gate"].size(1)], w["attn_gate"], w.get("attn_gate_bias"))
             y = y * ((inner * gate).sigmoid() * (2 if config.attn_gate == "output" else 1))[:, :, None]
         y = y.flatten(1).to(self.dtype)
-        return F.linear(norm(y) if config.projection_norm else y, w["out_proj"]), v
+        return linear(norm(y) if config.projection_norm else y, w["out_proj"]), v
 
     def feed_forward(self, w: dict[str, Tensor], n: Tensor) -> Tensor:
         """Weights w of a layer, its normalized input n (T, D) -> the MLP's output (T, D)."""
-        config = self.config
-        hidden = ACTIVATIONS[config.mlp_activation](F.linear(n, w["up_proj"]), config.leaky_relu_slope)
-        return F.linear(norm(hidden) if config.projection_norm else hidden, w["down_proj"])
+        config, linear = self.config, self.training_linear if self.training else F.linear
+        hidden = ACTIVATIONS[config.mlp_activation](linear(n, w["up_proj"]), config.leaky_relu_slope)
+        return linear(norm(hidden) if config.projection_norm else hidden, w["down_proj"])
 
     def features(self, ids: Tensor, segments: Segments) -> Tensor:
         """ids (1, T) -> (T, D), normalized: what the head reads."""
@@ -1939,7 +1981,7 @@ class Trainer:
         self.config, self.world, self.log, self.compiled = config, world, log, compiled
         self.fake_quantize, self.stage = fake_quantize, stage_at(config, 0.0, 0)
         self.fingerprint = dataset.fingerprint
-        self.model = GPT(config, world.dtype, attention).to(world.device)
+        self.model = GPT(config, world.dtype, attention, choose_linear(config, world.device)).to(world.device)
         self.model.init_weights(config.seed)
         self.params = dict(self.model.named_parameters())
         self.optimizer = Optimizer(config, world, self.params)

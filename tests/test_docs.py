@@ -28,10 +28,10 @@ PRESETS = {
         "train_batch_tokens": 524288, "micro_batch_tokens": 65536, "num_layers": 9, "mlp_mult": 2.0,
         "leaky_relu_slope": 0.0, "rope_dims": 64, "ln_scale": False, "qk_gain_init": 1.5, "xsa_last_n": 0,
         "skip_gates_enabled": False, "num_loops": 0, "parallel_start_layer": 0, "sparse_attn_gate_scale": 0.0,
-        "smear_gate": "off", "matrix_lr": 0.04, "scalar_lr": 0.04, "tied_embed_lr": 0.05,
+        "smear_gate": "off", "matrix_init": "uniform", "matrix_lr": 0.04, "scalar_lr": 0.04, "tied_embed_lr": 0.05,
         "muon_momentum": 0.95, "muon_momentum_warmup_start": 0.85, "muon_momentum_warmup_steps": 500,
         "muon_coefficients": "quintic", "muon_row_normalize": False, "muon_wd": 0.0, "embed_wd": 0.0, "adam_wd": 0.0,
-        "beta2": 0.95, "grad_clip_norm": 0.0, "ema_decay": 0.0, "warmdown_frac": 0.09, "min_lr": 0.0,
+        "beta2": 0.95, "grad_clip_norm": 0.0, "ema_decay": 0.0, "warmdown_iters": 1200, "min_lr": 0.0,
         "gptq_reserve_seconds": 0.0, "matrix_bits": 8, "embed_bits": 8, "attn_clip_sigmas": 12.7,
         "mlp_clip_sigmas": 12.7, "embed_clip_sigmas": 12.7, "compressor": "lzma"},
     "proxy": {
@@ -77,6 +77,11 @@ def test_every_name_on_the_techniques_page_exists():
     text = (ROOT / "docs/techniques.md").read_text()
     names = set(re.findall(r"`([A-Z][A-Z0-9]*_?[A-Z0-9_]*)`", text))
     assert names and all(name in FIELDS or hasattr(train_gpt, name) for name in names), names - FIELDS
+
+
+def test_the_page_says_how_many_techniques_are_unmeasured():
+    stated = re.search(r'"unmeasured": (\d+) rows', (ROOT / "docs/techniques.md").read_text())
+    assert stated and int(stated[1]) == sum(row[-1] == "unmeasured" for row in table_rows())
 
 
 def test_every_function_on_the_techniques_page_exists():
