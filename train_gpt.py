@@ -80,7 +80,7 @@ class Config:
     preflight: bool = False  # check everything, project seconds and bytes, stop before training
     checkpoint_every_seconds: float = 0.0  # seconds between checkpoints in training; 0 = only at its end and on signals
     device: str = "auto"  # auto, cuda, mps or cpu
-    compile: str = "auto"  # torch.compile: auto (on CUDA), 0 or 1
+    compile: str = "auto"  # torch.compile: auto (whole on CUDA), 0, whole, or parts (layers share graphs)
     attention: str = "auto"  # auto, or one of fa3, fa4, varlen, sdpa
     fp8_matmul: bool = False  # blocks multiply in 8-bit floats, forward, in training
     allow_oversize: bool = False  # a submission above 16,000,000 bytes is no error
@@ -354,8 +354,8 @@ NEWTON_SCHULZ = {
     "quintic": ((3.4445, -4.7750, 2.0315),) * 10,  # Keller Jordan's Muon
 }
 CHOICES = {
-    "train_order": ("sequential", "strided"), "device": ("auto", "cuda", "mps", "cpu"), "compile": ("auto", "0", "1"),
-    "attention": ("auto", "fa3", "fa4", "varlen", "sdpa"), "muon_coefficients": tuple(NEWTON_SCHULZ),
+    "train_order": ("sequential", "strided"), "device": ("auto", "cuda", "mps", "cpu"),
+    "compile": ("auto", "0", "whole", "parts"), "attention": ("auto", "fa3", "fa4", "varlen", "sdpa"), "muon_coefficients": tuple(NEWTON_SCHULZ),
     "mlp_activation": ("leaky2", "swiglu"), "embed_init": ("normal", "overtone"),
     "matrix_init": ("orthogonal", "uniform"), "resid_mix_init": ("identity", "phase"),
     "softcap_type": ("tanh", "poly5", "two_sided"), "rope_scaling": ("none", "ntk", "yarn"),
@@ -1095,9 +1095,9 @@ def read_sidecar(val: TokenStream, paths: Sequence[Path], tokenizer: Any) -> np.
 RMS_EPS = 1.1920929e-07  # float32 machine epsilon, also for bfloat16 input: what the published models train with
 
 
-def norm(x: Tensor) -> Tensor:
-    """RMS norm over the last dimension, no weight; computed in float32, returned in x's dtype."""
-    return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
+def norm(x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+    """RMS norm over the last dimension, times scale, no weight; computed in float32, returned in x's dtype."""
+    return (F.rms_norm(x.float(), (x.size(-1),), eps=RMS_EPS) * scale).to(x.dtype)
 
 
 def rotary_frequencies(config: Config, training: bool) -> Tensor:
@@ -1430,6 +1430,7 @@ FakeQuantize = Callable[[str, int, Tensor], Tensor]  # (parameter, layer or -1, 
 class GPT(nn.Module):
     """The model of PR #1855 (R0427) at the default settings. `looping` chooses between its two plans."""
 
+    ln_scale: Tensor  # (L,)
     smear_scale: Tensor
     vocab_bias: Tensor
     softcap_scale: Tensor
@@ -1445,6 +1446,8 @@ class GPT(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         for training in (False, True):
             self.register_buffer(f"frequencies_{training}", rotary_frequencies(config, training), persistent=False)
+        depth = torch.arange(1, config.num_layers + 1, dtype=torch.float32)
+        self.register_buffer("ln_scale", depth ** -0.5 if config.ln_scale else torch.ones_like(depth), persistent=False)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -1478,20 +1481,20 @@ class GPT(nn.Module):
             value = self.fake_quantize(name, -1, value)
         return value.to(self.dtype)
 
-    def layer_weights(self, banks: Mapping[str, Sequence[Tensor]], layer: int, adapter: int) -> dict[str, Tensor]:
-        """Parameters of a layer, or of the visit with that adapter; only those that it has."""
-        weights = {}
+    def visit_weights(self, banks: Mapping[str, Sequence[Tensor]], visit: Visit) -> dict[str, Tensor]:
+        """Parameters of a visit: of its layer, its skip and its adapter; only those that it has."""
+        weights = {"ln_scale": self.ln_scale[visit.layer]}
         for name, bank in banks.items():
-            row = adapter if "adapter" in name else layer - (self.config.num_layers - len(bank))
-            if name not in SKIP_ROLES and row >= 0:
-                value = bank[row]
+            row = visit.skip if name in SKIP_ROLES else visit.adapter if "adapter" in name else \
+                visit.layer - (self.config.num_layers - len(bank))
+            if row >= 0:
+                weights[name] = bank[row]
                 if self.fake_quantize and self.training:
-                    value = self.fake_quantize(name, layer, value)
-                weights[name] = value.to(self.dtype)
+                    weights[name] = self.fake_quantize(name, visit.layer, weights[name])
         return weights
 
     def embed(self, ids: Tensor, segments: Segments) -> Tensor:
-        """ids (1, T) -> (T, D): embedding, BigramHash, SmearGate.
+        """ids (1, T) -> (T, D), normalized: embedding, BigramHash, SmearGate.
 
         input (PR #1667): e_t + scale x sigmoid(W e_t[:12]) e_(t-1). static (2026-03-19 record): a blend with e_(t-1),
         a weight per channel. No token is smeared into the first of a segment, nor into BOS (the mask of PR #1855).
@@ -1507,7 +1510,7 @@ class GPT(nn.Module):
             x = x + (gate * keep[:, None]).to(self.dtype) * x.roll(1, 0)
         if config.smear_gate == "static":
             x = torch.lerp(shift(x, keep), x, self.weight("static_smear").sigmoid())
-        return F.linear(x, self.weight("embed_in")[0]) if config.embed_dim else x
+        return norm(F.linear(x, self.weight("embed_in")[0]) if config.embed_dim else x)
 
     def attend(self, w: dict[str, Tensor], n: Tensor, angles: tuple[Tensor, Tensor], segments: Segments,
                exclude: bool, first_value: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -1544,40 +1547,54 @@ class GPT(nn.Module):
         hidden = ACTIVATIONS[config.mlp_activation](linear(n, w["up_proj"]), config.leaky_relu_slope)
         return linear(norm(hidden) if config.projection_norm else hidden, w["down_proj"])
 
+    def block(self, w: Mapping[str, Tensor], lanes: tuple[Tensor, Tensor], skipped: Tensor | None, x0: Tensor,
+              angles: tuple[Tensor, Tensor], segments: Segments, exclude: bool, parallel: bool,
+              first_value: Tensor | None) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Weights w of a visit and the lanes, (T, D) each -> the lanes behind it, and its values (T, K, E).
+
+        There is one stream in both lanes until the first parallel block.
+        """
+        config, x, mlp_lane = self.config, *lanes
+        scale, w = w["ln_scale"], {name: value.to(self.dtype) for name, value in w.items()}
+        if skipped is not None:
+            skipped = w["skip_weight"] * skipped
+            x = torch.lerp(skipped, x, w["skip_gate"].sigmoid()) if config.skip_gates_enabled else x + skipped
+        if "mean_smear" in w:
+            x = torch.lerp(x, segment_mean(x, segments.positions).to(self.dtype), w["mean_smear"].tanh())
+        mixed = w["resid_mix"][0] * x + w["resid_mix"][1] * x0
+        attn_in = norm(mixed, scale)
+        attn_out, v = self.attend(w, attn_in, angles, segments, exclude, first_value)
+        attn_out = w["attn_scale"] * attn_out
+        if not parallel:
+            x = mixed + attn_out
+            x = x + w["mlp_scale"] * self.feed_forward(w, attn_in if config.gptj_block else norm(x, scale))
+            return (x, x), v
+        # both sublayers read the old lanes; each lane keeps a share of itself and takes some of both outputs
+        mlp_out = w["mlp_scale"] * self.feed_forward(w, norm(mlp_lane, scale))
+        stay, share = w["lane_resid"], w["lane_mix"]
+        return (stay[0] * x + share[0, 0] * attn_out + share[1, 0] * mlp_out,
+                stay[1] * mlp_lane + share[0, 1] * attn_out + share[1, 1] * mlp_out), v
+
     def features(self, ids: Tensor, segments: Segments) -> Tensor:
         """ids (1, T) -> (T, D), normalized: what the head reads."""
         config = self.config
         banks = {name: p.unbind(0) for name, p in self.named_parameters() if name not in GLOBAL_ROLES}
         angles = rotary_angles(segments.positions, getattr(self, f"frequencies_{self.training}"))
-        x = x0 = norm(self.embed(ids, segments))
-        mlp_lane, two_lanes, kept, first_value = x, False, [], None
-        for layer, push, skip, adapter in self.plans[1 if self.looping else 0]:
-            w = self.layer_weights(banks, layer, adapter)
-            scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
-            if is_lane(config, layer) and not two_lanes:
-                mlp_lane, two_lanes = x, True
-            if skip >= 0:
-                skipped = banks["skip_weight"][skip].to(self.dtype) * kept.pop()
-                x = torch.lerp(skipped, x, banks["skip_gate"][skip].sigmoid().to(self.dtype)) \
-                    if config.skip_gates_enabled else x + skipped
-            if "mean_smear" in w:
-                x = torch.lerp(x, segment_mean(x, segments.positions).to(self.dtype), w["mean_smear"].tanh())
-            mixed = w["resid_mix"][0] * x + w["resid_mix"][1] * x0
-            exclude = layer >= config.num_layers - config.xsa_last_n
-            attn_in = norm(mixed) * scale
-            attn_out, v = self.attend(w, attn_in, angles, segments, exclude, first_value)
-            attn_out, first_value = w["attn_scale"] * attn_out, v if first_value is None else first_value
-            if not two_lanes:
-                x = mixed + attn_out
-                x = x + w["mlp_scale"] * self.feed_forward(w, attn_in if config.gptj_block else norm(x) * scale)
-            else:  # both sublayers read the old lanes; each lane keeps a share of itself and takes some of both outputs
-                mlp_out = w["mlp_scale"] * self.feed_forward(w, norm(mlp_lane) * scale)
-                stay, share = w["lane_resid"], w["lane_mix"]
-                x = stay[0] * x + share[0, 0] * attn_out + share[1, 0] * mlp_out
-                mlp_lane = stay[1] * mlp_lane + share[0, 1] * attn_out + share[1, 1] * mlp_out
-            if push:
-                kept.append(x)
-        return norm((x + mlp_lane) * 0.5 if two_lanes else x)
+        x0 = self.embed(ids, segments)
+        lanes, kept, first_value = (x0, x0), [], None
+        for visit in self.plans[1 if self.looping else 0]:
+            skipped = kept.pop() if visit.skip >= 0 else None
+            lanes, v = self.block(self.visit_weights(banks, visit), lanes, skipped, x0, angles, segments,
+                                  visit.layer >= config.num_layers - config.xsa_last_n, is_lane(config, visit.layer),
+                                  first_value)
+            first_value = v if config.value_residual and first_value is None else first_value
+            if visit.push:
+                kept.append(lanes[0])
+        return self.merge(*lanes)
+
+    def merge(self, x: Tensor, mlp_lane: Tensor) -> Tensor:
+        """The two lanes (T, D) -> what the head reads (T, D)."""
+        return norm((x + mlp_lane) * 0.5 if self.config.parallel_start_layer else x)
 
     def logits(self, features: Tensor) -> Tensor:
         """features (T, D) -> softcapped logits (T, V) float32."""
@@ -1597,12 +1614,25 @@ class GPT(nn.Module):
 
         A target of -1 has 0 nats. In training the first column includes the z-loss.
         """
-        logits, targets = self.logits(self.features(ids, segments)), targets[0]
+        return self.nats(self.features(ids, segments), targets[0])
+
+    def nats(self, features: Tensor, targets: Tensor) -> Tensor:
+        """features (T, D), targets (T,) or (T, C) -> nats, shaped like the targets."""
+        logits = self.logits(features)
         columns = [F.cross_entropy(logits, column, reduction="none", ignore_index=-1)
                    for column in targets.view(len(targets), -1).unbind(1)]
         if self.config.z_loss and self.training:
             columns[0] = columns[0] + self.config.z_loss * logits.logsumexp(-1).square()
         return columns[0] if targets.dim() == 1 else torch.stack(columns, 1)
+
+
+def compile_model(model: GPT, how: str) -> Forward:
+    """The same function, compiled: as a whole, in parts (few graphs, since all layers share them), or as it is ("")."""
+    if how == "whole":
+        return torch.compile(model, dynamic=False, fullgraph=True)
+    for name in ("embed", "block", "merge", "nats") if how == "parts" else ():
+        setattr(model, name, torch.compile(getattr(model, name), dynamic=False, fullgraph=True))
+    return model
 
 
 # ====================================================================================================================
@@ -1976,7 +2006,7 @@ class Pending(NamedTuple):
 class Trainer:
     """Model, optimizer and averages, and the loop over steps."""
 
-    def __init__(self, config: Config, world: World, log: Log, dataset: Dataset, attention: Attention, compiled: bool,
+    def __init__(self, config: Config, world: World, log: Log, dataset: Dataset, attention: Attention, compiled: str,
                  fake_quantize: FakeQuantize | None = None):
         self.config, self.world, self.log, self.compiled = config, world, log, compiled
         self.fake_quantize, self.stage = fake_quantize, stage_at(config, 0.0, 0)
@@ -1985,9 +2015,8 @@ class Trainer:
         self.model.init_weights(config.seed)
         self.params = dict(self.model.named_parameters())
         self.optimizer = Optimizer(config, world, self.params)
-        self.forward: Forward = self.model
+        self.forward = compile_model(self.model, compiled)
         if compiled:
-            self.forward = torch.compile(self.model, dynamic=False, fullgraph=True)
             self.optimizer.compile()
         for stage in stages(config):
             config.accumulation_steps(world.size, stage.batch_share)
@@ -2534,7 +2563,7 @@ def free_memory_bytes(world: World) -> float:
 class Evaluator:
     """Scores the validation tokens with any weights; every rank takes its share of the windows."""
 
-    def __init__(self, config: Config, world: World, log: Log, dataset: Dataset, compiled: bool):
+    def __init__(self, config: Config, world: World, log: Log, dataset: Dataset, compiled: str):
         self.config, self.world, self.log, self.dataset, self.compiled = config, world, log, dataset, compiled
         self.stages: dict[str, Score] = {}
         per_token = 12 * config.vocab_size + 64 * config.model_dim  # bytes: logits and activations, roughly
@@ -2632,7 +2661,7 @@ def describe_dataset(log: Log, dataset: Dataset, notes: Sequence[str]) -> None:
 
 def describe_model(log: Log, config: Config, trainer: Trainer, attention: str) -> None:
     """Its size, its engine, and the order in which its layers are applied."""
-    log(f"num_params:{trainer.num_params} attention:{attention} compile:{int(trainer.compiled)} "
+    log(f"num_params:{trainer.num_params} attention:{attention} compile:{trainer.compiled or 0} "
         f"accumulation_steps:{config.accumulation_steps(trainer.world.size)}")
     for looping in sorted({False, bool(config.num_loops)}):
         log(f"plan looping:{int(looping)} {describe_plan(config, trainer.model.plans[looping])}")
@@ -2726,7 +2755,7 @@ def train(config: Config, trainer: Trainer, evaluator: Evaluator, stop: StopRequ
     return compile_seconds
 
 
-def reload(config: Config, world: World, path: Path, attention: Attention, compiled: bool) -> tuple[Forward, int]:
+def reload(config: Config, world: World, path: Path, attention: Attention, compiled: str) -> tuple[Forward, int]:
     """Artifact file, read by rank 0 -> (model on every rank, made of nothing but the file's bytes; their number)."""
     header, weights, size = None, {}, 0
     if world.rank == 0:
@@ -2740,17 +2769,18 @@ def reload(config: Config, world: World, path: Path, attention: Attention, compi
                 parameter.copy_(weights[name])
             if world.size > 1:
                 dist.broadcast(parameter.detach(), 0)
-    return torch.compile(model, dynamic=False, fullgraph=True) if compiled else model, size
+    return compile_model(model, compiled), size
 
 
-def use_compile(config: Config, world: World, attention: str) -> bool:
-    """COMPILE=auto: on CUDA, where attention takes packed segments directly. UserError for 1 on another device."""
-    on_gpu = world.device.type == "cuda"
-    if config.compile == "1" and not on_gpu:
-        raise UserError(f"COMPILE=1: needs a CUDA device, this is {world.device.type}; use COMPILE=auto")
-    if on_gpu:
-        torch._dynamo.config.recompile_limit = 64  # graphs: two plans, training and scoring, their shapes
-    return on_gpu and (config.compile == "1" or (config.compile == "auto" and attention != "sdpa"))
+def use_compile(config: Config, world: World, attention: str) -> str:
+    """How to compile, "" = not at all. auto: on CUDA, where attention takes packed segments directly."""
+    if world.device.type != "cuda":
+        if config.compile not in ("auto", "0"):
+            raise UserError(f"COMPILE={config.compile}: needs CUDA, this is {world.device.type}; use COMPILE=auto")
+        return ""
+    torch._dynamo.config.recompile_limit = 64  # graphs: the stages of training, and scoring, with their shapes
+    how = "whole" if config.compile == "auto" and attention != "sdpa" else config.compile
+    return how if how in ("whole", "parts") else ""
 
 
 def report_result(config: Config, world: World, log: Log, dataset: Dataset, trainer: Trainer,
