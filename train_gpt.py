@@ -355,7 +355,8 @@ NEWTON_SCHULZ = {
 }
 CHOICES = {
     "train_order": ("sequential", "strided"), "device": ("auto", "cuda", "mps", "cpu"),
-    "compile": ("auto", "0", "whole", "parts"), "attention": ("auto", "fa3", "fa4", "varlen", "sdpa"), "muon_coefficients": tuple(NEWTON_SCHULZ),
+    "compile": ("auto", "0", "whole", "parts"), "attention": ("auto", "fa3", "fa4", "varlen", "sdpa"),
+    "muon_coefficients": tuple(NEWTON_SCHULZ),
     "mlp_activation": ("leaky2", "swiglu"), "embed_init": ("normal", "overtone"),
     "matrix_init": ("orthogonal", "uniform"), "resid_mix_init": ("identity", "phase"),
     "softcap_type": ("tanh", "poly5", "two_sided"), "rope_scaling": ("none", "ntk", "yarn"),
