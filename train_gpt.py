@@ -31,6 +31,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import sys
 import time
 import warnings
@@ -198,7 +199,7 @@ class Config:
     attn_clip_sigmas: float = 13.0  # rows are clipped at this many standard deviations
     mlp_clip_sigmas: float = 11.5  # the same for the MLP
     embed_clip_sigmas: float = 14.0  # the same for the embedding
-    compressor: str = "brotli"  # brotli, zstd or lzma
+    compressor: str = "rans"  # of the codes: rans (order-0 entropy coder), brotli, zstd or lzma
     # --- evaluation
     eval_seq_len: int = 2048  # tokens of the longest context
     eval_stride: int = 64  # tokens between sliding windows
@@ -362,7 +363,8 @@ CHOICES = {
     "softcap_type": ("tanh", "poly5", "two_sided"), "rope_scaling": ("none", "ntk", "yarn"),
     "attn_gate": ("sparse", "dense", "output"), "smear_gate": ("off", "input", "static", "mean"),
     "bigram_hash": ("92821", "36313", "1000003", "31"), "matrix_quantizer": ("rtn", "fp16"),
-    "embed_quantizer": ("rtn", "fp16"), "compressor": ("brotli", "zstd", "lzma"), "eval_mode": ("packed", "sliding"),
+    "embed_quantizer": ("rtn", "fp16"), "compressor": ("rans", "brotli", "zstd", "lzma"),
+    "eval_mode": ("packed", "sliding"),
 }
 POSITIVE = {"train_seq_len", "iterations", "train_batch_tokens", "micro_batch_tokens", "val_batch_tokens", "num_layers",
             "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "logit_softcap", "rope_base", "gate_window",
@@ -2384,8 +2386,74 @@ def zstd_decode(data: bytes) -> bytes:
     return zstandard.ZstdDecompressor().decompress(data)
 
 
+RANS_BITS = 14  # of the frequencies
+
+
+def rans_frequencies(counts: np.ndarray) -> np.ndarray:
+    """Counts (n,) -> frequencies (n,) in proportion, that sum to 2^RANS_BITS; none is 0 where the count is not."""
+    total = 1 << RANS_BITS
+    frequencies = np.where(counts > 0, np.maximum(counts * total // counts.sum(), 1), 0)
+    while rest := total - int(frequencies.sum()):  # what rounding left over goes to, or comes from, the commonest
+        place = np.argsort(-frequencies, kind="stable")[:min(abs(rest), np.count_nonzero(frequencies > 1) or 1)]
+        frequencies[place] += 1 if rest > 0 else -1
+    return frequencies
+
+
+def rans_encode(data: bytes) -> bytes:
+    """Order-0 entropy coder: range asymmetric numeral systems (arXiv:1311.2540), many interleaved lanes at once.
+
+    Layout, little-endian: number of bytes uint64, lanes uint16, first symbol and number of symbols - 1 uint8, their
+    frequencies uint16, the lanes' last states uint32, 16-bit words. A symbol is a byte with its highest bit flipped, so
+    that small signed integers lie side by side.
+    """
+    if not data:
+        return b""
+    symbols = np.frombuffer(data, np.uint8) ^ 0x80
+    first, last = int(symbols.min()), int(symbols.max())
+    symbols = symbols - np.uint8(first)
+    frequencies = rans_frequencies(np.bincount(symbols))
+    lanes = max(min(len(data) >> 15, 512), 1)
+    rows = np.resize(symbols, -(-len(data) // lanes) * lanes).reshape(-1, lanes)  # the last row is filled up
+    frequency, start = frequencies.astype(np.uint64), (np.cumsum(frequencies) - frequencies).astype(np.uint64)
+    bits, limit = np.uint64(RANS_BITS), frequency << np.uint64(32 - RANS_BITS)
+    state, words = np.full(lanes, 1 << 16, np.uint64), []
+    for row in rows[::-1]:
+        full = state >= limit[row]
+        words.append(state[full].astype("<u2"))
+        state = np.where(full, state >> np.uint64(16), state)
+        quotient, rest = np.divmod(state, frequency[row])
+        state = (quotient << bits) + rest + start[row]
+    header = struct.pack("<QHBB", len(data), lanes, first, last - first)
+    return b"".join([header, frequencies.astype("<u2").tobytes(), state.astype("<u4").tobytes(),
+                     np.concatenate(words[::-1]).tobytes()])
+
+
+def rans_decode(data: bytes) -> bytes:
+    if not data:
+        return b""
+    count, lanes, first, number = struct.unpack("<QHBB", data[:12])
+    split = 12 + 2 * (number + 1)
+    frequencies = np.frombuffer(data[12:split], "<u2").astype(np.int64)
+    state = np.frombuffer(data[split:split + 4 * lanes], "<u4").astype(np.uint64)
+    words, used = np.frombuffer(data[split + 4 * lanes:], "<u2").astype(np.uint64), 0
+    symbol = np.repeat(np.arange(number + 1, dtype=np.uint8), frequencies)  # by place in [0, 2^RANS_BITS)
+    start = np.repeat(np.cumsum(frequencies) - frequencies, frequencies)
+    offset = (np.arange(1 << RANS_BITS) - start).astype(np.uint64)
+    frequency, mask = np.repeat(frequencies, frequencies).astype(np.uint64), np.uint64((1 << RANS_BITS) - 1)
+    rows = np.empty((-(-count // lanes), lanes), np.uint8)
+    for row in rows:
+        place = (state & mask).astype(np.int64)
+        row[:] = symbol[place]
+        state = frequency[place] * (state >> np.uint64(RANS_BITS)) + offset[place]
+        low = np.flatnonzero(state < 1 << 16)
+        state[low] = (state[low] << np.uint64(16)) | words[used:used + len(low)]
+        used += len(low)
+    return ((rows.reshape(-1)[:count] + np.uint8(first)) ^ 0x80).tobytes()
+
+
 CODECS = {
-    "brotli": Codec(brotli_encode, brotli_decode), "zstd": Codec(zstd_encode, zstd_decode),
+    "rans": Codec(rans_encode, rans_decode), "brotli": Codec(brotli_encode, brotli_decode),
+    "zstd": Codec(zstd_encode, zstd_decode),
     "lzma": Codec(functools.partial(lzma.compress, preset=9 | lzma.PRESET_EXTREME), lzma.decompress)}
 ARTIFACT_MAGIC = b"PGOLF\x00\x00\x01"  # the last byte is the version
 
@@ -2399,6 +2467,11 @@ def unshuffle_bytes(data: bytes, stride: int) -> bytes:
     return np.frombuffer(data, np.uint8).reshape(stride, -1).T.tobytes()
 
 
+def side_codec(codec: str) -> str:
+    """Codec of the float16 values beside the codes: bytes that repeat, which an order-0 coder does not see."""
+    return "brotli" if codec == "rans" else codec
+
+
 def pack_artifact(config: Config, quantized: Mapping[str, tuple[str, Arrays]], info: Mapping[str, Any]) -> bytes:
     """Quantized tensors -> the artifact's bytes: a stream for each tensor's codes, one for all float16 values."""
     specs, streams, halves = [], [], []
@@ -2406,9 +2479,10 @@ def pack_artifact(config: Config, quantized: Mapping[str, tuple[str, Arrays]], i
         specs.append([name, quantizer, {key: [array.dtype.str, *array.shape] for key, array in arrays.items()}])
         for array in arrays.values():
             (streams if array.dtype == np.int8 else halves).append(array.tobytes())
-    streams.append(shuffle_bytes(b"".join(halves), 2))
+    codec = CODECS[config.compressor].encode
+    last = CODECS[side_codec(config.compressor)].encode(shuffle_bytes(b"".join(halves), 2))
     with ThreadPoolExecutor() as pool:  # the compressors release the interpreter lock
-        streams = list(pool.map(CODECS[config.compressor].encode, streams))
+        streams = [*pool.map(codec, streams), last]
     header = {"model": model_fields(config), **info, "codec": config.compressor, "tensors": specs,
               "streams": [len(stream) for stream in streams]}
     packed_header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
@@ -2432,9 +2506,9 @@ def unpack_artifact(data: bytes, where: str) -> tuple[dict[str, Any], dict[str, 
     for length in header["streams"]:
         streams.append(body[start:start + length])
         start += length
+    halves, position = unshuffle_bytes(CODECS[side_codec(header["codec"])].decode(streams.pop()), 2), 0
     with ThreadPoolExecutor() as pool:
         streams = list(pool.map(CODECS[header["codec"]].decode, streams))
-    halves, position = unshuffle_bytes(streams.pop(), 2), 0
     weights, shapes = {}, param_shapes(artifact_config(header))
     for name, quantizer, specs in header["tensors"]:
         arrays = {}
