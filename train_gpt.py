@@ -1154,10 +1154,11 @@ def shift(x: Tensor, keep: Tensor) -> Tensor:
 
 def segment_mean(x: Tensor, positions: Tensor) -> Tensor:
     """x (T, D), positions (T,) in the segment -> mean over the segment up to each token, in float32."""
-    total = x.float().cumsum(0)
+    wide = torch.float32 if x.device.type == "mps" else torch.float64  # sums of float32 lose 3 digits in 98,304 tokens
+    total = x.cumsum(0, dtype=wide)
     first = torch.arange(len(x), device=x.device) - positions
-    before = total[first] - x[first].float()  # of all earlier segments
-    return (total - before) / (positions + 1)[:, None]
+    before = total[first] - x[first]  # of all earlier segments
+    return ((total - before) / (positions + 1)[:, None]).float()
 
 
 def bigram_buckets(ids: Tensor, keep: Tensor, kind: str, buckets: int) -> Tensor:
@@ -1668,7 +1669,8 @@ PARAM_TABLE = {
     "up_proj": MLP, "down_proj": MLP,
     **dict.fromkeys(("q_gain", "attn_scale", "mlp_scale", "resid_mix", "skip_weight", "skip_gate", "attn_gate",
                      "attn_gate_bias", "xsa_strength", "value_mix", "lane_resid", "lane_mix", "smear_gate",
-                     "smear_scale", "static_smear", "mean_smear", "softcap_scale", "vocab_bias"), SMALL),
+                     "smear_scale", "static_smear", "mean_smear", "bigram_scale", "softcap_scale",
+                     "vocab_bias"), SMALL),
 }
 
 

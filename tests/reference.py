@@ -194,3 +194,193 @@ def sliding_windows(length: int, seq_len: int, stride: int) -> list[tuple[int, i
         rows.append((start, min(start + seq_len, length), start + context if start else 0))
         start += stride
     return rows
+
+
+# --- the options of the model, token by token and head by head; p (T,): each token's place in its segment
+def frequencies(config, training: bool) -> list[float]:
+    """Angle per place of each rotated pair, with NTK-aware scaling or YaRN's ramp."""
+    longer = 1.0 if training else max(config.eval_seq_len / config.train_seq_len, 1.0)
+    stretch, dims, result = config.rope_stretch or longer, config.rope_dims, []
+    for j in range(dims // 2):
+        if config.rope_scaling == "ntk":
+            result.append((config.rope_base * stretch ** (dims / (dims - 2))) ** (-2 * j / dims))
+            continue
+        angle = config.rope_base ** (-2 * j / dims)
+        if config.rope_scaling == "yarn":
+            ramp = min(max((2 * j / dims - 0.25) / 0.75, 0.0), 1.0)
+            angle = angle / (1 + ramp * (stretch - 1))
+        result.append(angle)
+    return result
+
+
+def turned(x: Tensor, place: int, angles: list[float]) -> Tensor:
+    """One head's vector (E,) at a place."""
+    half, out = len(angles), list(x)
+    for j, angle in enumerate(angles):
+        a, b, c, s = x[j], x[j + half], math.cos(place * angle), math.sin(place * angle)
+        out[j], out[j + half] = a * c + b * s, b * c - a * s
+    return torch.stack(out)
+
+
+def bigram_bucket(kind: str, buckets: int, previous: int | None, current: int) -> int:
+    """Row of the table for a pair of tokens; previous is None at the start of a segment."""
+    if kind == "92821":
+        return (92821 * (previous or 0) + current) % buckets
+    if kind == "36313":
+        return buckets - 1 if previous is None else ((36313 * current) ^ (27191 * previous)) % (buckets - 1)
+    if kind == "1000003":
+        return (1000003 * (current if previous is None else previous) + current) % buckets
+    return (31 * (previous or 0) + current) % buckets
+
+
+def mean_so_far(x: Tensor, place: list[int]) -> Tensor:
+    """x (T, D) -> mean of each segment up to each token."""
+    return torch.stack([x[t - p:t + 1].mean(0) for t, p in enumerate(place)])
+
+
+def option_embedding(config, w: dict[str, Tensor], ids: Tensor, place: list[int]) -> Tensor:
+    """Token ids (T,) -> the normalized stream (T, D) that blocks read."""
+    e, x = [], []
+    for t, token in enumerate(ids.tolist()):
+        e.append(w["embedding"][token])
+        if config.bigram_hash_buckets:
+            row = bigram_bucket(config.bigram_hash, config.bigram_hash_buckets,
+                                int(ids[t - 1]) if place[t] else None, token)
+            pair = w["bigram_proj"][0] @ w["bigram_table"][row]
+            e[t] = e[t] + (w["bigram_scale"] * pair if config.bigram_hash == "36313" else pair)
+    for t, token in enumerate(ids.tolist()):
+        smeared = e[t]
+        if place[t] and token != BOS and config.smear_gate == "input":
+            smeared = e[t] + w["smear_scale"] * torch.sigmoid(w["smear_gate"] @ e[t][:config.gate_window]) * e[t - 1]
+        if place[t] and token != BOS and config.smear_gate == "static":
+            own = torch.sigmoid(w["static_smear"])
+            smeared = own * e[t] + (1 - own) * e[t - 1]
+        x.append(w["embed_in"][0] @ smeared if config.embed_dim else smeared)
+    return rms(torch.stack(x))
+
+
+def option_attention(config, w: dict[str, Tensor], i: int, adapter: int, n: Tensor, place: list[int],
+                     first: Tensor | None, angles: list[float]) -> tuple[Tensor, Tensor]:
+    """Layer i, its normalized input n (T, D), the first layer's values -> output (T, D), its own values (T, K, E)."""
+    heads, kv, width, tokens = config.num_heads, config.num_kv_heads, config.head_dim, len(n)
+    q, k, v = [], [], []
+    for t in range(tokens):
+        low = {x: w[f"{x}_adapter_out"][adapter] @ (w[f"{x}_adapter_in"][adapter] @ n[t]) if adapter >= 0 else 0.0
+               for x in "qv"}
+        q.append((w["q_proj"][i] @ n[t] + low["q"]).view(heads, width))
+        k.append((w["k_proj"][i] @ n[t]).view(kv, width))
+        v.append((w["v_proj"][i] @ n[t] + low["v"]).view(kv, width))
+    last_loop = config.loop_end if config.num_loops else 0
+    if config.value_residual and i > last_loop:
+        a, b = w["value_mix"][i - last_loop - 1]
+        v = [a * first[t] + b * v[t] for t in range(tokens)]
+    q = [torch.stack([w["q_gain"][i][h] * turned(rms(q[t][h]), place[t], angles) for h in range(heads)])
+         for t in range(tokens)]
+    k = [torch.stack([turned(rms(k[t][h]), place[t], angles) for h in range(kv)]) for t in range(tokens)]
+    if config.key_offset:
+        free = config.rope_dims
+        k = [torch.cat((k[t][:, :free], (k[t - 1] if place[t] else k[t])[:, free:]), 1) for t in range(tokens)]
+    out = []
+    for t in range(tokens):
+        row = []
+        for h in range(heads):
+            g, begin = h // (heads // kv), t - place[t]
+            share = torch.softmax(torch.stack([q[t][h] @ k[u][g] for u in range(begin, t + 1)]) / math.sqrt(width), 0)
+            y, own = sum(share[u - begin] * v[u][g] for u in range(begin, t + 1)), v[t][g] / v[t][g].norm()
+            x = i - (config.num_layers - config.xsa_last_n)
+            if x >= 0:
+                y = y - (w["xsa_strength"][x][h] if config.xsa_learned else 1.0) * (y @ own) * own
+            if config.attn_gate == "dense":
+                y = y * torch.sigmoid(w["attn_gate"][i][h] @ n[t] + w["attn_gate_bias"][i][h])
+            elif config.attn_gate == "output":
+                y = y * 2 * torch.sigmoid(w["attn_gate"][i][h] @ n[t][:config.gate_window])
+            elif config.sparse_attn_gate_scale:
+                y = y * torch.sigmoid(config.sparse_attn_gate_scale
+                                      * (w["attn_gate"][i][h] @ n[t][:config.gate_window]))
+            row.append(y)
+        y = torch.cat(row)
+        out.append(w["out_proj"][i] @ (rms(y) if config.projection_norm else y))
+    return torch.stack(out), torch.stack(v)
+
+
+def option_mlp(config, w: dict[str, Tensor], i: int, n: Tensor) -> Tensor:
+    """Layer i, its normalized input n (T, D) -> output (T, D)."""
+    out, hidden = [], config.mlp_hidden or int(config.mlp_mult * config.model_dim)
+    for row in n:
+        z = w["up_proj"][i] @ row
+        if config.mlp_activation == "swiglu":
+            gate, up = z[:hidden], z[hidden:]
+            z = gate / (1 + torch.exp(-gate)) * up
+        else:
+            z = torch.maximum(z, config.leaky_relu_slope * z) ** 2
+        out.append(w["down_proj"][i] @ (rms(z) if config.projection_norm else z))
+    return torch.stack(out)
+
+
+def option_logits(config, w: dict[str, Tensor], x: Tensor) -> Tensor:
+    """The stream (T, D) behind the last block -> capped logits (T, V)."""
+    x, cap = rms(x), config.logit_softcap
+    if config.embed_dim:
+        x = x @ w["embed_out"][0].T
+    logits = x @ (w["embedding"] if config.tie_embeddings else w["head"]).T
+    if config.vocab_bias:
+        logits = logits + w["vocab_bias"]
+    if config.softcap_type == "poly5":
+        u = (logits / cap).clamp(-2, 2)
+        return cap * (u - u ** 3 / 3 + u ** 5 / 15).clamp(-1, 1)
+    if config.softcap_type == "two_sided":
+        above, below = cap * torch.exp(w["softcap_scale"])
+        return torch.where(logits >= 0, above * torch.tanh(logits / above), below * torch.tanh(logits / below))
+    return cap * torch.tanh(logits / cap)
+
+
+def option_features(config, w: dict[str, Tensor], ids: Tensor, place: list[int], looping: bool,
+                    training: bool) -> Tensor:
+    """Weights w (float64), ids (T,) -> the stream (T, D) behind the last block."""
+    angles, x0 = frequencies(config, training), option_embedding(config, w, ids, place)
+    encoder, decoder = published_order(config, looping)
+    x, second, stack, first, order = x0, None, [], None, encoder + decoder
+    for step, i in enumerate(order):
+        scale = 1 / math.sqrt(i + 1) if config.ln_scale else 1.0
+        if second is None and config.parallel_start_layer and i >= config.parallel_start_layer:
+            second = x
+        j = step - len(encoder)
+        if j >= 0 and stack:
+            row = skip_row(config, i, decoder[:j].count(i))
+            kept = w["skip_weight"][row] * stack.pop()
+            if config.skip_gates_enabled:
+                gate = torch.sigmoid(w["skip_gate"][row])
+                x = gate * x + (1 - gate) * kept
+            else:
+                x = x + kept
+        if config.smear_gate == "mean":
+            x = x + torch.tanh(w["mean_smear"][i]) * (mean_so_far(x, place) - x)
+        looped = config.num_loops and config.depth_lora_rank and config.loop_start <= i <= config.loop_end
+        adapter = order[:step].count(i) * (config.loop_end - config.loop_start + 1) + i - config.loop_start
+        a, b = w["resid_mix"][i]
+        u = a * x + b * x0
+        n = scale * rms(u)
+        o_a, v = option_attention(config, w, i, adapter if looped else -1, n, place, first, angles)
+        o_a, first = w["attn_scale"][i] * o_a, v if first is None else first
+        if second is None:
+            n = n if config.gptj_block else scale * rms(u + o_a)
+            x = u + o_a + w["mlp_scale"][i] * option_mlp(config, w, i, n)
+        else:
+            o_m = w["mlp_scale"][i] * option_mlp(config, w, i, scale * rms(second))
+            rho, pi = w["lane_resid"][i - config.parallel_start_layer], w["lane_mix"][i - config.parallel_start_layer]
+            x, second = (rho[d] * lane + pi[0, d] * o_a + pi[1, d] * o_m for d, lane in enumerate((x, second)))
+        if j < 0:
+            stack.append(x)
+    return x if second is None else (x + second) / 2
+
+
+def option_nats(config, w: dict[str, Tensor], ids: Tensor, targets: Tensor, place: list[int], looping: bool,
+                training: bool) -> Tensor:
+    """targets (T, C), -1 = none -> nats (T, C)."""
+    logits = option_logits(config, w, option_features(config, w, ids, place, looping, training))
+    result = []
+    for t, row in enumerate(targets.tolist()):
+        log_sum = torch.log(torch.exp(logits[t]).sum())
+        nats = [log_sum - logits[t][y] if y >= 0 else 0 * log_sum for y in row]
+        result.append(torch.stack([nats[0] + config.z_loss * log_sum ** 2 * training, *nats[1:]]))
+    return torch.stack(result)
