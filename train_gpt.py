@@ -81,8 +81,9 @@ class Config:
     preflight: bool = False  # check everything, project seconds and bytes, stop before training
     checkpoint_every_seconds: float = 0.0  # seconds between checkpoints in training; 0 = only at its end and on signals
     device: str = "auto"  # auto, cuda, mps or cpu
-    compile: str = "auto"  # torch.compile: auto (whole on CUDA), 0, whole, or parts (layers share graphs)
+    compile: str = "auto"  # torch.compile: auto (parts on CUDA), 0, whole, or parts (layers share graphs)
     attention: str = "auto"  # auto, or one of fa3, fa4, varlen, sdpa
+    fused_kernels: bool = True  # Triton kernels in training, where they are faster; 0 = what torch makes
     fp8_matmul: bool = False  # blocks multiply in 8-bit floats, forward, in training
     allow_oversize: bool = False  # a submission above 16,000,000 bytes is no error
     # --- data
@@ -1090,6 +1091,249 @@ def read_sidecar(val: TokenStream, paths: Sequence[Path], tokenizer: Any) -> np.
 
 
 # ====================================================================================================================
+# 4. kernels: what training computes in its own way where the GPU can: fused Triton kernels, products of 8-bit floats.
+#    Each does what plain torch does in section 5, which serves everywhere else, in scoring too.
+# ====================================================================================================================
+
+
+Linear = Callable[[Tensor, Tensor], Tensor]  # x (T, K), weight (N, K) -> (T, N)
+FusedMLP = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+RotateHeads = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+ROTATED_ROWS = 4  # tokens, and warps, of a program of rotate_heads
+E4M3_MAX = 448.0
+
+
+class Kernels(NamedTuple):
+    """How the blocks multiply in training."""
+
+    linear: Linear = F.linear
+    leaky2: FusedMLP | None = None  # the whole MLP
+    rotate_heads: RotateHeads | None = None  # norm, rotation and gain of queries and keys
+    names: str = "torch"  # for the log
+
+
+PLAIN = Kernels()
+
+
+class Fp8Linear(torch.autograd.Function):
+    """A product of e4m3 operands with float32 accumulation; its gradients multiply in the activations' dtype.
+
+    Weights are scaled to their largest entry. Activations are not: behind a norm they fit, and a reduction over them
+    would cost a pass over memory; what exceeds 448 is clamped.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        one, scale = torch.ones((), device=x.device), weight.abs().amax().float().clamp_min(1e-12) / E4M3_MAX
+        a, b = x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), (weight / scale).to(torch.float8_e4m3fn)
+        return torch._scaled_mm(a, b.t(), one, scale, out_dtype=x.dtype, use_fast_accum=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (grad,), (x, weight) = grads, ctx.saved_tensors
+        return grad @ weight, grad.t() @ x
+
+
+def load_leaky2_product() -> Callable[..., Tensor]:
+    """-> product(a, b, slope, kept=None) of bfloat16 matrices with leaky2 or its gradient as its end, for Hopper.
+
+    Forward: a (T, D), b (F, D) -> leaky_relu(a b^T, slope)^2 (T, F), with the sign of what was squared in the last bit:
+    the gradient needs no more of it. Backward: a (T, D), b (D, F), kept (T, F) -> a b times the activation's slope.
+    """
+    import triton  # pyright: ignore[reportMissingImports]
+    import triton.language as tl  # pyright: ignore[reportMissingImports]
+    from triton.tools.tensor_descriptor import TensorDescriptor  # pyright: ignore[reportMissingImports]
+
+    @triton.jit
+    def activate(z, out, kept, row, col, slope):
+        # Half a tile. Forward: z goes in, kept is None. Backward: z is the gradient of kept, the activation.
+        if kept is None:
+            sign = tl.where(z < 0, 1 << 16, 0)  # 1 << 16: the last bit of a bfloat16, as a float32
+            z = z * tl.where(z < 0, slope, 1.0)
+            bits = (((z * z).to(tl.int32, bitcast=True) + ((1 << 16) - sign)) & (-2 << 16)) | sign  # the nearest such
+            out.store([row, col], bits.to(tl.float32, bitcast=True).to(tl.bfloat16))
+        else:
+            post = kept.load([row, col]).to(tl.float32)
+            negative = (post.to(tl.int32, bitcast=True) & (1 << 16)) != 0
+            out.store([row, col], (z * tl.sqrt(post) * tl.where(negative, -2 * slope, 2.0)).to(tl.bfloat16))
+
+    def leaky2_kernel(a, b, out, kept, slope, M, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                      BK: tl.constexpr):
+        # out (M, N) from a (M, K) times b: (N, K) forward, (K, N) backward. The tiles of a row of a run side by side:
+        # a leaves memory once, and b (2 MB) stays in the cache.
+        for tile in tl.range(tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN), tl.num_programs(0), flatten=True):
+            row, col = tile // tl.cdiv(N, BN) * BM, tile % tl.cdiv(N, BN) * BN
+            z = tl.zeros((BM, BN), tl.float32)
+            for k in range(0, K, BK):
+                right = b.load([col, k]).T if kept is None else b.load([k, col])
+                z = tl.dot(a.load([row, k]), right, z)
+            first, second = tl.split(tl.permute(tl.reshape(z, (BM, 2, BN // 2)), (0, 2, 1)))  # needs less staging
+            activate(first, out, kept, row, col, slope)
+            activate(second, out, kept, row, col + BN // 2, slope)
+
+    kernel = triton.jit(leaky2_kernel)
+
+    def launch(a: Tensor, b: Tensor, slope: float, kept: Tensor | None = None) -> Tensor:
+        (rows, inner), width, (bm, bn, bk) = a.shape, b.numel() // a.size(1), (128, 256, 64)
+        out, describe = a.new_empty(rows, width), TensorDescriptor.from_tensor
+        programs = torch.cuda.get_device_properties(a.device).multi_processor_count
+        kernel[(programs,)](
+            describe(a.contiguous(), [bm, bk]), describe(b.contiguous(), [bk, bn] if kept is not None else [bn, bk]),
+            describe(out, [bm, bn // 2]), None if kept is None else describe(kept, [bm, bn // 2]), slope, rows, width,
+            inner, bm, bn, bk, num_warps=8, num_stages=4 if kept is None else 3)
+        return out
+
+    return launch
+
+
+@functools.cache
+def load_leaky2() -> FusedMLP:
+    """(n (T, D), up (F, D), down (D, F), slope) -> leaky_relu(n up^T, slope)^2 down^T (T, D), in bfloat16, on Hopper.
+
+    No (T, F) tensor is read or written for the activation alone, and the backward pass keeps one instead of two.
+    """
+    launch = load_leaky2_product()
+
+    @torch.library.custom_op("train_gpt::leaky2", mutates_args=())
+    def forward(n: Tensor, up: Tensor, down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+        post = launch(n, up, slope)
+        return F.linear(post, down), post
+
+    @torch.library.custom_op("train_gpt::leaky2_backward", mutates_args=())
+    def backward(dout: Tensor, down: Tensor, post: Tensor, slope: float) -> Tensor:
+        return launch(dout, down, slope, post)
+
+    def remember(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[:3], output[1])
+        ctx.slope = inputs[3]
+        ctx.set_materialize_grads(False)  # or the engine fills a (T, F) of zeros for post
+
+    def gradient(ctx: Any, dout: Tensor, _: Any):
+        n, up, down, post = ctx.saved_tensors
+        ddown = dout.T @ post
+        dpre = backward(dout, down, post, ctx.slope)
+        return dpre @ up, dpre.T @ n, ddown, None
+
+    forward.register_fake(lambda n, up, down, slope: (torch.empty_like(n), n.new_empty(n.size(0), up.size(0))))
+    backward.register_fake(lambda dout, down, post, slope: torch.empty_like(post))
+    forward.register_autograd(gradient, setup_context=remember)
+    return lambda n, up, down, slope: forward(n, up, down, slope)[0]
+
+
+def load_rotate_heads_launch() -> Callable[..., None]:
+    """-> launch(qk, gain, cos, sin, q, k, dqk, dgain) of the kernel of load_rotate_heads.
+
+    Forward, without dqk and dgain, it writes q and k. Backward it reads their gradients there, and writes dqk and, a
+    row for each program, dgain.
+    """
+    import triton  # pyright: ignore[reportMissingImports]
+    import triton.language as tl  # pyright: ignore[reportMissingImports]
+
+    def rotate_heads_kernel(qk, gain, cos, sin, q, k, dqk, dgain, T, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
+                            R: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr):
+        row, head = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None], tl.arange(0, HEADS)[None, :, None]
+        col = tl.arange(0, E)[None, None, :] + 0 * head
+        live, is_q = (row < T) & (head < H + K), head < H
+        at, at_q, at_k = (row * (H + K) + head) * E, (row * H + head) * E, (row * K + head - H) * E
+        turns, pair = live & (col < 2 * R), tl.where(col < R, col + R, col - R)
+        angle = row * R + tl.where(col < R, col, col - R)
+        c, s = tl.load(cos + angle, turns, 1.0), tl.load(sin + angle, turns, 0.0) * tl.where(col < R, 1.0, -1.0)
+        value = tl.load(qk + at + col, live, 0.0).to(tl.float32)
+        rstd = tl.rsqrt(tl.sum(value * value, 2, keep_dims=True) / E + 1.1920929e-07)
+        factor = rstd * tl.load(gain + head, is_q, 1.0)
+        if dqk is None:
+            other = tl.load(qk + at + pair, turns, 0.0).to(tl.float32)
+            value = (value * c + other * s) * factor
+            tl.store(q + at_q + col, value, live & is_q)
+            tl.store(k + at_k + col, value, live & (head >= H))
+        else:
+            grad = tl.load(q + at_q + col, live & is_q, 0.0).to(tl.float32)
+            grad += tl.load(k + at_k + col, live & (head >= H), 0.0)
+            other = tl.load(q + at_q + pair, turns & is_q, 0.0).to(tl.float32)
+            other += tl.load(k + at_k + pair, turns & (head >= H), 0.0)
+            grad = grad * c - other * s  # turned back
+            inner = tl.sum(value * grad, 2, keep_dims=True) * rstd
+            tl.store(dqk + at + col, (grad - value * (inner * rstd / E)) * factor, live)
+            tl.store(dgain + tl.program_id(0) * H + head, tl.sum(inner, 0, keep_dims=True), is_q)
+
+    kernel = triton.jit(rotate_heads_kernel)
+
+    def launch(qk: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, *grads: Tensor | None) -> None:
+        (tokens, heads, width), kv = q.shape, k.size(1)
+        kernel[(-(-tokens // ROTATED_ROWS),)](
+            qk, gain, cos, sin, q, k, *grads, tokens, heads, kv, width, cos.size(-1), ROTATED_ROWS,
+            triton.next_power_of_2(heads + kv), num_warps=ROTATED_ROWS)
+    return launch
+
+
+@functools.cache
+def load_rotate_heads() -> RotateHeads:
+    """(qk (T, (H + K) E), gain (H,), cos, sin (T, 1, R), E) -> q (T, H, E), k (T, K, E); E is a power of 2.
+
+    The RMS norm of each head, its first 2 R channels rotated, q times gain. The backward pass makes the norms again, so
+    each direction reads and writes every tensor once.
+    """
+    launch = load_rotate_heads_launch()
+
+    @torch.library.custom_op("train_gpt::rotate_heads", mutates_args=())
+    def forward(qk: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        q, k = outputs(qk, gain, cos, sin, width)
+        launch(qk, gain, cos, sin, q, k, None, None)
+        return q, k
+
+    @torch.library.custom_op("train_gpt::rotate_heads_backward", mutates_args=())
+    def backward(dq: Tensor, dk: Tensor, qk: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        dqk, dgain = torch.empty_like(qk), sums(dq)
+        launch(qk, gain, cos, sin, dq.contiguous(), dk.contiguous(), dqk, dgain)
+        return dqk, dgain
+
+    def outputs(qk: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        heads = len(gain)
+        return qk.new_empty(len(qk), heads, width), qk.new_empty(len(qk), qk.size(1) // width - heads, width)
+
+    def sums(dq: Tensor) -> Tensor:
+        return dq.new_empty(-(-len(dq) // ROTATED_ROWS), dq.size(1), dtype=torch.float32)
+
+    def remember(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[:4])
+
+    def gradient(ctx: Any, dq: Tensor, dk: Tensor):
+        dqk, dgain = backward(dq, dk, *ctx.saved_tensors)
+        return dqk, dgain.sum(0).to(ctx.saved_tensors[1].dtype), None, None, None
+
+    forward.register_fake(outputs)
+    backward.register_fake(lambda dq, dk, qk, *_: (torch.empty_like(qk), sums(dq)))
+    forward.register_autograd(gradient, setup_context=remember)
+    return forward
+
+
+def choose_kernels(config: Config, device: torch.device) -> Kernels:
+    """What this device and these settings allow. UserError where FP8_MATMUL=1 does not fit them."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    widths = {"MODEL_DIM": config.model_dim, "MLP width": config.mlp_dim,
+              "key width": config.num_kv_heads * config.head_dim}
+    odd = {name: value for name, value in widths.items() if value % 16}
+    if config.fp8_matmul:
+        if 10 * major + minor < 89:
+            raise UserError(f"FP8_MATMUL=1 DEVICE={config.device}: {device.type} has no 8-bit float products; set "
+                            "FP8_MATMUL=0")
+        if odd:
+            raise UserError(f"FP8_MATMUL=1 {odd}: widths must be multiples of 16")
+    kernels = Kernels(Fp8Linear.apply, names="fp8") if config.fp8_matmul else PLAIN
+    if not config.fused_kernels or major != 9:
+        return kernels
+    try:
+        if not config.head_dim & (config.head_dim - 1):
+            kernels = kernels._replace(rotate_heads=load_rotate_heads(), names=f"{kernels.names}+rotate_heads")
+        if config.mlp_activation == "leaky2" and not (config.projection_norm or odd or config.fp8_matmul):
+            kernels = kernels._replace(leaky2=load_leaky2(), names=f"{kernels.names}+leaky2")
+    except (ImportError, AttributeError) as error:
+        return kernels._replace(names=f"{kernels.names} ({error})")
+    return kernels
+
+
+# ====================================================================================================================
 # 5. model: one forward pass, model(ids, targets, segments) -> nats of every target, for training and scoring alike.
 #    Depth recurrence, U-Net skips and lanes are data: a tuple of visits. Weights live in banks, one per role, stacked
 #    over layers: float32 masters, cast to the activation dtype where they are used, so that gradients add in float32.
@@ -1121,7 +1365,10 @@ def rotary_frequencies(config: Config, training: bool) -> Tensor:
 
 
 def rotary_angles(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """positions (T,), frequencies (R / 2,) -> cos, sin (T, 1, R / 2) float32 of their products."""
+    """positions (T,), frequencies (R / 2,) -> cos, sin (T, 1, R / 2) float32 of their products.
+
+    GPT looks them up in a table: in every kernel that rotates they would cost more than the memory traffic.
+    """
     angles = positions.float()[:, None, None] * frequencies
     return angles.cos(), angles.sin()
 
@@ -1139,11 +1386,11 @@ def exclusive(y: Tensor, v: Tensor, strength: Tensor | None = None) -> Tensor:
     strength (H,): how much of that part goes; None = all.
     """
     grouped = y.float().unflatten(1, (v.size(1), -1))
-    direction = F.normalize(v.float(), dim=-1, eps=1e-12)[:, :, None]
-    part = (grouped * direction).sum(-1, keepdim=True)
+    own = v.float()[:, :, None].expand_as(grouped)  # both sums over the same shape become one kernel
+    share = (grouped * own).sum(-1, keepdim=True) / own.square().sum(-1, keepdim=True).clamp_min(1e-24)
     if strength is not None:
-        part = part * strength.float().view(v.size(1), -1, 1)
-    return (grouped - part * direction).flatten(1, 2)
+        share = share * strength.float().view(v.size(1), -1, 1)
+    return (grouped - share * own).flatten(1, 2)
 
 
 def shift(x: Tensor, keep: Tensor) -> Tensor:
@@ -1290,45 +1537,6 @@ def choose_attention(wanted: str, device: torch.device) -> tuple[str, Attention]
     raise AssertionError("sdpa is always there")
 
 
-# --- matrix products: (x (T, K), weight (N, K)) -> (T, N)
-Linear = Callable[[Tensor, Tensor], Tensor]
-E4M3_MAX = 448.0
-
-
-class Fp8Linear(torch.autograd.Function):
-    """A product of e4m3 operands with float32 accumulation; its gradients multiply in the activations' dtype.
-
-    Weights are scaled to their largest entry. Activations are not: behind a norm they fit, and a reduction over them
-    would cost a pass over memory; what exceeds 448 is clamped.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        one, scale = torch.ones((), device=x.device), weight.abs().amax().float().clamp_min(1e-12) / E4M3_MAX
-        a, b = x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), (weight / scale).to(torch.float8_e4m3fn)
-        return torch._scaled_mm(a, b.t(), one, scale, out_dtype=x.dtype, use_fast_accum=True)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        (grad,), (x, weight) = grads, ctx.saved_tensors
-        return grad @ weight, grad.t() @ x
-
-
-def choose_linear(config: Config, device: torch.device) -> Linear:
-    """The product of training's blocks. UserError where FP8_MATMUL=1 does not fit the device or the widths."""
-    if not config.fp8_matmul:
-        return F.linear
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
-        raise UserError(f"FP8_MATMUL=1 DEVICE={config.device}: {device.type} has no 8-bit float products; set "
-                        "FP8_MATMUL=0")
-    odd = {name: value for name, value in (("MODEL_DIM", config.model_dim), ("MLP width", config.mlp_dim), (
-        "key width", config.num_kv_heads * config.head_dim)) if value % 16}
-    if odd:
-        raise UserError(f"FP8_MATMUL=1 {odd}: widths must be multiples of 16")
-    return Fp8Linear.apply
-
-
 # --- the plan of a forward pass
 class Visit(NamedTuple):
     """One application of a layer."""
@@ -1440,16 +1648,18 @@ class GPT(nn.Module):
     softcap_scale: Tensor
 
     def __init__(self, config: Config, dtype: torch.dtype = torch.float32, attention: Attention = attention_sdpa,
-                 linear: Linear = F.linear):
+                 kernels: Kernels = PLAIN):
         super().__init__()
-        self.config, self.dtype, self.attention, self.training_linear = config, dtype, attention, linear
+        self.config, self.dtype, self.attention, self.kernels = config, dtype, attention, kernels
         self.plans = (visit_plan(config, False), visit_plan(config, True))
         self.looping = False
         self.fake_quantize: FakeQuantize | None = None  # in training; set by the trainer when QAT starts
         for name, shape in param_shapes(config).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         for training in (False, True):
-            self.register_buffer(f"frequencies_{training}", rotary_frequencies(config, training), persistent=False)
+            places = torch.arange(max(config.train_seq_len, config.eval_seq_len))
+            for name, table in zip(("cos", "sin"), rotary_angles(places, rotary_frequencies(config, training))):
+                self.register_buffer(f"{name}_{training}", table, persistent=False)
         depth = torch.arange(1, config.num_layers + 1, dtype=torch.float32)
         self.register_buffer("ln_scale", depth ** -0.5 if config.ln_scale else torch.ones_like(depth), persistent=False)
 
@@ -1523,15 +1733,21 @@ class GPT(nn.Module):
         exclude = XSA; first_value = the first layer's values, for the value residual (arXiv:2410.17897).
         """
         config = self.config
-        linear = self.training_linear if self.training else F.linear
-        q, k, v = (linear(n, w[name]) for name in ("q_proj", "k_proj", "v_proj"))
+        kernels = self.kernels if self.training else PLAIN
+        qk, v = kernels.linear(n, torch.cat((w["q_proj"], w["k_proj"]))), kernels.linear(n, w["v_proj"])
         if "q_adapter_in" in w:
-            q = q + F.linear(F.linear(n, w["q_adapter_in"]), w["q_adapter_out"])
+            more = F.linear(F.linear(n, w["q_adapter_in"]), w["q_adapter_out"])
+            qk = qk + F.pad(more, (0, qk.size(1) - more.size(1)))
             v = v + F.linear(F.linear(n, w["v_adapter_in"]), w["v_adapter_out"])
-        q, k, v = (x.unflatten(-1, (-1, config.head_dim)) for x in (q, k, v))
+        v = v.unflatten(-1, (-1, config.head_dim))
         if "value_mix" in w and first_value is not None:
             v = w["value_mix"][0] * first_value + w["value_mix"][1] * v
-        q, k = rotary(norm(q), *angles) * w["q_gain"][:, None], rotary(norm(k), *angles)
+        if kernels.rotate_heads:
+            q, k = kernels.rotate_heads(qk, w["q_gain"], *angles, config.head_dim)
+        else:
+            q, k = rotary(norm(qk.unflatten(-1, (-1, config.head_dim))), *angles).split(
+                [config.num_heads, config.num_kv_heads], 1)
+            q = q * w["q_gain"][:, None]
         if config.key_offset:
             plain = k[..., config.rope_dims:]
             k = torch.cat((k[..., :config.rope_dims], shift(plain, segments.positions != 0)), -1)
@@ -1543,13 +1759,15 @@ class GPT(nn.Module):
             gate = F.linear(n[:, :w["attn_gate"].size(1)], w["attn_gate"], w.get("attn_gate_bias"))
             y = y * ((inner * gate).sigmoid() * (2 if config.attn_gate == "output" else 1))[:, :, None]
         y = y.flatten(1).to(self.dtype)
-        return linear(norm(y) if config.projection_norm else y, w["out_proj"]), v
+        return kernels.linear(norm(y) if config.projection_norm else y, w["out_proj"]), v
 
     def feed_forward(self, w: dict[str, Tensor], n: Tensor) -> Tensor:
         """Weights w of a layer, its normalized input n (T, D) -> the MLP's output (T, D)."""
-        config, linear = self.config, self.training_linear if self.training else F.linear
-        hidden = ACTIVATIONS[config.mlp_activation](linear(n, w["up_proj"]), config.leaky_relu_slope)
-        return linear(norm(hidden) if config.projection_norm else hidden, w["down_proj"])
+        config, kernels = self.config, self.kernels if self.training else PLAIN
+        if kernels.leaky2:
+            return kernels.leaky2(n, w["up_proj"], w["down_proj"], config.leaky_relu_slope)
+        hidden = ACTIVATIONS[config.mlp_activation](kernels.linear(n, w["up_proj"]), config.leaky_relu_slope)
+        return kernels.linear(norm(hidden) if config.projection_norm else hidden, w["down_proj"])
 
     def block(self, w: Mapping[str, Tensor], lanes: tuple[Tensor, Tensor], skipped: Tensor | None, x0: Tensor,
               angles: tuple[Tensor, Tensor], segments: Segments, exclude: bool, parallel: bool,
@@ -1583,12 +1801,12 @@ class GPT(nn.Module):
         """ids (1, T) -> (T, D), normalized: what the head reads."""
         config = self.config
         banks = {name: p.unbind(0) for name, p in self.named_parameters() if name not in GLOBAL_ROLES}
-        angles = rotary_angles(segments.positions, getattr(self, f"frequencies_{self.training}"))
+        cos, sin = (getattr(self, f"{name}_{self.training}")[segments.positions] for name in ("cos", "sin"))
         x0 = self.embed(ids, segments)
         lanes, kept, first_value = (x0, x0), [], None
         for visit in self.plans[1 if self.looping else 0]:
             skipped = kept.pop() if visit.skip >= 0 else None
-            lanes, v = self.block(self.visit_weights(banks, visit), lanes, skipped, x0, angles, segments,
+            lanes, v = self.block(self.visit_weights(banks, visit), lanes, skipped, x0, (cos, sin), segments,
                                   visit.layer >= config.num_layers - config.xsa_last_n, is_lane(config, visit.layer),
                                   first_value)
             first_value = v if config.value_residual and first_value is None else first_value
@@ -1611,7 +1829,9 @@ class GPT(nn.Module):
         if kind == "two_sided":  # learned on a log scale, so that a step of the optimizer is a share of the cap
             above, below = cap * self.softcap_scale.exp()
             cap = torch.where(logits >= 0, above, below)
-        return cap * (poly5 if kind == "poly5" else torch.tanh)(logits / cap)
+        if kind == "poly5":
+            return cap * poly5(logits / cap)
+        return cap * (2 * (logits * (2 / cap)).sigmoid() - 1)  # tanh, of cheaper instructions
 
     def forward(self, ids: Tensor, targets: Tensor, segments: Segments) -> Tensor:
         """ids (1, T), targets (1, T) or (1, T, C) -> nats (T,) or (T, C) float32, from one pass over the logits.
@@ -2016,7 +2236,7 @@ class Trainer:
         self.config, self.world, self.log, self.compiled = config, world, log, compiled
         self.fake_quantize, self.stage = fake_quantize, stage_at(config, 0.0, 0)
         self.fingerprint = dataset.fingerprint
-        self.model = GPT(config, world.dtype, attention, choose_linear(config, world.device)).to(world.device)
+        self.model = GPT(config, world.dtype, attention, choose_kernels(config, world.device)).to(world.device)
         self.model.init_weights(config.seed)
         self.params = dict(self.model.named_parameters())
         self.optimizer = Optimizer(config, world, self.params)
@@ -2739,6 +2959,7 @@ def describe_dataset(log: Log, dataset: Dataset, notes: Sequence[str]) -> None:
 def describe_model(log: Log, config: Config, trainer: Trainer, attention: str) -> None:
     """Its size, its engine, and the order in which its layers are applied."""
     log(f"num_params:{trainer.num_params} attention:{attention} compile:{trainer.compiled or 0} "
+        f"kernels:{trainer.model.kernels.names} "
         f"accumulation_steps:{config.accumulation_steps(trainer.world.size)}")
     for looping in sorted({False, bool(config.num_loops)}):
         log(f"plan looping:{int(looping)} {describe_plan(config, trainer.model.plans[looping])}")
@@ -2856,7 +3077,7 @@ def use_compile(config: Config, world: World, attention: str) -> str:
             raise UserError(f"COMPILE={config.compile}: needs CUDA, this is {world.device.type}; use COMPILE=auto")
         return ""
     torch._dynamo.config.recompile_limit = 64  # graphs: the stages of training, and scoring, with their shapes
-    how = "whole" if config.compile == "auto" and attention != "sdpa" else config.compile
+    how = "parts" if config.compile == "auto" and attention != "sdpa" else config.compile
     return how if how in ("whole", "parts") else ""
 
 

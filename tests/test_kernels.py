@@ -1,0 +1,113 @@
+"""Section 4, kernels: each against plain torch in float32 on the same rounded inputs, forward and backward."""
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import tiny_config
+
+from train_gpt import (
+    PLAIN,
+    UserError,
+    choose_kernels,
+    load_leaky2,
+    load_leaky2_product,
+    load_rotate_heads,
+    norm,
+    rotary,
+    rotary_angles,
+)
+
+CPU = torch.device("cpu")
+gpu = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+                         reason="needs a Hopper GPU")
+
+
+def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(*shape) * scale).bfloat16().cuda()
+
+
+def error(actual: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((actual.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("tokens, width, hidden, slope", [
+    (98304, 512, 2048, 0.5), (1000, 512, 1504, 0.3), (1, 64, 256, 0.5), (777, 48, 112, 0.0), (130, 16, 16, 1.0)])
+def test_leaky2_is_its_plain_form(tokens, width, hidden, slope):
+    torch.manual_seed(0)
+    inputs = [draw(tokens, width), draw(hidden, width, scale=width ** -0.5), draw(width, hidden, scale=hidden ** -0.5)]
+    ours, exact = [x.clone().requires_grad_() for x in inputs], [x.float().requires_grad_() for x in inputs]
+    plain, grad = [x.clone().requires_grad_() for x in inputs], draw(tokens, width)
+
+    def twin(n, up, down):
+        return F.linear(F.leaky_relu(F.linear(n, up), slope).square(), down)
+
+    fused = torch.compile(load_leaky2(), dynamic=False)
+    out, wanted, rounded = fused(*ours, slope), twin(*exact), twin(*plain)
+    out.backward(grad)
+    wanted.backward(grad.float())
+    rounded.backward(grad)
+    assert error(out, wanted) < 1.1 * error(rounded, wanted) + 1e-3
+    for a, b, c in zip(ours, exact, plain):
+        assert error(a.grad, b.grad) < 1.1 * error(c.grad, b.grad) + 1e-3
+
+
+@pytest.mark.gpu
+@gpu
+def test_leaky2_keeps_the_sign_and_nothing_else_of_what_it_squares():
+    torch.manual_seed(1)
+    n, up = draw(300, 64), draw(208, 64, scale=0.125)
+    post = load_leaky2_product()(n, up, 0.5)
+    before = n.double() @ up.double().T
+    clear = before.abs() > 1e-3  # sums in float32 may differ in sign below
+    assert torch.equal(((post.view(torch.int16) & 1) == 1)[clear], (before < 0)[clear]) and (post >= 0).all()
+    exact = torch.where(before < 0, 0.5 * before, before).square()
+    assert ((post.double() - exact) / exact)[clear].mean().abs() < 2e-4  # no bias
+    assert ((post.double() - exact) / exact)[clear].abs().max() < 2 ** -7
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("tokens, heads, kv, width, pairs", [
+    (98304, 8, 4, 64, 8), (1001, 3, 1, 32, 4), (1, 8, 8, 128, 64), (77, 6, 2, 16, 0), (50, 1, 1, 64, 5)])
+def test_rotate_heads_is_its_plain_form(tokens, heads, kv, width, pairs):
+    torch.manual_seed(0)
+    qk, gain = draw(tokens, (heads + kv) * width), torch.randn(heads).cuda()
+    frequencies = 1e4 ** -(torch.arange(pairs) / max(pairs, 1))
+    cos, sin = (x.cuda() for x in rotary_angles(torch.arange(tokens) % 2048, frequencies))
+    ours, exact = ([qk.clone().requires_grad_(), gain.clone().requires_grad_()],
+                   [qk.float().requires_grad_(), gain.clone().requires_grad_()])
+
+    def twin(qk, gain):
+        q, k = rotary(norm(qk.unflatten(-1, (-1, width))), cos, sin).split([heads, kv], 1)
+        return q * gain[:, None], k
+
+    fused = torch.compile(load_rotate_heads(), dynamic=False)
+    out, wanted = fused(*ours, cos, sin, width), twin(*exact)
+    grads = draw(tokens, heads, width), draw(tokens, kv, width)
+    torch.autograd.backward(out, grads)
+    torch.autograd.backward(wanted, [grad.float() for grad in grads])
+    for a, b in zip((*out, ours[0].grad, ours[1].grad), (*wanted, exact[0].grad, exact[1].grad)):
+        assert a.shape == b.shape and error(a, b) < 4e-3
+
+
+@pytest.mark.parametrize("changes", [{}, {"fused_kernels": False}, {"mlp_activation": "swiglu"}])
+def test_a_cpu_uses_plain_torch(changes):
+    assert choose_kernels(tiny_config(**changes), CPU) is PLAIN
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("changes, names", [
+    ({}, "torch+rotate_heads+leaky2"), ({"fused_kernels": False}, "torch"),
+    ({"mlp_activation": "swiglu"}, "torch+rotate_heads"), ({"mlp_hidden": 40}, "torch+rotate_heads"),
+    ({"projection_norm": True}, "torch+rotate_heads"),
+    ({"model_dim": 192, "num_heads": 4, "mlp_mult": 2.0}, "torch+leaky2"),
+    ({"fp8_matmul": True, "num_kv_heads": 2}, "fp8+rotate_heads")])
+def test_settings_choose_the_kernels(changes, names):
+    assert choose_kernels(tiny_config(**changes), torch.device("cuda")).names == names
+
+
+def test_products_of_8_bit_floats_are_refused_where_the_device_has_none():
+    with pytest.raises(UserError, match="FP8_MATMUL=1 DEVICE=auto: cpu has no 8-bit float products; set FP8_MATMUL=0"):
+        choose_kernels(tiny_config(fp8_matmul=True), CPU)
