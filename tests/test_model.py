@@ -15,11 +15,13 @@ from train_gpt import (
     cut_segments,
     describe_plan,
     exclusive,
+    is_lane,
     make_segments,
     norm,
     param_shapes,
     rotary,
     rotary_angles,
+    rotary_frequencies,
     skip_rows,
     visit_plan,
 )
@@ -75,9 +77,10 @@ def test_plan_of_the_defaults_is_the_published_one():
             else:
                 kept.append(i)
         assert taken == pairs
-    assert [v.lane for v in on] == [-1] * 14 + [0, 1, 2]
+    assert [is_lane(config, v.layer) for v in on] == [False] * 14 + [True] * 3
+    assert {v.adapter for v in (*on, *off)} == {-1}
     assert len(skip_rows(config)) == 8
-    assert describe_plan(off) == "0+ 1+ 2+ 3+ 4+ 5-0 6-4 7-5 8-6| 9-7| 10|"
+    assert describe_plan(config, off) == "0+ 1+ 2+ 3+ 4+ 5-0 6-4 7-5 8-6| 9-7| 10|"
 
 
 @pytest.mark.parametrize("changes", [
@@ -204,8 +207,17 @@ def test_norm_uses_the_eps_of_the_published_model():
 
 
 def test_rotary_of_no_dimensions_is_the_identity():
-    x = torch.randn(5, 2, 8)
-    assert torch.equal(rotary(x, *rotary_angles(torch.arange(5), 0, 1e4)), x)
+    x, frequencies = torch.randn(5, 2, 8), rotary_frequencies(tiny_config(rope_dims=0), True)
+    assert frequencies.numel() == 0 and torch.equal(rotary(x, *rotary_angles(torch.arange(5), frequencies)), x)
+
+
+def test_rotary_turns_as_the_published_one():
+    x, frequencies = torch.randn(5, 2, 16), rotary_frequencies(tiny_config(rope_base=500.0), True)
+    places = torch.tensor([0, 1, 2, 0, 7], dtype=torch.int32)
+    turned = rotary(x, *rotary_angles(places, frequencies))
+    for t, place in enumerate(places.tolist()):
+        for h in range(2):
+            torch.testing.assert_close(turned[t, h], reference.rotate(x[t, h], place, 8, 500.0))
 
 
 def test_exclusive_output_is_orthogonal_to_the_own_value():

@@ -32,7 +32,8 @@ from train_gpt import (
 
 ROOT = Path(train_gpt.__file__).resolve().parent
 POLAR, QUINTIC = NEWTON_SCHULZ["polar"], NEWTON_SCHULZ["quintic"][:5]
-MUON = {name for name, role in PARAM_TABLE.items() if role.optimizer == "muon"}
+MUON = {"q_proj", "k_proj", "v_proj", "out_proj", "up_proj", "down_proj", "embed_in", "embed_out", "bigram_proj",
+        "q_adapter_in", "q_adapter_out", "v_adapter_in", "v_adapter_out"}
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -81,37 +82,41 @@ def test_polar_coefficients_are_the_published_ones():
 
 
 # --- Muon's update
+def update_of(grad: torch.Tensor, buffer: torch.Tensor, momentum: float, tall: torch.Tensor, row_normalize: bool) \
+        -> torch.Tensor:
+    """Muon's update without NorMuon; changes the buffer."""
+    return muon_update(grad, {"momentum": buffer}, torch.tensor(momentum), tall, row_normalize, 0.0, POLAR)
+
+
 def test_tall_matrices_have_the_rows_of_the_model_normalized():
     """A transposed tall matrix gets what row normalization of the matrix as it is in the model would give."""
     tall = torch.randn(3, 24, 8, generator=generator(2)) * torch.rand(3, 24, 1, generator=generator(3))
-    momentum = torch.tensor(0.9)
     buffer = torch.randn(3, 24, 8, generator=generator(4))
     ours_buffer = buffer.mT.contiguous()
-    ours = muon_update(tall.mT.contiguous(), ours_buffer, momentum, torch.ones(3, 1, 1, dtype=torch.bool), True, POLAR)
+    ours = update_of(tall.mT.contiguous(), ours_buffer, 0.9, torch.ones(3, 1, 1, dtype=torch.bool), True)
     after = 0.9 * buffer + tall
     update = tall + 0.9 * after
     update = update / update.norm(dim=2, keepdim=True)
     assert torch.allclose(ours_buffer.mT, after, atol=1e-6)
     assert torch.allclose(ours.mT, orthogonalize(update.mT, POLAR).mT, atol=1e-4)
-    wrong = muon_update(tall.mT.contiguous(), buffer.mT.contiguous(), momentum, torch.zeros(3, 1, 1, dtype=torch.bool),
-                        True, POLAR)
+    wrong = update_of(tall.mT.contiguous(), buffer.mT.contiguous(), 0.9, torch.zeros(3, 1, 1, dtype=torch.bool), True)
     assert (ours - wrong).abs().max() > 0.01  # the flag matters
 
 
 def test_update_mixes_tall_and_wide_matrices():
     x, buffer = (torch.randn(2, 4, 6, generator=generator(seed)) for seed in (5, 6))
     flags = torch.tensor([True, False])[:, None, None]
-    both = muon_update(x, buffer.clone(), torch.tensor(0.5), flags, True, POLAR)
+    both = update_of(x, buffer.clone(), 0.5, flags, True)
     for i in range(2):
         one = slice(i, i + 1)
-        alone = muon_update(x[one], buffer[one].clone(), torch.tensor(0.5), flags[one], True, POLAR)
+        alone = update_of(x[one], buffer[one].clone(), 0.5, flags[one], True)
         assert torch.allclose(both[one], alone, atol=1e-5)
 
 
 def test_update_has_the_gradients_dtype_and_a_float32_buffer():
     buffer = torch.zeros(1, 4, 6)
     grad = torch.randn(1, 4, 6, generator=generator()).bfloat16()
-    update = muon_update(grad, buffer, torch.tensor(0.9), torch.zeros(1, 1, 1, dtype=torch.bool), True, POLAR)
+    update = update_of(grad, buffer, 0.9, torch.zeros(1, 1, 1, dtype=torch.bool), True)
     assert update.dtype == torch.bfloat16 and buffer.dtype == torch.float32 and torch.equal(buffer, grad.float())
 
 
@@ -119,7 +124,7 @@ def test_zero_rows_make_no_nan():
     for flag in (True, False):
         grad = torch.randn(1, 4, 6, generator=generator())
         grad[0, 1], grad[0, :, 2] = 0.0, 0.0
-        update = muon_update(grad, torch.zeros(1, 4, 6), torch.tensor(0.9), torch.tensor([[[flag]]]), True, POLAR)
+        update = update_of(grad, torch.zeros(1, 4, 6), 0.9, torch.tensor([[[flag]]]), True)
         assert update.isfinite().all() and update.abs().max() < 2
 
 
@@ -152,13 +157,20 @@ class NaiveOptimizer:
     def rates(self, name: str) -> tuple[float, float]:
         """Learning rate and weight decay, written out."""
         config = self.config
-        if name in ("q_proj", "k_proj", "v_proj", "out_proj", "up_proj", "down_proj"):
+        if name in MUON:
             return config.matrix_lr, config.muon_wd
         if name == "embedding":
             return config.tied_embed_lr, config.embed_wd
         return config.scalar_lr, config.adam_wd
 
-    def step(self, grads: dict[str, torch.Tensor], lr_scale: float, momentum: float) -> float:
+    def muon(self, name: str, grad: torch.Tensor, momentum: float, lr: float, decay: float, coefficients) -> None:
+        """One step of a bank, matrix by matrix."""
+        for i, weight in enumerate(self.weights[name]):
+            new, buffer = muon_step(weight, grad[i], self.first[name][i], momentum, lr, decay, coefficients,
+                                    self.config.muon_row_normalize)
+            self.weights[name][i], self.first[name][i] = torch.as_tensor(new), torch.as_tensor(buffer)
+
+    def step(self, grads: dict[str, torch.Tensor], lr_scale: float, momentum: float, decay_scale: float = 1.0) -> float:
         config, self.step_count = self.config, self.step_count + 1
         norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads.values()))
         factor = min(1.0, config.grad_clip_norm / (norm + 1e-6)) if config.grad_clip_norm else 1.0
@@ -166,11 +178,8 @@ class NaiveOptimizer:
         for name, weight in self.weights.items():
             grad, (lr, decay) = grads[name] * factor, self.rates(name)
             lr = lr * lr_scale
-            if weight.dim() == 3 and name.endswith("_proj"):
-                for i in range(len(weight)):
-                    new, buffer = muon_step(weight[i], grad[i], self.first[name][i], momentum, lr, decay, coefficients,
-                                            config.muon_row_normalize)
-                    weight[i], self.first[name][i] = torch.as_tensor(new), torch.as_tensor(buffer)
+            if name in MUON:
+                self.muon(name, grad, momentum, lr, decay * decay_scale, coefficients)
                 continue
             first, second = self.first[name], self.second[name]
             first.mul_(config.beta1).add_(grad * (1 - config.beta1))
@@ -215,55 +224,102 @@ def test_decay_is_decoupled_and_tall_matrices_move_further(rows, columns, kappa)
 
 
 # --- sharing out over ranks
-def bank_group(world: World, counts: tuple[int, int], rows: int, columns: int) -> MuonGroup:
+def bank_group(world: World, counts: tuple[int, int], rows: int, columns: int, beta2: float = 0.0) -> MuonGroup:
     params = {"up_proj": torch.zeros(counts[0], rows, columns), "down_proj": torch.zeros(counts[1], columns, rows)}
-    return MuonGroup(list(params), params, world, torch.float32)
+    return MuonGroup(Config(normuon_beta2=beta2), list(params), params, world)
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 9), st.tuples(st.integers(1, 6), st.integers(1, 6)), st.integers(1, 5), st.integers(1, 5))
-def test_pack_and_unpack_are_inverse_and_shares_cover_all_once(size, counts, rows, columns):
+@given(st.integers(1, 9), st.tuples(st.integers(1, 6), st.integers(1, 6)), st.integers(1, 5), st.integers(1, 5),
+       st.sampled_from([0.0, 0.9]))
+def test_pack_and_unpack_are_inverse_and_shares_cover_all_once(size, counts, rows, columns, beta2):
     tensors = [torch.randn(counts[0], rows, columns), torch.randn(counts[1], columns, rows)]
-    groups = [bank_group(world_of(rank, size), counts, rows, columns) for rank in range(size)]
+    groups = [bank_group(world_of(rank, size), counts, rows, columns, beta2) for rank in range(size)]
     for group in groups:
         packed = group.pack(tensors, torch.float32)
         assert all(torch.equal(a, b) for a, b in zip(group.unpack(packed), tensors))
         assert packed.shape == (group.share * size, min(rows, columns), max(rows, columns))
         assert not packed[sum(counts):].any() and group.share * size - sum(counts) < size
-        assert group.momentum_buffer.shape == (group.share, *packed.shape[1:]) and len(group.own_tall) == group.share
+        low, high = packed.shape[1:]
+        assert {name: tuple(x.shape) for name, x in group.state.items()} == {"momentum": (group.share, low, high)} | (
+            {"row_square": (group.share, low, 1), "column_square": (group.share, 1, high)} if beta2 else {})
+        assert all(x.dtype == torch.float32 and not x.any() for x in group.state.values())
+        assert group.own_tall.shape == (group.share, 1, 1)
     tall = torch.cat([group.own_tall for group in groups]).flatten().tolist()
     assert tall[:sum(counts)] == [rows > columns] * counts[0] + [columns > rows] * counts[1]
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.integers(1, 7), st.tuples(st.integers(1, 4), st.integers(1, 4)), st.booleans())
-def test_shares_together_make_the_update_of_one_rank(size, counts, row_normalize):
-    tensors = [torch.randn(shape, generator=generator()) for shape in ((counts[0], 12, 4), (counts[1], 4, 12))]
-    updates = []
-    for rank in range(size):
-        group = bank_group(world_of(rank, size), counts, 12, 4)
-        own = group.pack(tensors, torch.float32)[rank * group.share:(rank + 1) * group.share]
-        updates.append(muon_update(own, group.momentum_buffer, torch.tensor(0.9), group.own_tall, row_normalize, POLAR))
-    together = group.unpack(torch.cat(updates))
-    one = bank_group(world_of(0, 1), counts, 12, 4)
-    whole = one.unpack(muon_update(one.pack(tensors, torch.float32), one.momentum_buffer, torch.tensor(0.9),
-                                   one.own_tall, row_normalize, POLAR))
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(together, whole))
+@given(st.integers(1, 7), st.tuples(st.integers(1, 4), st.integers(1, 4)), st.booleans(), st.sampled_from([0.0, 0.9]))
+def test_shares_together_make_the_update_of_one_rank(size, counts, row_normalize, beta2):
+    """In three steps, the last two with state."""
+    source = generator()
+    ranks = [bank_group(world_of(rank, size), counts, 12, 4, beta2) for rank in range(size)]
+    one = bank_group(world_of(0, 1), counts, 12, 4, beta2)
+
+    def updates_of(group: MuonGroup, tensors: list[torch.Tensor]) -> torch.Tensor:
+        own = group.pack(tensors, torch.float32)[group.world.rank * group.share:][:group.share]
+        return muon_update(own, group.state, torch.tensor(0.9), group.own_tall, row_normalize, beta2, POLAR)
+
+    for _ in range(3):
+        tensors = [torch.randn(shape, generator=source) for shape in ((counts[0], 12, 4), (counts[1], 4, 12))]
+        together = ranks[-1].unpack(torch.cat([updates_of(group, tensors) for group in ranks]))
+        whole = one.unpack(updates_of(one, tensors))
+        assert [x.shape for x in together] == [x.shape for x in tensors]
+        assert all(torch.allclose(a, b, atol=1e-5) and b.abs().max() > 0.1 for a, b in zip(together, whole))
 
 
-def test_every_parameter_is_optimized_once():
-    model = make_model(tiny_config())
+def option_configs() -> dict[str, Config]:
+    """Every flag turned over, every choice, and what else makes or removes parameters or moments; none left out."""
+    numbers = [("embed_dim", 16), ("depth_lora_rank", 3), ("xsa_last_n", 0), ("mlp_hidden", 40), ("num_loops", 0),
+               ("parallel_start_layer", 0), ("sparse_attn_gate_scale", 0.0), ("normuon_beta2", 0.9),
+               ("muon_head_group", 1), ("bigram_hash_buckets", 13), ("num_layers", 5)]
+    changes = [(f.name, not f.default) for f in fields(Config) if f.type is bool] + numbers + [
+        (name, choice) for name, choices in train_gpt.CHOICES.items() for choice in choices]
+    pairs = {"bigram_hash": {"bigram_hash_buckets": 13}}
+    configs = {f"{name}={value}": tiny_config(**{name: value, **pairs.get(name, {})}) for name, value in changes}
+    everything = dict(numbers) | {
+        "num_loops": 1, "parallel_start_layer": 3, "xsa_last_n": 2, "sparse_attn_gate_scale": 0.5, "xsa_learned": True,
+        "tie_embeddings": False, "vocab_bias": True, "value_residual": True, "attn_gate": "dense",
+        "softcap_type": "two_sided", "bigram_hash": "36313", "mlp_activation": "swiglu"}
+    return configs | {f"everything, smear {kind}": tiny_config(**everything, smear_gate=kind)
+                      for kind in train_gpt.CHOICES["smear_gate"]}
+
+
+OPTIONS = option_configs()
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_parameter_is_optimized_once(name):
+    model = GPT(OPTIONS[name])
     params = dict(model.named_parameters())
+    assert {key: tuple(p.shape) for key, p in params.items()} == param_shapes(model.config)
+    assert set(params) <= set(PARAM_TABLE)
     optimizer = Optimizer(model.config, single_world(), params)
-    names = {id(p): name for name, p in params.items()}
-    covered = [names[id(p)] for group in optimizer.groups for p in group.params] + \
-        [names[id(p)] for p in optimizer.adam_params]
-    assert sorted(covered) == sorted(params)
-    assert {names[id(p)] for p in optimizer.adam_params} == set(params) - MUON
+    names = {p.data_ptr(): key for key, p in params.items()}  # blocks of a bank are views of it
+    assert len(names) == len(params)
+    in_muon = [names[p.data_ptr()] for group in optimizer.groups for p in group.params]
+    assert in_muon == [key for group in optimizer.groups for key in group.names]
+    assert all(p.numel() == params[key].numel() for group in optimizer.groups
+               for key, p in zip(group.names, group.params))
+    assert sorted(in_muon + [names[p.data_ptr()] for p in optimizer.adam_params]) == sorted(params)
+    assert set(in_muon) == set(params) & MUON
     in_adam = [p for settings in optimizer.adam.param_groups for p in settings["params"]]
     assert Counter(map(id, in_adam)) == Counter(map(id, optimizer.adam_params))
-    shapes = [group.momentum_buffer.shape for group in optimizer.groups]
+    shapes = [group.state["momentum"].shape for group in optimizer.groups]
     assert len({tuple(shape[1:]) for shape in shapes}) == len(shapes)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if "everything" in name])
+def test_a_step_with_all_options_moves_every_parameter(name):
+    model = make_model(OPTIONS[name])
+    optimizer = Optimizer(model.config, single_world(), dict(model.named_parameters()))
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    set_grads(model, 0)
+    optimizer.step(torch.tensor(0.0), 1.0, 0.9)
+    for key, p in model.named_parameters():
+        for old, new in zip(before[key], p.detach()):  # every row, matrix or layer of it
+            assert (old - new).abs().max() > 1e-4, key
 
 
 def test_an_unknown_parameter_is_an_error():
@@ -314,15 +370,29 @@ def test_every_parameter_has_a_row(name, config):
     assert all(len(params[key]) == 3 for key in params if key in MUON)
 
 
+def written_keys(table: ast.Dict) -> list[str]:
+    """Names as they stand in the source of PARAM_TABLE, with those in **dict.fromkeys((...), ROLE)."""
+    names = []
+    for key, value in zip(table.keys, table.values):
+        if key is None:
+            assert isinstance(value, ast.Call) and ast.unparse(value.func) == "dict.fromkeys"
+            names += ast.literal_eval(value.args[0])
+        else:
+            names.append(ast.literal_eval(key))
+    return names
+
+
 def test_rows_are_unique_used_and_name_config_fields():
     tree = ast.parse((ROOT / "train_gpt.py").read_bytes())
     table = next(node.value for node in tree.body if isinstance(node, ast.Assign)
                  and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "PARAM_TABLE")
     assert isinstance(table, ast.Dict)
-    keys = [key.value for key in table.keys if isinstance(key, ast.Constant)]
-    assert len(keys) == len(table.keys) == len(set(keys)) == len(PARAM_TABLE)
-    assert set(PARAM_TABLE) == set(param_shapes(Config()))  # at the default every row is in use
-    types = {f.name: f.type for f in fields(Config)}
+    keys = written_keys(table)
+    assert len(keys) == len(set(keys)) and set(keys) == set(PARAM_TABLE)
+    assert set().union(*map(param_shapes, OPTIONS.values())) == set(PARAM_TABLE), "rows without use"
+    types = {f.name: f.type for f in fields(Config)} | {"embedding_lr": float}  # that of the tied or the untied one
+    assert Config(tied_embed_lr=0.1, embed_lr=0.2).embedding_lr == 0.1
+    assert Config(tied_embed_lr=0.1, embed_lr=0.2, tie_embeddings=False).embedding_lr == 0.2
     for name, role in PARAM_TABLE.items():
         assert role.optimizer in ("muon", "adam")
         assert types[role.lr] is float and types[role.weight_decay] is float, name
@@ -330,7 +400,7 @@ def test_rows_are_unique_used_and_name_config_fields():
         assert all(quantizer) or not any(quantizer), name
         if role.quantizer:
             assert [types[field] for field in quantizer] == [str, int, float], name
-    assert {"q_proj", "k_proj", "v_proj", "out_proj", "up_proj", "down_proj"} == MUON
+    assert {name for name, role in PARAM_TABLE.items() if role.optimizer == "muon"} == MUON
 
 
 # --- state
@@ -389,12 +459,12 @@ def test_a_state_of_one_rank_is_shared_out_over_many(size):
     one = Optimizer(config, single_world(), dict(model.named_parameters()))
     advance(model, one, range(2))
     state = saved(one)
-    assert set(state["momentum"]) == MUON & set(param_shapes(config))
-    assert {name: tuple(x.shape) for name, x in state["momentum"].items()} == \
+    assert set(state["muon"]) == {"momentum"}
+    assert {name: tuple(x.shape) for name, x in state["muon"]["momentum"].items()} == \
         {name: shape for name, shape in param_shapes(config).items() if name in MUON}
     ranks = [Optimizer(config, world_of(rank, size), dict(model.named_parameters())) for rank in range(size)]
     for optimizer in ranks:
         optimizer.load_state_dict(copy.deepcopy(state))
     for i, group in enumerate(one.groups):
-        packed = torch.cat([optimizer.groups[i].momentum_buffer for optimizer in ranks])
-        assert torch.equal(packed[:group.count], group.momentum_buffer) and not packed[group.count:].any()
+        packed = torch.cat([optimizer.groups[i].state["momentum"] for optimizer in ranks])
+        assert torch.equal(packed[:group.count], group.state["momentum"]) and not packed[group.count:].any()
