@@ -14,11 +14,12 @@ from train_gpt import (
     NEWTON_SCHULZ,
     Config,
     Fp8Linear,
+    Kernels,
     MuonGroup,
     Optimizer,
     UserError,
     blocks_of,
-    choose_linear,
+    choose_kernels,
     muon_update,
 )
 
@@ -291,7 +292,7 @@ def test_fp8_products_are_close_and_their_gradients_are_those_of_the_plain_produ
 def test_fp8_is_for_training_alone():
     """Of the blocks: the scores of a model in evaluation are those without it, bit for bit."""
     models = [make_model(tiny_config(**changes)) for changes in ({}, {"fp8_matmul": True})]
-    models[1].training_linear = fp8_linear
+    models[1].kernels = Kernels(fp8_linear)
     batch = random_batch(0, 48, 16)
     with torch.no_grad():
         exact, ours = (model.eval()(*batch) for model in models)
@@ -301,18 +302,18 @@ def test_fp8_is_for_training_alone():
 
 
 def test_fp8_is_refused_where_it_cannot_work(monkeypatch):
-    config, gpu = tiny_config(fp8_matmul=True), torch.device("cuda")
-    assert choose_linear(tiny_config(), torch.device("cpu")) is F.linear
+    config, gpu = tiny_config(fp8_matmul=True, fused_kernels=False), torch.device("cuda")
+    assert choose_kernels(tiny_config(), torch.device("cpu")).linear is F.linear
     with pytest.raises(UserError, match=r"FP8_MATMUL=1 .* cpu has no 8-bit float products; set FP8_MATMUL=0"):
-        choose_linear(config, torch.device("cpu"))
+        choose_kernels(config, torch.device("cpu"))
     for capability, works in (((8, 0), False), ((8, 9), True), ((9, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, found=capability: found)
         if works:
             x, weight = torch.randn(16, 32), torch.randn(32, 32)
-            assert torch.equal(choose_linear(config, gpu)(x, weight), fp8_linear(x, weight))
+            assert torch.equal(choose_kernels(config, gpu).linear(x, weight), fp8_linear(x, weight))
         else:
             with pytest.raises(UserError, match="FP8_MATMUL=1"):
-                choose_linear(config, gpu)
+                choose_kernels(config, gpu)
     for changes in ({"mlp_hidden": 40}, {"model_dim": 40, "mlp_hidden": 48}, {"num_heads": 4}):  # keys of 8 channels
         with pytest.raises(UserError, match="multiples of 16"):
-            choose_linear(tiny_config(fp8_matmul=True, **changes), gpu)
+            choose_kernels(tiny_config(fp8_matmul=True, **changes), gpu)
