@@ -1,5 +1,6 @@
 """Section 1, config: variables -> Config, refusals with their remedies, aliases, near misses, --help, and AST rules."""
 import ast
+import itertools
 import os
 import subprocess
 import sys
@@ -21,7 +22,11 @@ OTHER = {"device": "cpu", "compile": "0", "attention": "sdpa", "muon_coefficient
          "model_dim": "1024",
          "num_heads": "16", "num_kv_heads": "2", "mlp_mult": "3.5", "rope_dims": "14", "xsa_last_n": "10",
          "parallel_start_layer": "9", "loop_start": "4", "loop_end": "6", "muon_backend_steps": "4",
-         "train_batch_tokens": "98304", "micro_batch_tokens": "49152"}
+         "train_batch_tokens": "98304", "micro_batch_tokens": "49152", "train_seq_schedule": "1024@0.5,2048@1",
+         "batch_schedule": "0.5@0.5,1@1", "mlp_activation": "swiglu", "embed_dim": "256", "embed_init": "overtone",
+         "matrix_init": "uniform", "resid_mix_init": "phase", "softcap_type": "poly5", "rope_scaling": "yarn",
+         "attn_gate": "dense", "smear_gate": "static", "bigram_hash": "31", "depth_lora_rank": "8",
+         "muon_head_group": "2", "swa_start_frac": "0.2", "late_qat_threshold": "0.15"}
 
 
 def other_text(name: str) -> str:
@@ -126,7 +131,27 @@ CROSS_CHECKS = [  # environment, what the complaint says
     ({"MLP_MULT": "2.001"}, ("MLP_MULT=2.001", "MODEL_DIM=512", "change one")),
     ({"ROPE_DIMS": "15"}, ("ROPE_DIMS=15", "even")),
     ({"ROPE_DIMS": "66"}, ("ROPE_DIMS=66", "at most the head width 64")),
+    ({"MODEL_DIM": "1", "NUM_HEADS": "1", "NUM_KV_HEADS": "1"}, ("MODEL_DIM=1", "at least 2")),
     ({"GATE_WINDOW": "513"}, ("GATE_WINDOW=513", "at most MODEL_DIM=512")),
+    ({"EMBED_DIM": "11"}, ("GATE_WINDOW=12", "at most MODEL_DIM=512 and EMBED_DIM=11")),
+    ({"DEPTH_LORA_RANK": "4", "NUM_LOOPS": "0"}, ("DEPTH_LORA_RANK=4", "NUM_LOOPS=0")),
+    ({"VALUE_RESIDUAL": "1", "LOOP_END": "10", "PARALLEL_START_LAYER": "0"}, ("VALUE_RESIDUAL=1", "LOOP_END=10")),
+    ({"MUON_HEAD_GROUP": "3"}, ("MUON_HEAD_GROUP=3", "NUM_HEADS=8", "change one")),
+    ({"MUON_HEAD_GROUP": "8"}, ("MUON_HEAD_GROUP=8", "NUM_KV_HEADS=4", "change one")),
+    ({"SWA_START_FRAC": "0.1"}, ("SWA_START_FRAC=0.1", "never reached", "MIN_LR=0.1")),
+    ({"LATE_QAT_THRESHOLD": "0.05"}, ("LATE_QAT_THRESHOLD=0.05", "never reached", "MIN_LR=0.1")),
+    ({"QAT_START": "0.5", "LATE_QAT_THRESHOLD": "0.15"},
+     ("QAT_START=0.5", "LATE_QAT_THRESHOLD=0.15", "set one of them")),
+    *(({"TRAIN_SEQ_SCHEDULE": text}, (f"TRAIN_SEQ_SCHEDULE={text}: must look like 1024@0.1,2048@1",))
+      for text in ("2048", "2048@1,", "2048@1@1", "x@1", "2048@all", "1024@0.5;2048@1")),
+    *(({name: text}, (f"{name}={text}: needs values above 0 at rising fractions up to 1",))
+      for name, full in (("TRAIN_SEQ_SCHEDULE", "2048"), ("BATCH_SCHEDULE", "1"))
+      for text in (f"{full}@0.5", f"{full}@1.5", f"{full}@0.5,{full}@0.5,{full}@1", f"{full}@0.7,{full}@0.5,{full}@1",
+                   f"0@0.5,{full}@1", f"-1@0.5,{full}@1", f"nan@0.5,{full}@1", f"{full}@nan")),
+    ({"TRAIN_SEQ_SCHEDULE": "1024@1"}, ("TRAIN_SEQ_SCHEDULE=1024@1", "largest value must be 2048")),
+    ({"TRAIN_SEQ_SCHEDULE": "1024@0.5,4096@1"}, ("TRAIN_SEQ_SCHEDULE=1024@0.5,4096@1", "must be 2048")),
+    ({"BATCH_SCHEDULE": "0.5@1"}, ("BATCH_SCHEDULE=0.5@1", "largest value must be 1")),
+    ({"BATCH_SCHEDULE": "1@0.5,2@1"}, ("BATCH_SCHEDULE=1@0.5,2@1", "largest value must be 1")),
     ({"XSA_LAST_N": "12"}, ("XSA_LAST_N=12", "at most NUM_LAYERS=11")),
     ({"PARALLEL_START_LAYER": "11"}, ("PARALLEL_START_LAYER=11", "below NUM_LAYERS=11", "0 = off")),
     ({"PARALLEL_START_LAYER": "4", "NUM_LOOPS": "0"}, ("PARALLEL_START_LAYER=4", "second half", "11")),
@@ -153,12 +178,45 @@ def test_every_rule_between_settings_complains_with_name_value_and_remedy(variab
     assert all(part in text for part in parts), text
 
 
+def broken_rule(variables: dict[str, str]) -> int | None:
+    """The line of the rule between settings that this environment breaks first."""
+    config = object.__new__(Config)  # unchecked
+    for name, f in FIELDS.items():
+        text = variables.get(name.upper())
+        object.__setattr__(config, name, f.default if text is None else train_gpt.parse_value(name, text, f.type))
+    for rules in (config.model_checks(), config.training_checks()):
+        try:
+            for condition, _ in rules:
+                if not condition:
+                    return rules.gi_frame.f_lineno
+        except UserError:
+            return None  # a schedule that cannot be read
+    return None
+
+
+def test_every_rule_between_settings_has_a_row():
+    members = itertools.chain(*(node.body for node in TREE.body if getattr(node, "name", "") == "Config"))
+    rules = [node for member in members if getattr(member, "name", "") in ("model_checks", "training_checks")
+             for node in ast.walk(member) if isinstance(node, ast.Yield)]
+    broken = {broken_rule(variables) for variables, _ in CROSS_CHECKS}
+    assert len(rules) > 20
+    untested = [rule.lineno for rule in rules if not broken & set(range(rule.lineno, rule.end_lineno + 1))]
+    assert not untested, f"rules at these lines of train_gpt.py have no row in CROSS_CHECKS: {untested}"
+
+
 def test_rules_hold_just_inside_their_limits():
     for variables in ({"ROPE_DIMS": "64"}, {"ROPE_DIMS": "0"}, {"GATE_WINDOW": "512"}, {"XSA_LAST_N": "11"},
                       {"PARALLEL_START_LAYER": "5", "NUM_LOOPS": "0"}, {"PARALLEL_START_LAYER": "10"},
                       {"LOOP_END": "7"}, {"LOOP_START": "5"}, {"LOOP_END": "10", "PARALLEL_START_LAYER": "0"},
                       {"LOOP_START": "9", "LOOP_END": "1", "NUM_LOOPS": "0"}, {"VOCAB_SIZE": "65536"},
                       {"EVAL_STRIDE": "2048"}, {"MAX_WALLCLOCK_SECONDS": "0"}, {"MATRIX_BITS": "2"},
+                      {"EMBED_DIM": "12"}, {"EMBED_DIM": "513", "GATE_WINDOW": "513"},
+                      {"MODEL_DIM": "2", "NUM_HEADS": "1", "NUM_KV_HEADS": "1", "ROPE_DIMS": "2", "GATE_WINDOW": "2"},
+                      {"MLP_MULT": "2.001", "MLP_HIDDEN": "1"}, {"DEPTH_LORA_RANK": "1", "NUM_LOOPS": "1"},
+                      {"VALUE_RESIDUAL": "1", "LOOP_END": "9", "PARALLEL_START_LAYER": "0"},
+                      {"VALUE_RESIDUAL": "1", "LOOP_END": "10", "NUM_LOOPS": "0"}, {"MUON_HEAD_GROUP": "4"},
+                      {"SWA_START_FRAC": "0.101"}, {"LATE_QAT_THRESHOLD": "0.01", "MIN_LR": "0"}, {"QAT_START": "1"},
+                      {"TRAIN_SEQ_SCHEDULE": "2048@0.1,512@1"}, {"BATCH_SCHEDULE": "1@1"}, {"BATCH_SCHEDULE": ""},
                       {"EMBED_BITS": "8"}, {"MUON_BACKEND_STEPS": "10", "MUON_COEFFICIENTS": "quintic"}):
         assert set(Config.from_env(variables)[0].overrides()) <= set(variables)
 
@@ -169,6 +227,14 @@ def test_the_batch_must_divide_among_the_processes():
     for size in (3, 16):
         with pytest.raises(UserError, match=rf"TRAIN_BATCH_TOKENS=512 .*{size} processes.*MICRO_BATCH_TOKENS=64"):
             config.accumulation_steps(size)
+
+
+def test_every_share_of_the_batch_must_divide_among_the_processes():
+    config = Config(train_batch_tokens=512, micro_batch_tokens=64)
+    assert [config.accumulation_steps(2, share) for share in (0.25, 0.5, 0.75, 1.0)] == [1, 2, 3, 4]
+    for size, share in ((2, 0.125), (2, 0.3), (4, 0.75 / 2), (8, 0.5)):
+        with pytest.raises(UserError, match=rf"BATCH_SCHEDULE: {share} x TRAIN_BATCH_TOKENS=512 .*{size} processes"):
+            config.accumulation_steps(size, share)
 
 
 EXTREMES = {"EMA_DECAY": "1", "BETA1": "1", "BETA2": "1", "ITERATIONS": "9" * 400, "SEED": "99999999999999999999"}
@@ -184,17 +250,26 @@ def test_values_that_training_cannot_use_are_refused_at_the_start(variable):
 RENAMED = {"MUON_WEIGHT_DECAY": ("muon_wd", "0.5", 0.5), "ADAM_WEIGHT_DECAY": ("adam_wd", "0.5", 0.5),
            "EMBED_WEIGHT_DECAY": ("embed_wd", "0.5", 0.5), "VAL_BATCH_SIZE": ("val_batch_tokens", "4096", 4096),
            "EMBEDDING_BITS": ("embed_bits", "5", 5), "TIED_EMBEDDING_LR": ("tied_embed_lr", "0.5", 0.5),
-           "USE_SMEARGATE": ("smear_gate", "0", "off"), "SKIP_GATE_ENABLED": ("skip_gates_enabled", "0", False)}
-TRANSLATED = {("SPARSE_ATTN_GATE_ENABLED", "0"): ("sparse_attn_gate_scale", 0.0),
-              ("EMA_ENABLED", "0"): ("ema_decay", 0.0)}
-INERT = {"TIE_EMBEDDINGS": (["1"], ["0"]), "ROPE_YARN": (["0"], ["1"]), "FUSED_CE_ENABLED": (["0", "1"], ["2"]),
+           "BIGRAM_VOCAB_SIZE": ("bigram_hash_buckets", "4096", 4096), "BIGRAM_DIM": ("bigram_hash_dim", "64", 64),
+           "SKIP_GATE_ENABLED": ("skip_gates_enabled", "0", False)}
+TRANSLATED = {  # (variable, text) -> (our field, value, another value of it that contradicts)
+    ("SMEAR_GATE_ENABLED", "0"): ("smear_gate", "off", "input"),
+    ("SMEAR_GATE_ENABLED", "1"): ("smear_gate", "input", "static"),
+    ("USE_SMEARGATE", "0"): ("smear_gate", "off", "mean"), ("USE_SMEARGATE", "1"): ("smear_gate", "static", "input"),
+    ("GATED_ATTN_ENABLED", "1"): ("attn_gate", "dense", "sparse"),
+    ("GATED_ATTENTION", "1"): ("attn_gate", "dense", "output"),
+    ("ATTN_OUT_GATE_ENABLED", "1"): ("attn_gate", "output", "sparse"),
+    ("SPARSE_ATTN_GATE_ENABLED", "0"): ("sparse_attn_gate_scale", 0.0, "0.75"),
+    ("SPARSE_ATTN_GATE_ENABLED", "1"): ("attn_gate", "sparse", "dense"),
+    ("EMA_ENABLED", "0"): ("ema_decay", 0.0, "0.75"), ("SWA_ENABLED", "0"): ("swa_start_frac", 0.0, "0.75"),
+    ("LATE_QAT", "0"): ("late_qat_threshold", 0.0, "0.75")}
+INERT = {"ROPE_YARN": (["0"], ["1"]), "FUSED_CE_ENABLED": (["0", "1"], ["2"]),
          "CASEOPS_ENABLED": (["0", "1"], ["yes"]), "PARALLEL_FINAL_LANE": (["mean", "MEAN"], ["attn"]),
          "SMEAR_GATE_BOS_FIX": (["1"], ["0"]), "SPARSE_ATTN_GATE_INIT_STD": (["0", "0.0"], ["0.01"]),
-         "ATTN_OUT_GATE_ENABLED": (["0"], ["1"]), "GATED_ATTN_ENABLED": (["0"], ["1"]), "LQER_ENABLED": (["0"], ["1"]),
-         "TTT_ENABLED": (["0"], ["1"]), "PHASED_TTT_ENABLED": (["0"], ["1"]), "SWA_ENABLED": (["0"], ["1"]),
-         "LATE_QAT": (["0"], ["1"]), "QAT_ENABLED": (["0"], ["1"]), "OPTROT_ENABLED": (["0"], ["1"]),
-         "BIGRAM_HASH_BUCKETS": (["0"], ["2048"]), "SPARSE_ATTN_GATE_ENABLED": (["1"], ["2"]),
-         "EMA_ENABLED": (["1"], ["maybe"])}
+         "ATTN_OUT_GATE_ENABLED": (["0"], ["2"]), "GATED_ATTN_ENABLED": (["0"], ["2"]),
+         "GATED_ATTENTION": (["0"], [""]), "LQER_ENABLED": (["0"], ["1"]), "TTT_ENABLED": (["0"], ["1"]),
+         "PHASED_TTT_ENABLED": (["0"], ["1"]), "SWA_ENABLED": (["1"], ["2"]), "LATE_QAT": (["1"], ["0.15"]),
+         "QAT_ENABLED": (["0"], ["1"]), "OPTROT_ENABLED": (["0"], ["1"]), "EMA_ENABLED": (["1"], ["maybe"])}
 
 
 def test_these_tables_cover_all_aliases():
@@ -222,9 +297,19 @@ def test_an_alias_that_contradicts_its_field_is_refused(variable):
 
 @pytest.mark.parametrize("variable, text", TRANSLATED)
 def test_translated_values(variable, text):
-    name, value = TRANSLATED[variable, text]
-    assert Config.from_env({variable: text})[0].overrides() == {name.upper(): value}
-    assert "contradicts" in refusal(**{variable: text, name.upper(): "0.75"})
+    name, value, other = TRANSLATED[variable, text]
+    config, notes = Config.from_env({variable: text})
+    assert config == Config(**{name: value}) and notes == []
+    assert Config.from_env({variable: text, name.upper(): str(value)}) == (config, [])
+    assert f"{variable}={text} contradicts {name.upper()}={other}" in refusal(**{variable: text, name.upper(): other})
+    assert refusal(**{variable: "2"}) == f"{variable}=2: must be 0 or 1"
+
+
+def test_aliases_that_ask_for_different_gates_contradict_each_other():
+    assert "contradicts" in refusal(GATED_ATTN_ENABLED="1", ATTN_OUT_GATE_ENABLED="1")
+    assert "contradicts" in refusal(SMEAR_GATE_ENABLED="1", USE_SMEARGATE="1")
+    config, notes = Config.from_env({"GATED_ATTN_ENABLED": "0", "ATTN_OUT_GATE_ENABLED": "1", "GATED_ATTENTION": "0"})
+    assert config == Config(attn_gate="output") and len(notes) == 2
 
 
 @pytest.mark.parametrize("variable", INERT)
@@ -248,8 +333,8 @@ def test_near_misses_are_refused_with_a_guess(variable, guess):
     assert text.startswith(f"{variable}: unknown setting; did you mean {guess}?") and "unset it" in text
 
 
-@pytest.mark.parametrize("variable", ["TTT_FOO", "GPTQ_BLOCK", "EMA_X", "SWA_EVERY", "LQER_RANK", "LORA_RANK_XYZ",
-                                      "BIGRAM_DIM", "MUON_EVERYTHING", "SOFTCAP", "QAT_START"])
+@pytest.mark.parametrize("variable", ["TTT_FOO", "GPTQ_BLOCK", "EMA_X", "SWA_SOMETIMES", "LQER_RANK", "LORA_RANK_XYZ",
+                                      "BIGRAM_ORDER", "MUON_EVERYTHING", "SOFTCAP", "QAT_BITS"])
 def test_words_of_our_family_are_refused(variable):
     text = refusal(**{variable: "1"})
     assert text.startswith(f"{variable}: unknown setting; ") and "--help" in text
@@ -308,13 +393,14 @@ def test_an_unknown_argument_shows_the_help_and_fails(capsys):
 
 # --- the source
 def config_reads() -> set[str]:
-    """Fields that train_gpt.py uses: config.x anywhere, self.x in Config's own methods, names in the role table."""
-    found: set[str] = set()
+    """Fields that train_gpt.py uses: config.x, self.x in Config's own methods, names in the role table, names that are
+    handed to getattr or to a function that looks its argument up in the config (as `scheduled`)."""
+    readers, found = {"getattr": 1} | lookups(), set()
     for statement in TREE.body:
         in_config = isinstance(statement, ast.ClassDef) and statement.name == "Config"
         names = {t.id for t in getattr(statement, "targets", []) if isinstance(t, ast.Name)}
         for member in statement.body if isinstance(statement, ast.ClassDef) else [statement]:
-            if isinstance(member, ast.FunctionDef) and member.name == "checks":
+            if isinstance(member, ast.FunctionDef) and member.name.endswith("checks"):
                 continue  # what checks a setting does not use it
             for node in ast.walk(member):
                 if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
@@ -323,12 +409,30 @@ def config_reads() -> set[str]:
                         found.add(node.attr)
                 elif isinstance(node, ast.Constant) and names & {"PARAM_TABLE", "ATTN", "MLP", "SMALL"}:
                     found.add(node.value)
+                elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in readers:
+                    owner, name = node.args[0], node.args[readers[node.func.id]]
+                    if ast.unparse(owner) in ("config", "self.config") and isinstance(name, ast.Constant):
+                        found.add(name.value)
+    return found
+
+
+def lookups() -> dict[str, int]:
+    """{function that calls getattr(config, one of its arguments): position of that argument}; config is the first."""
+    found = {}
+    for function in (node for node in TREE.body if isinstance(node, ast.FunctionDef)):
+        names = [argument.arg for argument in function.args.args]
+        for node in ast.walk(function):
+            if isinstance(node, ast.Call) and ast.unparse(node).startswith("getattr(config, "):
+                name = ast.unparse(node.args[1])
+                if names[:1] == ["config"] and name in names:
+                    found[function.name] = names.index(name)
     return found
 
 
 def test_every_field_is_read_by_the_program():
     unread = set(FIELDS) - config_reads()
     assert not unread, f"declared, but nothing reads it: {sorted(unread)}"
+    assert lookups() == {"scheduled": 1}
 
 
 def test_only_the_entry_points_touch_the_environment():

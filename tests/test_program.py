@@ -321,12 +321,34 @@ def test_a_submission_over_the_limit_is_scored_and_fails(one, inside, monkeypatc
 
 
 def test_preflight_checks_and_trains_nothing(inside, tmp_path):
-    code, out, _ = inside(PREFLIGHT=1, MAX_WALLCLOCK_SECONDS=600)
+    code, out, _ = inside(PREFLIGHT=1, MAX_WALLCLOCK_SECONDS=600, QAT_START=0.75, TRAIN_SEQ_SCHEDULE="32@0.5,64@1")
     assert code == 0 and out.splitlines()[-1] == "preflight ok" and not step_losses(out) and "final_" not in out
     assert [path.name for path in (tmp_path / "logs").iterdir()] == ["run.txt"]
-    for pattern in (r"step_seconds:0\.\d+ step_seconds_looping:0\.\d+ projected_steps:24 projected_train_seconds:\d",
-                    r"peak_memory:\d+MiB", r"predicted_artifact_bytes:\d+ code_bytes:\d+ predicted_submission_bytes:"):
-        assert re.search(pattern, out)
+    for pattern in (r"^preflight projected_steps:24 projected_train_seconds:\d+ peak_memory:\d+MiB$",
+                    r"predicted_artifact_bytes:\d+ code_bytes:\d+ predicted_submission_bytes:"):
+        assert re.search(pattern, out, re.M)
+    steps = re.findall(r"^preflight step_seconds:0\.\d+ share:(0\.\d+) (.*)$", out, re.M)
+    assert [(float(part), what) for part, what in steps] == [(pytest.approx(part, abs=0.002), what) for part, what in (
+        (0.35, "looping:0 quantizing:0 auxiliary:0 seq_len:32 batch_share:1"),
+        (0.15, "looping:1 quantizing:0 auxiliary:0 seq_len:32 batch_share:1"),
+        (0.25, "looping:1 quantizing:0 auxiliary:0 seq_len:64 batch_share:1"),
+        (0.25, "looping:1 quantizing:1 auxiliary:0 seq_len:64 batch_share:1"))]
+
+
+def test_preflight_projects_the_steps_of_the_time(inside, monkeypatch):
+    """Stages that take 1 and 3 seconds a step, for 35 and 65 hundredths of 92 seconds."""
+    monkeypatch.setattr(train_gpt.Trainer, "warmup", lambda self, steps: {
+        stage: 3.0 if stage.looping else 1.0 for stage in train_gpt.stages(self.config)})
+    code, out, _ = inside(PREFLIGHT=1, MAX_WALLCLOCK_SECONDS=100, ITERATIONS=10000)
+    assert code == 0 and "projected_steps:52 projected_train_seconds:92 " in out
+    code, out, _ = inside(PREFLIGHT=1, MAX_WALLCLOCK_SECONDS=100, ITERATIONS=20)
+    assert code == 0 and "projected_steps:20 projected_train_seconds:46 " in out
+
+
+def test_tokens_are_counted_as_the_schedule_of_the_batch_uses_them(inside):
+    """Half the tokens in the first 12 of 24 steps and in the one that begins at one half."""
+    code, out, _ = inside(BATCH_SCHEDULE="0.5@0.5,1@1", EVAL_MODE="packed")
+    assert code == 0 and result_of(out)["train_tokens"] == 13 * 256 + 11 * 512
 
 
 @pytest.mark.parametrize("preflight", [0, 1])
@@ -391,7 +413,11 @@ MISTAKES = {  # name -> (variables, what the line says)
     "no tokenizer": ({"TOKENIZER_PATH": "{file}"}, "TOKENIZER_PATH={file}: not a SentencePiece model"),
     "absent tokenizer": ({"TOKENIZER_PATH": "/nowhere.model"}, "TOKENIZER_PATH=/nowhere.model: no such file"),
     "vocabulary": ({"VOCAB_SIZE": "50"}, "outside VOCAB_SIZE=50"),
-    "compile": ({"COMPILE": "1"}, "COMPILE=1: needs a CUDA device, this is cpu; use COMPILE=auto"),
+    "compile": ({"COMPILE": "whole"}, "COMPILE=whole: needs CUDA, this is cpu; use COMPILE=auto"),
+    "compile parts": ({"COMPILE": "parts"}, "COMPILE=parts: needs CUDA, this is cpu; use COMPILE=auto"),
+    "compile how": ({"COMPILE": "1"}, "COMPILE=1: must be one of auto, 0, whole, parts"),
+    "batch schedule": ({"BATCH_SCHEDULE": "0.3@0.5,1@1"}, "BATCH_SCHEDULE: 0.3 x TRAIN_BATCH_TOKENS=512 is not a"),
+    "prefixes": ({"PREFIX_LOSS": "0.1"}, "PREFIX_LOSS=0.1: needs the pieces of the tokenizer; set TOKENIZER_PATH"),
     "no gpu": ({"DEVICE": "cuda"}, "DEVICE=cuda: torch finds no CUDA device; check the driver or use DEVICE=cpu"),
     "attention": ({"ATTENTION": "fa3"}, "ATTENTION=fa3: needs a GPU of compute capability 9.0"),
     "resume": ({"RESUME": "{file}"}, "RESUME={file}: no readable checkpoint"),
@@ -436,9 +462,9 @@ def test_a_mistake_ends_all_processes(data, tmp_path):
 
 
 def test_the_command_line_passes_the_exit_code_on(data, tmp_path):
-    done = run(settings(data, tmp_path / "logs", COMPILE=1))
+    done = run(settings(data, tmp_path / "logs", COMPILE="whole"))
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr == "error: COMPILE=1: needs a CUDA device, this is cpu; use COMPILE=auto\n"
+    assert done.stderr == "error: COMPILE=whole: needs CUDA, this is cpu; use COMPILE=auto\n"
 
 
 def test_out_of_memory_names_the_variable(inside, monkeypatch):

@@ -13,6 +13,8 @@ from train_gpt import MIN_SCALE, PARAM_TABLE, QUANTIZERS, Config, param_shapes, 
 
 BITS = range(2, 9)
 HALF_MAX = 65504.0
+ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj", "embed_in", "embed_out", "bigram_proj",  # and what is like it
+             "q_adapter_in", "q_adapter_out", "v_adapter_in", "v_adapter_out")
 
 
 def round_trip(weight: torch.Tensor, bits: int, clip_sigmas: float, quantizer: str = "rtn"):
@@ -120,21 +122,26 @@ def test_quantizer_of_follows_the_settings():
     config = Config(matrix_bits=5, embed_bits=8, attn_clip_sigmas=9.0, mlp_clip_sigmas=8.0, embed_clip_sigmas=7.0,
                     embed_quantizer="rtn", matrix_quantizer="fp16")
     for name in PARAM_TABLE:
-        expected = ("rtn", 8, 7.0) if name == "embedding" else \
-            ("fp16", 5, 8.0) if name in ("up_proj", "down_proj") else \
-            ("fp16", 5, 9.0) if name in ("q_proj", "k_proj", "v_proj", "out_proj") else ("fp16", 16, 0.0)
+        expected = ("rtn", 8, 7.0) if name in ("embedding", "head") else \
+            ("fp16", 5, 7.0) if name == "bigram_table" else ("fp16", 5, 8.0) if name in ("up_proj", "down_proj") else \
+            ("fp16", 5, 9.0) if name in ATTENTION else ("fp16", 16, 0.0)
         assert quantizer_of(config, name) == expected, name
     assert quantizer_of(Config(), "q_proj") == ("rtn", 6, 13.0)
     assert quantizer_of(Config(), "embedding") == ("rtn", 7, 14.0)
-    assert quantizer_of(Config(embed_quantizer="fp16"), "embedding")[0] == "fp16"
+    assert quantizer_of(Config(), "up_proj") == quantizer_of(Config(), "down_proj") == ("rtn", 6, 11.5)
+    assert quantizer_of(Config(), "bigram_table") == ("rtn", 6, 14.0)
+    for name in ("embedding", "head"):
+        assert quantizer_of(Config(embed_quantizer="fp16"), name)[0] == "fp16"
 
 
 def test_quantize_uses_the_choice_for_every_parameter():
     config = Config(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, mlp_mult=2.0, vocab_size=32, rope_dims=4,
-                    xsa_last_n=0, parallel_start_layer=0, num_loops=0, matrix_bits=4)
+                    xsa_last_n=0, parallel_start_layer=0, num_loops=1, loop_start=0, loop_end=0, matrix_bits=4,
+                    embed_dim=12, tie_embeddings=False, bigram_hash_buckets=20, bigram_hash_dim=6, depth_lora_rank=2,
+                    vocab_bias=True)
     weights = {name: normal(*shape).requires_grad_() for name, shape in param_shapes(config).items()}
     result = quantize(config, weights)
-    assert list(result) == list(weights)
+    assert list(result) == list(weights) and {"head", "bigram_table", "embed_in", "q_adapter_out"} < set(result)
     for name, (quantizer, arrays) in result.items():
         chosen, bits, clip_sigmas = quantizer_of(config, name)
         expected = QUANTIZERS[chosen].encode(weights[name].detach(), bits, clip_sigmas)
@@ -164,6 +171,7 @@ SMALL = Config(num_layers=2, model_dim=128, num_heads=4, num_kv_heads=2, vocab_s
 
 @pytest.mark.parametrize("changes", [
     {}, {"matrix_bits": 5, "attn_clip_sigmas": 8.0, "mlp_clip_sigmas": 8.0}, {"matrix_bits": 8, "embed_bits": 8},
+    {"tie_embeddings": False, "embed_dim": 64}, {"bigram_hash_buckets": 300},
     {"matrix_quantizer": "fp16"}, {"embed_quantizer": "fp16", "matrix_bits": 7}])
 def test_predicted_bytes_is_about_the_entropy_of_normal_weights(changes):
     config = replace(SMALL, **changes)

@@ -8,13 +8,20 @@ from hypothesis import strategies as st
 
 from train_gpt import (
     Config,
+    Stage,
     UserError,
+    aux_multiplier,
+    decay_multiplier,
     ema_share,
     is_looping,
     lr_multiplier,
     muon_momentum,
+    scheduled,
+    stage_at,
+    stages,
     training_budget_seconds,
     training_progress,
+    warmdown,
 )
 
 TINY = 1e-9
@@ -55,34 +62,170 @@ def test_published_budget():
 
 # --- learning rate
 @settings(deadline=None)
-@given(share, share, share, share)
-def test_lr_is_bounded_falls_and_keeps_its_floor(frac, floor, first, second):
-    config = Config(warmdown_frac=frac, min_lr=floor)
+@given(share, share, share, share, st.floats(0.1, 4.0))
+def test_lr_is_bounded_falls_and_keeps_its_floor(frac, floor, first, second, power):
+    config = Config(warmdown_frac=frac, min_lr=floor, warmdown_power=power)
     early, late = sorted((first, second))
-    a, b = lr_multiplier(config, early), lr_multiplier(config, late)
+    a, b = lr_multiplier(config, early, 7), lr_multiplier(config, late, 7)
     assert floor - TINY <= b <= a + TINY <= 1 + 2 * TINY
     if early < 1 - frac:
         assert a == 1.0
 
 
 @settings(deadline=None)
-@given(st.floats(0.05, 1.0), share, share)
-def test_lr_is_linear_above_the_floor(frac, floor, progress):
-    config = Config(warmdown_frac=frac, min_lr=floor)
+@given(st.floats(0.05, 1.0), share, share, st.sampled_from([0.5, 1.0, 2.0, 3.5]))
+def test_lr_is_a_power_of_what_is_left_above_the_floor(frac, floor, progress, power):
+    config = Config(warmdown_frac=frac, min_lr=floor, warmdown_power=power)
     assume(progress > 1 - frac)
-    assert lr_multiplier(config, progress) == pytest.approx(max((1 - progress) / frac, floor), abs=TINY)
+    expected = max(((1 - progress) / frac) ** power, floor)
+    assert lr_multiplier(config, progress, 7) == pytest.approx(expected, abs=TINY)
 
 
 @pytest.mark.parametrize("progress, expected", [
     (0.0, 1.0), (0.1499, 1.0), (0.15, 1.0), (0.575, 0.5), (0.9, 0.1 / 0.85), (0.915, 0.1), (0.95, 0.1), (1.0, 0.1)])
 def test_lr_of_the_published_settings(progress, expected):
-    assert lr_multiplier(Config(), progress) == pytest.approx(expected, abs=1e-12)
+    assert lr_multiplier(Config(), progress, 100) == pytest.approx(expected, abs=1e-12)
 
 
 def test_lr_ends_of_the_range():
-    assert lr_multiplier(Config(warmdown_frac=0.0, min_lr=0.0), 1.0) == 1.0
-    assert lr_multiplier(Config(warmdown_frac=1.0, min_lr=0.0), 1.0) == 0.0
-    assert lr_multiplier(Config(warmdown_frac=1.0, min_lr=0.0), 0.25) == 0.75
+    assert lr_multiplier(Config(warmdown_frac=0.0, min_lr=0.0), 1.0, 9) == 1.0
+    assert lr_multiplier(Config(warmdown_frac=1.0, min_lr=0.0), 1.0, 9) == 0.0
+    assert lr_multiplier(Config(warmdown_frac=1.0, min_lr=0.0), 0.25, 9) == 0.75
+
+
+@settings(deadline=None)
+@given(st.integers(1, 2000), st.integers(1, 2000), st.integers(0, 2000))
+def test_warmdown_iters_are_the_last_steps_where_steps_end_the_training(iterations, window, step):
+    """The first WARMDOWN_ITERS - iterations steps are missing where the run is shorter than its warmdown."""
+    config = Config(iterations=iterations, max_wallclock_seconds=0, warmdown_iters=window, min_lr=0.0,
+                    warmdown_frac=0.123)
+    step %= iterations
+    value = lr_multiplier(config, training_progress(config, step, 0.0), step)
+    expected = min((iterations - step) / min(window, iterations), 1.0)
+    assert value == pytest.approx(expected, abs=1e-6)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5000), st.integers(1, 4000), st.floats(0.01, 1.0))
+def test_warmdown_iters_are_turned_into_time_by_the_steps_so_far(step, window, progress):
+    """As published: milliseconds left / (WARMDOWN_ITERS x milliseconds per step so far), at most 1."""
+    config = Config(warmdown_iters=window, min_lr=0.0)
+    budget = 1000.0 * training_budget_seconds(config)
+    elapsed = progress * budget
+    left, warmdown_time = max(budget - elapsed, 0.0), window * elapsed / step
+    published = left / max(warmdown_time, 1e-9) if left <= warmdown_time < budget else None
+    if published is not None:
+        assert lr_multiplier(config, progress, step) == pytest.approx(published, abs=1e-6)
+    elif warmdown_time < budget:
+        assert lr_multiplier(config, progress, step) == 1.0
+    else:
+        assert lr_multiplier(config, progress, step) == pytest.approx(1 - progress)
+
+
+def test_warmdown_iters_do_not_divide_by_zero_at_the_start():
+    config = Config(warmdown_iters=3500)
+    assert [lr_multiplier(config, *start) for start in ((0.0, 0), (0.5, 0), (0.0, 5))] == [1.0] * 3
+
+
+# --- weight decay and auxiliary losses
+@settings(deadline=None)
+@given(share, share, st.floats(0.0, 2.0))
+def test_weight_decay_tapers_linearly_to_its_last_share(start, progress, last):
+    config = Config(wd_taper_start_frac=start, wd_taper_final_mult=last)
+    if not 0 < start < 1 or progress <= start:
+        assert decay_multiplier(config, progress) == 1.0
+    else:
+        expected = np.interp(progress, [start, 1.0], [1.0, last])
+        assert decay_multiplier(config, progress) == pytest.approx(expected, abs=1e-6)
+        assert decay_multiplier(config, 1.0) == pytest.approx(last, abs=TINY)
+
+
+def test_weight_decay_of_the_published_taper():
+    config = Config(wd_taper_start_frac=0.7)
+    values = [decay_multiplier(config, progress) for progress in (0.0, 0.7, 0.85, 1.0)]
+    assert values == pytest.approx([1.0, 1.0, 0.75, 0.5])
+    assert decay_multiplier(Config(), 1.0) == 1.0
+
+
+@settings(deadline=None)
+@given(share, share)
+def test_auxiliary_losses_fade_over_the_second_half_of_their_time(until, progress):
+    assume(until == 0 or until > 1e-6)
+    value = aux_multiplier(Config(aux_loss_until=until), progress)
+    expected = np.interp(progress, [until / 2, until], [1.0, 0.0]) if until else 0.0
+    assert value == pytest.approx(expected, abs=1e-6) and 0 <= value <= 1
+    if progress >= until:
+        assert value == 0.0
+
+
+# --- schedules in words
+@pytest.mark.parametrize("text, values", [
+    ("", {0.0: 7.0, 1.0: 7.0}), ("4@1", {0.0: 4.0, 0.5: 4.0, 1.0: 4.0}),
+    ("1@0.25,2@0.5,4@1", {0.0: 1.0, 0.25: 1.0, 0.2501: 2.0, 0.5: 2.0, 0.5001: 4.0, 1.0: 4.0}),
+    (" 4@0.5, 2@1 ", {0.0: 4.0, 0.5: 4.0, 0.75: 2.0, 1.0: 2.0})])
+def test_a_value_holds_until_its_fraction(text, values):
+    config = Config(train_seq_schedule=text, train_seq_len=4)
+    assert {progress: scheduled(config, "train_seq_schedule", progress, 7.0) for progress in values} == values
+
+
+@settings(deadline=None)
+@given(share)
+def test_learning_rates_go_with_the_root_of_the_batch(progress):
+    plain, config = Config(), Config(batch_schedule="0.25@0.2,0.5@0.6,1@1")
+    part = 0.25 if progress <= 0.2 else 0.5 if progress <= 0.6 else 1.0
+    assert lr_multiplier(config, progress, 9) == pytest.approx(lr_multiplier(plain, progress, 9) * math.sqrt(part))
+    assert warmdown(config, progress, 9) == warmdown(plain, progress, 9)
+    assert stage_at(config, progress, 9).batch_share == part
+
+
+# --- stages
+EVERYTHING = {"train_seq_len": 256, "train_seq_schedule": "64@0.1,128@0.5,256@1", "batch_schedule": "0.5@0.3,1@1",
+              "mtp_loss": 0.3, "aux_loss_until": 0.6, "qat_start": 0.85, "enable_looping_at": 0.35}
+
+
+def test_a_stage_is_what_its_settings_say():
+    config = Config(**EVERYTHING)
+    expected = {0.0: (False, False, True, 64, 0.5), 0.1: (False, False, True, 64, 0.5),
+                0.2: (False, False, True, 128, 0.5), 0.34: (False, False, True, 128, 1.0),
+                0.35: (True, False, True, 128, 1.0), 0.55: (True, False, True, 256, 1.0),
+                0.6: (True, False, False, 256, 1.0), 0.85: (True, True, False, 256, 1.0),
+                1.0: (True, True, False, 256, 1.0)}
+    assert {progress: stage_at(config, progress, 5) for progress in expected} == expected
+    assert stage_at(Config(), 0.0, 0) == Stage(False, False, False, 2048, 1.0)
+    assert isinstance(stage_at(config, 0.2, 0).seq_len, int)
+
+
+def test_quantizing_begins_where_the_warmdown_falls_below_the_threshold():
+    """The share of the batch has no part in it."""
+    for batch_schedule in ("", "0.25@0.9,1@1"):
+        config = Config(late_qat_threshold=0.5, warmdown_frac=0.4, batch_schedule=batch_schedule)
+        assert [stage_at(config, progress, 9).quantizing for progress in (0.0, 0.7, 0.79, 0.81, 1.0)] \
+            == [False, False, False, True, True]
+    assert not any(stage_at(Config(min_lr=0.0), progress, 9).quantizing for progress in (0.0, 0.5, 1.0))
+    assert not any(stage_at(Config(mtp_loss=0.0), progress, 9).auxiliary for progress in (0.0, 0.5, 1.0))
+    for name in ("mtp_loss", "prefix_loss"):
+        assert stage_at(Config(**{name: 0.1}), 0.0, 0).auxiliary
+
+
+STAGED = [{}, EVERYTHING, {"num_loops": 0}, {"enable_looping_at": 0.0}, {"qat_start": 0.999},
+          {"late_qat_threshold": 0.15},
+          {**EVERYTHING, "late_qat_threshold": 0.5, "warmdown_iters": 5000, "qat_start": 0.0},
+          {"prefix_loss": 0.1, "aux_loss_until": 1.0}, {"prefix_loss": 0.1, "aux_loss_until": 0.0}]
+
+
+@pytest.mark.parametrize("changes", STAGED, ids=lambda changes: " ".join(changes) or "default")
+@pytest.mark.parametrize("iterations", [1, 8, 777, 5000])
+def test_every_stage_that_a_run_passes_is_listed_with_its_share(changes, iterations):
+    """What compiles before the clock starts must be all that training needs."""
+    config = Config(**{"iterations": iterations, "max_wallclock_seconds": 0, **changes})
+    listed = stages(config)
+    assert sum(listed.values()) == pytest.approx(1.0) and min(listed.values()) > 0
+    passed = [stage_at(config, training_progress(config, step, 0.0), step) for step in range(iterations)]
+    assert set(passed) <= set(listed)
+    assert list(dict.fromkeys(passed)) == [stage for stage in listed if stage in passed], "in the order of the run"
+    if iterations == 5000:
+        for stage, part in listed.items():
+            assert passed.count(stage) / iterations == pytest.approx(part, abs=0.002)
 
 
 # --- momentum

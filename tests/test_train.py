@@ -24,6 +24,7 @@ from train_gpt import (
     attention_sdpa,
     choose_device,
     open_dataset,
+    stages,
     training_budget_seconds,
     write_atomic,
 )
@@ -138,8 +139,26 @@ def test_a_run_may_resume_with_another_split_of_the_batch(make):
     second = make(document_mask=False, micro_batch_tokens=256, run_id="second")
     second.load(str(whole.checkpoint_path))
     train(second)
-    assert second.loader.accumulation_steps == 2 and len(second.losses) == 5
+    assert second.config.accumulation_steps(1) == 2 and len(second.losses) == 5
     assert second.losses == pytest.approx(whole.losses[3:], abs=1e-5)
+    assert second.slices * 256 == whole.slices * 128 == 8 * 512
+
+
+def test_a_run_reads_the_stream_once_whatever_the_split_of_the_batch(make):
+    seen = []
+    for changes in ({}, {"micro_batch_tokens": 256}, {"batch_schedule": "0.5@0.5,1@1"}):
+        trainer, used = make(iterations=4, **changes), []
+
+        def train_step(micro_batches, progress, original=trainer.train_step, used=used):
+            used.extend(batch.ids for batch in micro_batches)
+            return original(micro_batches, progress)
+
+        trainer.train_step = train_step
+        train(trainer)
+        used = torch.cat(used, 1)[0].numpy()
+        assert (used == trainer.loader.stream.slice(0, len(used))).all()
+        seen.append((len(used), trainer.slices))
+    assert seen == [(2048, 16), (2048, 8), (3 * 256 + 512, 10)]
 
 
 def test_a_finished_checkpoint_is_not_trained_on(make):
@@ -155,7 +174,8 @@ def test_warmup_leaves_no_trace(make):
     plain = train(make())
     warm = make(run_id="warm")
     seconds = warm.warmup(2)
-    assert set(seconds) == {False, True} and min(seconds.values()) > 0 and len(warm.losses) == 4
+    assert list(seconds) == list(stages(warm.config)) and [stage.looping for stage in seconds] == [False, True]
+    assert min(seconds.values()) > 0 and len(warm.losses) == 4
     assert same_state(warm, make(run_id="fresh")) and not warm.optimizer.adam.state
     warm.losses.clear()
     train(warm)
@@ -172,6 +192,26 @@ def test_a_resumed_run_keeps_its_state_through_the_warmup(make):
     second.losses.clear()
     second.load(str(caught.value))
     assert train(second).losses == whole.losses[4:]
+
+
+@pytest.mark.parametrize("start, looping", [(0.0, [True] * 8), (0.5, [False] * 4 + [True] * 4), (1.0, [False] * 8)])
+def test_looping_starts_at_its_fraction(make, start, looping):
+    seen = []
+    trainer = make(enable_looping_at=start, before=lambda trainer: seen.append(trainer.model.looping))
+    train(trainer)
+    assert seen == looping
+
+
+def test_a_longer_training_may_resume_before_the_looping_of_the_checkpoint(make):
+    """Its own schedule decides what the model does, not what it did when the checkpoint was written."""
+    stop, seen = StopRequest(), []
+    with pytest.raises(Interrupted) as caught:
+        train(make(before=interrupt_before(4, stop)), stop)
+    second = make(run_id="second", iterations=20, force_stop_step=9,
+                  before=lambda trainer: seen.append(trainer.model.looping))
+    second.load(str(caught.value))
+    train(second)
+    assert seen == [False, False, True, True]
 
 
 # --- checkpoints that do not fit
