@@ -2234,10 +2234,10 @@ class Trainer:
     def __init__(self, config: Config, world: World, log: Log, dataset: Dataset, attention: Attention, compiled: str,
                  fake_quantize: FakeQuantize | None = None):
         self.config, self.world, self.log, self.compiled = config, world, log, compiled
-        self.fake_quantize, self.stage = fake_quantize, stage_at(config, 0.0, 0)
-        self.fingerprint = dataset.fingerprint
+        self.fake_quantize, self.fingerprint = fake_quantize, dataset.fingerprint
         self.model = GPT(config, world.dtype, attention, choose_kernels(config, world.device)).to(world.device)
         self.model.init_weights(config.seed)
+        self.enter(stage_at(config, 0.0, 0))
         self.params = dict(self.model.named_parameters())
         self.optimizer = Optimizer(config, world, self.params)
         self.forward = compile_model(self.model, compiled)
@@ -2250,7 +2250,7 @@ class Trainer:
         self.averages = {name: p.detach().clone() for name, p in self.params.items()} if config.ema_decay else {}
         self.snapshots, self.num_snapshots = {}, 0  # their sum, by parameter (SWA)
         self.step, self.elapsed_seconds, self.saved_seconds, self.finished = 0, 0.0, 0.0, False
-        self.slices = 0  # micro-batches used so far, of all ranks
+        self.tokens = 0  # of the training stream used so far, by all ranks
         self.last_loss, self.settled_step, self.logged_twentieths = math.nan, 0, 0
         self.step_seconds = 0.0  # of the latest step, by the agreed clock
         self.num_params = sum(p.numel() for p in self.params.values())
@@ -2367,8 +2367,8 @@ class Trainer:
             self.enter(stage)
             self.log(f"stage step:{self.step} " + " ".join(f"{k}:{v:g}" for k, v in stage._asdict().items()))
         count = self.config.accumulation_steps(self.world.size, stage.batch_share)
-        first = self.slices // self.world.size
-        self.slices += count * self.world.size
+        part = self.world.size * self.config.micro_batch_tokens
+        first, self.tokens = self.tokens // part, self.tokens + count * part
         return [self.loader.micro(first + j, stage.seq_len, stage.auxiliary) for j in range(count)]
 
     def seconds(self) -> float:
@@ -2435,7 +2435,7 @@ class Trainer:
             state = {
                 "model": model_fields(self.config), "fingerprint": self.fingerprint, "step": self.step,
                 "elapsed_seconds": self.elapsed_seconds, "step_seconds": self.step_seconds, "finished": self.finished,
-                "looping": self.model.looping, "loss": self.last_loss, "optimizer": optimizer, "slices": self.slices,
+                "looping": self.model.looping, "loss": self.last_loss, "optimizer": optimizer, "tokens": self.tokens,
                 "averages": self.averages, "snapshots": self.snapshots, "num_snapshots": self.num_snapshots,
                 "params": {name: p.detach() for name, p in self.params.items()}}
             write_atomic(self.checkpoint_path, lambda file: torch.save(state, file), "LOG_DIR")
@@ -2464,11 +2464,15 @@ class Trainer:
             if self.averages:
                 self.averages[name].copy_(state["averages"][name])
         self.snapshots = {name: value.to(self.world.device) for name, value in state["snapshots"].items()}
-        self.num_snapshots, self.slices = state["num_snapshots"], state["slices"]
+        self.num_snapshots, self.tokens = state["num_snapshots"], state["tokens"]
         self.step, self.elapsed_seconds, self.finished = state["step"], state["elapsed_seconds"], state["finished"]
-        self.model.looping, self.last_loss, self.saved_seconds = state["looping"], state["loss"], self.elapsed_seconds
+        self.last_loss, self.saved_seconds = state["loss"], self.elapsed_seconds
         self.settled_step, self.step_seconds = self.step, state["step_seconds"]
-        if not self.finished:
+        if self.finished:
+            self.model.looping = state["looping"]
+        else:  # what this run's own schedule says
+            progress = training_progress(self.config, self.step, self.elapsed_seconds)
+            self.enter(stage_at(self.config, progress, self.step))
             self.optimizer.load_state_dict(state["optimizer"])
         self.log(f"resumed step:{self.step} train_time:{self.elapsed_seconds * 1000:.0f}ms path:{path}")
 
@@ -3097,7 +3101,7 @@ def report_result(config: Config, world: World, log: Log, dataset: Dataset, trai
         "version": VERSION, "run_id": config.run_id, "seed": config.seed, "world_size": world.size,
         "device": world.describe(), "torch": torch.__version__, "data_fingerprint": dataset.fingerprint,
         "overrides": config.overrides(), "steps": trainer.step,
-        "train_tokens": trainer.step * config.train_batch_tokens,
+        "train_tokens": trainer.tokens,
         "train_seconds": round(trainer.elapsed_seconds, 3), "calibration_seconds": 0.0,
         "peak_memory_bytes": int(world.max([world.peak_memory_bytes()])[0]), "num_params": trainer.num_params,
         "stages": {name: stage.as_dict() for name, stage in stages.items()}, "official_stage": official,

@@ -141,7 +141,7 @@ def test_a_run_may_resume_with_another_split_of_the_batch(make):
     train(second)
     assert second.config.accumulation_steps(1) == 2 and len(second.losses) == 5
     assert second.losses == pytest.approx(whole.losses[3:], abs=1e-5)
-    assert second.slices * 256 == whole.slices * 128 == 8 * 512
+    assert second.tokens == whole.tokens == 8 * 512
 
 
 def test_a_run_reads_the_stream_once_whatever_the_split_of_the_batch(make):
@@ -157,8 +157,8 @@ def test_a_run_reads_the_stream_once_whatever_the_split_of_the_batch(make):
         train(trainer)
         used = torch.cat(used, 1)[0].numpy()
         assert (used == trainer.loader.stream.slice(0, len(used))).all()
-        seen.append((len(used), trainer.slices))
-    assert seen == [(2048, 16), (2048, 8), (3 * 256 + 512, 10)]
+        seen.append((len(used), trainer.tokens))
+    assert seen == [(2048, 2048), (2048, 2048), (3 * 256 + 512, 3 * 256 + 512)]
 
 
 def test_a_finished_checkpoint_is_not_trained_on(make):
