@@ -36,7 +36,7 @@ import sys
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -193,11 +193,14 @@ class Config:
     qat_embedding: bool = False  # the embedding too
     qat_noise: bool = False  # looped layers get noise of the quantizer's step instead
     # --- artifact
-    matrix_quantizer: str = "rtn"  # of the banks: rtn or fp16
-    embed_quantizer: str = "rtn"  # of the embedding: rtn or fp16
-    matrix_bits: int = 6  # per weight of the banks
-    embed_bits: int = 7  # per weight of the embedding
-    attn_clip_sigmas: float = 13.0  # rows are clipped at this many standard deviations
+    matrix_quantizer: str = "tcq"  # of the banks: tcq (GPTQ over a trellis), gptq, rtn (round to nearest) or fp16
+    embed_quantizer: str = "tcq"  # of embedding and head: the same
+    quant_sensitivity: float = 0.5  # how far steps follow what a row's errors cost, instead of its size
+    gptq_calibration_batches: int = 16  # micro-batches of training text for gptq and tcq, over all ranks
+    target_bytes: int = 15990000  # of artifact and code: all steps grow or shrink to it; 0 = steps as MATRIX_BITS says
+    matrix_bits: int = 6  # per weight of the banks, where its step is made of them
+    embed_bits: int = 7  # the same for the embedding
+    attn_clip_sigmas: float = 13.0  # a row's last level is at this many standard deviations
     mlp_clip_sigmas: float = 11.5  # the same for the MLP
     embed_clip_sigmas: float = 14.0  # the same for the embedding
     compressor: str = "rans"  # of the codes: rans (order-0 entropy coder), brotli, zstd or lzma
@@ -219,7 +222,7 @@ class Config:
             if variable in ALIASES:
                 name, value = ALIASES[variable](variable, text.strip())
                 if name is None:
-                    notes.append(f"{variable}={text} has no effect here: it asks for what is always so")
+                    notes.append(f"{variable}={text} has no effect of its own here")
                 elif name in values and values[name] != value:
                     raise UserError(f"{variable}={text} contradicts {origin[name]}: set one of them")
                 else:
@@ -300,6 +303,8 @@ class Config:
             full = self.train_seq_len if name == "train_seq_schedule" else 1
             yield not parts or largest == full, \
                 f"{name.upper()}={getattr(self, name)}: its largest value must be {full}"
+            yield name == "batch_schedule" or all(value.is_integer() for value, _ in parts), \
+                f"{name.upper()}={getattr(self, name)}: values must be whole numbers of tokens"
         yield self.vocab_size <= 65536, f"VOCAB_SIZE={self.vocab_size}: shards hold 16-bit tokens, at most 65536"
         yield self.train_batch_tokens % self.micro_batch_tokens == 0, \
             f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not divisible by MICRO_BATCH_TOKENS=" \
@@ -363,17 +368,18 @@ CHOICES = {
     "matrix_init": ("orthogonal", "uniform"), "resid_mix_init": ("identity", "phase"),
     "softcap_type": ("tanh", "poly5", "two_sided"), "rope_scaling": ("none", "ntk", "yarn"),
     "attn_gate": ("sparse", "dense", "output"), "smear_gate": ("off", "input", "static", "mean"),
-    "bigram_hash": ("92821", "36313", "1000003", "31"), "matrix_quantizer": ("rtn", "fp16"),
-    "embed_quantizer": ("rtn", "fp16"), "compressor": ("rans", "brotli", "zstd", "lzma"),
+    "bigram_hash": ("92821", "36313", "1000003", "31"), "matrix_quantizer": ("tcq", "gptq", "rtn", "fp16"),
+    "embed_quantizer": ("tcq", "gptq", "rtn", "fp16"), "compressor": ("rans", "brotli", "zstd", "lzma"),
     "eval_mode": ("packed", "sliding"),
 }
 POSITIVE = {"train_seq_len", "iterations", "train_batch_tokens", "micro_batch_tokens", "val_batch_tokens", "num_layers",
             "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "logit_softcap", "rope_base", "gate_window",
             "vocab_size", "muon_backend_steps", "adam_eps", "attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas",
-            "eval_seq_len", "eval_stride", "bigram_hash_dim", "swa_every", "warmdown_power"}
+            "eval_seq_len", "eval_stride", "bigram_hash_dim", "swa_every", "warmdown_power",
+            "gptq_calibration_batches"}
 FRACTIONS = {"enable_looping_at", "warmdown_frac", "min_lr", "leaky_relu_slope", "muon_momentum",
              "muon_momentum_warmup_start", "ema_decay", "beta1", "beta2", "normuon_beta2", "wd_taper_start_frac",
-             "swa_start_frac", "aux_loss_until", "qat_start", "late_qat_threshold"}
+             "swa_start_frac", "aux_loss_until", "qat_start", "late_qat_threshold", "quant_sensitivity"}
 DECAYS = {"ema_decay", "beta1", "beta2", "normuon_beta2"}
 FAMILY_WORDS = {"TTT", "EMA", "SWA", "GPTQ", "LQER", "MUON", "LOOP", "LOOPS", "LOOPING", "ROPE", "XSA", "QAT", "SMEAR",
                 "SMEARGATE", "LORA", "WARMDOWN", "BIGRAM", "SOFTCAP"}
@@ -1097,8 +1103,6 @@ def read_sidecar(val: TokenStream, paths: Sequence[Path], tokenizer: Any) -> np.
 
 
 Linear = Callable[[Tensor, Tensor], Tensor]  # x (T, K), weight (N, K) -> (T, N)
-FusedMLP = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-RotateHeads = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 ROTATED_ROWS = 4  # tokens, and warps, of a program of rotate_heads
 E4M3_MAX = 448.0
 
@@ -1107,8 +1111,9 @@ class Kernels(NamedTuple):
     """How the blocks multiply in training."""
 
     linear: Linear = F.linear
-    leaky2: FusedMLP | None = None  # the whole MLP
-    rotate_heads: RotateHeads | None = None  # norm, rotation and gain of queries and keys
+    head: Linear = F.linear
+    leaky2: Callable[..., Tensor] | None = None  # the whole MLP
+    rotate_heads: Callable[..., tuple[Tensor, Tensor]] | None = None  # norm, rotation and gain of queries and keys
     names: str = "torch"  # for the log
 
 
@@ -1188,7 +1193,7 @@ def load_leaky2_product() -> Callable[..., Tensor]:
 
 
 @functools.cache
-def load_leaky2() -> FusedMLP:
+def load_leaky2() -> Callable[..., Tensor]:
     """(n (T, D), up (F, D), down (D, F), slope) -> leaky_relu(n up^T, slope)^2 down^T (T, D), in bfloat16, on Hopper.
 
     No (T, F) tensor is read or written for the activation alone, and the backward pass keeps one instead of two.
@@ -1268,7 +1273,7 @@ def load_rotate_heads_launch() -> Callable[..., None]:
 
 
 @functools.cache
-def load_rotate_heads() -> RotateHeads:
+def load_rotate_heads() -> Callable[..., tuple[Tensor, Tensor]]:
     """(qk (T, (H + K) E), gain (H,), cos, sin (T, 1, R), E) -> q (T, H, E), k (T, K, E); E is a power of 2.
 
     The RMS norm of each head, its first 2 R channels rotated, q times gain. The backward pass makes the norms again, so
@@ -1643,6 +1648,7 @@ class GPT(nn.Module):
     """The model of PR #1855 (R0427) at the default settings. `looping` chooses between its two plans."""
 
     ln_scale: Tensor  # (L,)
+    embedding: nn.Parameter
     smear_scale: Tensor
     vocab_bias: Tensor
     softcap_scale: Tensor
@@ -1823,7 +1829,8 @@ class GPT(nn.Module):
         cap, kind = self.config.logit_softcap, self.config.softcap_type
         if self.config.embed_dim:
             features = F.linear(features, self.weight("embed_out")[0])
-        logits = F.linear(features, self.weight("embedding" if self.config.tie_embeddings else "head")).float()
+        multiply = self.kernels.head if self.training else F.linear
+        logits = multiply(features, self.weight("embedding" if self.config.tie_embeddings else "head")).float()
         if self.config.vocab_bias:
             logits = logits + self.vocab_bias
         if kind == "two_sided":  # learned on a log scale, so that a step of the optimizer is a share of the cap
@@ -2175,9 +2182,14 @@ def stage_at(config: Config, progress: float, step: int) -> Stage:
 
 
 def stages(config: Config) -> dict[Stage, float]:
-    """Every stage of a run -> its share of the progress, to a thousandth."""
+    """Every stage that a run may pass -> its share of the progress, to a thousandth."""
     found = [stage_at(config, i / 1000, i * config.iterations // 1000) for i in range(1000)]
-    return {stage: found.count(stage) / 1000 for stage in dict.fromkeys(found)}
+    ends = [end for name in ("train_seq_schedule", "batch_schedule")
+            for _, end in parse_schedule(name.upper(), getattr(config, name))]
+    others = [stage_at(config, end, int(end * config.iterations)) for end in ends]
+    unsure = (False, True) if config.warmdown_iters and config.late_qat_threshold else ()  # the clock decides when
+    others += [stage._replace(quantizing=on) for stage in found + others for on in unsure]
+    return {stage: found.count(stage) / 1000 for stage in dict.fromkeys(found + others)}
 
 
 def muon_momentum(config: Config, step: int) -> float:
@@ -2490,27 +2502,40 @@ def segment_bound(tokens: int, max_documents: int, config: Config) -> int:
 Arrays = dict[str, np.ndarray]  # what a quantizer makes of one tensor; "codes" are compressed on their own
 
 
+class Guide(NamedTuple):
+    """What calibration knows of a bank of n matrices."""
+
+    feedback: Tensor  # (n, columns, columns) upper U, U^T U = inverse Hessian: how later columns make up for an error
+    log_sensitivity: Tensor  # (n, rows, 1): logarithm of the loss for a unit square error of a weight
+
+
 class Quantizer(NamedTuple):
-    encode: Callable[[Tensor, int, float], Arrays]  # (weights (..., columns), bits, clip in sigmas) -> arrays
+    # (weights (..., rows, columns), steps (..., rows, 1), largest code, guide or None) -> arrays
+    encode: Callable[[Tensor, Tensor, int, Guide | None], Arrays]
     decode: Callable[[Arrays, tuple[int, ...]], Tensor]  # (arrays, shape) -> float32 weights
 
 
 MIN_SCALE = 2.0 ** -24  # the smallest float16 above 0: no scale underflows
 
 
-def rtn_grid(weight: Tensor, bits: int, clip_sigmas: float) -> tuple[Tensor, Tensor]:
-    """Round to nearest, symmetric, one float16 scale per row: clip_sigmas standard deviations reach the last level.
-
-    -> codes, scales; float32, shaped like the weights but for the scales' last dimension of 1.
-    """
-    weight, levels = weight.float(), 2 ** (bits - 1) - 1
-    scale = (clip_sigmas * weight.std(dim=-1, keepdim=True) / levels).clamp(MIN_SCALE, 65504.0).half().float()
-    return (weight / scale).round().clamp(-levels, levels), scale
+def sigma_steps(weight: Tensor, bits: int, clip_sigmas: float) -> Tensor:
+    """weights (..., columns) -> (..., 1): steps with which clip_sigmas standard deviations reach the last level."""
+    return clip_sigmas * weight.float().std(dim=-1, keepdim=True) / (2 ** (bits - 1) - 1)
 
 
-def rtn_encode(weight: Tensor, bits: int, clip_sigmas: float) -> Arrays:
-    codes, scale = rtn_grid(weight.flatten(0, -2).cpu(), bits, clip_sigmas)
-    return {"codes": codes.to(torch.int8).numpy(), "scale": scale[:, 0].half().numpy()}
+def round_steps(steps: Tensor) -> Tensor:
+    """Steps as float16 can hold them, in float32."""
+    return steps.clamp(MIN_SCALE, 65504.0).half().float()
+
+
+def coded(codes: Tensor, steps: Tensor) -> Arrays:
+    return {"codes": codes.flatten(0, -2).to(torch.int8).cpu().numpy(), "scale": steps.flatten().half().cpu().numpy()}
+
+
+def rtn_encode(weight: Tensor, steps: Tensor, levels: int, _: Guide | None = None) -> Arrays:
+    """Round to nearest."""
+    steps = round_steps(steps)
+    return coded((weight / steps).round().clamp(-levels, levels), steps)
 
 
 def rtn_decode(arrays: Arrays, shape: tuple[int, ...]) -> Tensor:
@@ -2518,15 +2543,149 @@ def rtn_decode(arrays: Arrays, shape: tuple[int, ...]) -> Tensor:
     return (codes.float() * scale.float()[:, None]).view(shape)
 
 
-def fp16_encode(weight: Tensor, bits: int, clip_sigmas: float) -> Arrays:
-    return {"values": weight.float().clamp(-65504.0, 65504.0).half().cpu().numpy()}
+def fp16_encode(weight: Tensor, *_: Any) -> Arrays:
+    return {"values": weight.clamp(-65504.0, 65504.0).half().cpu().numpy()}
 
 
 def fp16_decode(arrays: Arrays, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(arrays["values"]).float().view(shape)
 
 
-QUANTIZERS = {"rtn": Quantizer(rtn_encode, rtn_decode), "fp16": Quantizer(fp16_encode, fp16_decode)}
+@functools.cache
+def trellis(states: int) -> tuple[Tensor, Tensor]:
+    """-> next state (S, 2) by the parity of a code; odd (S,): code k stands for k + odd / 2 steps in a state.
+
+    Ungerboeck's codes (IEEE Trans. Inf. Theory 28, 1982): even and odd codes of both kinds of states are four sets of
+    points that lie far apart; the path decides which two of them are on offer. One state is plain rounding.
+    """
+    feedback, forward = {1: (1, 0), 4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4)}[states]
+    following = [[(state >> 1) ^ (feedback >> 1) * (state & 1) ^ (forward >> 1) * parity for parity in (0, 1)]
+                 for state in range(states)]
+    return torch.tensor(following), (torch.arange(states) % 2 * (states > 1)).float()
+
+
+def search_codes(weight: Tensor, levels: int, feedback: Tensor | None, states: int) -> Tensor:
+    """GPTQ over a trellis: weights (n, rows, columns) in units of their steps -> codes of the least weighted error.
+
+    Columns are coded one after the other, and an error is handed on to the columns behind, as in GPTQ
+    (arXiv:2210.17323); but each of the S survivors of a Viterbi search (trellis-coded quantization, Marcellin and
+    Fischer 1990) carries its own errors along. After 128 columns only the best goes on.
+    """
+    following, odd = (x.to(weight.device) for x in trellis(states))
+    edges = [[2 * state + parity for state in range(states) for parity in (0, 1) if following[state, parity] == target]
+             for target in range(states)]  # into each state, numbered 2 x origin + parity
+    into, targets = torch.tensor(edges, device=weight.device), torch.arange(states, device=weight.device)
+    parity = torch.arange(2, device=weight.device)
+    most = levels - (levels + parity) % 2  # the largest code of each parity
+    weight, codes = weight.clone(), torch.zeros_like(weight)
+    state = torch.zeros_like(weight[..., :1], dtype=torch.long)
+    for first in range(0, weight.size(-1), 128):
+        block, behind = slice(first, first + 128), slice(first + 128, None)
+        rest = weight[..., None, block].repeat(1, 1, states, 1)  # (n, rows, S, columns) of each survivor
+        paths, errors = torch.zeros_like(rest), torch.zeros_like(rest)
+        cost = torch.full_like(rest[..., 0], math.inf).scatter_(2, state, 0.0)
+        for j in range(rest.size(-1)):
+            value = rest[..., j, None] - odd[:, None] / 2
+            code = (2 * ((value - parity) / 2).round() + parity).clamp(-most, most)
+            error = value - code  # (n, rows, S, 2)
+            if feedback is not None:
+                error = error / feedback[:, first + j, first + j, None, None, None]
+            cost, best = (cost[..., None] + error.square()).flatten(-2)[..., into].min(-1)
+            edge = into[targets, best]
+            rest, paths, errors = (x.gather(2, (edge // 2)[..., None].expand_as(x)) for x in (rest, paths, errors))
+            paths[..., j], errors[..., j] = (x.flatten(-2).gather(-1, edge) for x in (code, error))
+            if feedback is not None:
+                rest[..., j + 1:] -= errors[..., j, None] * feedback[:, None, None, first + j, block][..., j + 1:]
+        state = cost.argmin(-1, keepdim=True)
+        codes[..., block], kept = (x.gather(2, state[..., None].expand_as(x[:, :, :1]))[:, :, 0]
+                                   for x in (paths, errors))
+        if feedback is not None:
+            weight[..., behind] -= kept @ feedback[:, block, behind]
+    return codes
+
+
+def search_encode(states: int, weight: Tensor, steps: Tensor, levels: int, guide: Guide | None = None) -> Arrays:
+    """gptq (one state) and tcq; without a guide no feedback."""
+    weight = weight.view(-1, *weight.shape[-2:])
+    steps = round_steps(steps).view(*weight.shape[:2], 1)
+    return coded(search_codes(weight / steps, levels, guide.feedback if guide else None, states), steps)
+
+
+def tcq_decode(arrays: Arrays, shape: tuple[int, ...], states: int = 8) -> Tensor:
+    codes, (following, odd) = torch.from_numpy(arrays["codes"]).long(), trellis(states)
+    values, state = torch.empty(codes.shape), torch.zeros(len(codes), dtype=torch.long)
+    for j, code in enumerate(codes.t().contiguous()):
+        values[:, j] = code + odd[state] / 2
+        state = following[state, code & 1]
+    return (values * torch.from_numpy(arrays["scale"]).float()[:, None]).view(shape)
+
+
+QUANTIZERS = {
+    "rtn": Quantizer(rtn_encode, rtn_decode), "gptq": Quantizer(functools.partial(search_encode, 1), rtn_decode),
+    "tcq": Quantizer(functools.partial(search_encode, 8), tcq_decode), "fp16": Quantizer(fp16_encode, fp16_decode)}
+
+
+BLOCK_PRODUCTS = (("q_proj", "k_proj"), ("v_proj",), ("out_proj",), ("up_proj",), ("down_proj",))  # in order
+
+
+def calibrate(config: Config, world: World, model: GPT, batches: Iterable[Batch]) -> dict[str, Guide]:
+    """Runs training text through the model, forward and backward -> {bank, and embedding or head: Guide}.
+
+    A weight's error e costs about e^2 E[x^2] E[g^2]: x its input, g the gradient of the loss by its output (Kronecker
+    form of the Fisher information, arXiv:1503.05671). E[x x^T] is GPTQ's Hessian; E[g^2] tells rows apart.
+    """
+    head = "embedding" if config.tie_embeddings else "head"
+    order = [(names, visit.layer) for visit in model.plans[model.looping] for names in BLOCK_PRODUCTS] + [((head,), 0)]
+    shapes = {name: (1, *shape)[-3:] for name, shape in param_shapes(config).items()
+              if name in {head, *(name for names in BLOCK_PRODUCTS for name in names)}}
+    hessian = {name: torch.zeros(n, columns, columns, device=world.device) for name, (n, _, columns) in shapes.items()}
+    gain = {name: torch.zeros(n, rows, device=world.device) for name, (n, rows, _) in shapes.items()}
+    count = {name: torch.zeros(n, 1, device=world.device) for name, (n, _, _) in shapes.items()}
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        names, layer = next(calls)
+
+        def record(x: Tensor, grad: Tensor) -> None:  # in the backward pass
+            square = (x.t() @ x).float()
+            for name, part in zip(names, grad.split([shapes[name][1] for name in names], -1)):
+                hessian[name][layer] += square
+                gain[name][layer] += part.float().square().sum(0)
+                count[name][layer] += len(x)
+
+        y = F.linear(x, weight)
+        y.register_hook(functools.partial(record, x.detach()))
+        return y
+
+    plain = GPT(replace(config, z_loss=0.0), world.dtype, model.attention, Kernels(product, product)).to(world.device)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.requires_grad_(False).looping = model.looping
+    plain.embedding.requires_grad_(True)  # so that gradients flow
+    for batch in batches:
+        calls = iter(order)
+        plain(*batch).sum().backward()
+        plain.embedding.grad = None
+    guides = {}
+    for name in shapes:
+        for total in (hessian[name], gain[name], count[name]) if world.size > 1 else ():
+            dist.all_reduce(total)
+        feedback = inverse_factor(hessian[name] / count[name].clamp_min(1)[..., None])
+        strength = gain[name].clamp_min(0.01 * gain[name].mean() + 1e-30).log()  # a row that never learns is not free
+        strength = strength - 2 * feedback.diagonal(dim1=1, dim2=2).log().mean(-1, keepdim=True)
+        guides[name] = Guide(feedback, strength[..., None])
+    return guides
+
+
+def inverse_factor(hessian: Tensor) -> Tensor:
+    """(n, c, c) symmetric -> upper U with U^T U = inverse of the damped Hessian; columns that are never used are free.
+
+    By the reversed Cholesky factor (PR #1948): no inverse is formed.
+    """
+    hessian, diagonal = hessian.clone(), hessian.diagonal(dim1=1, dim2=2)
+    damped = torch.where(diagonal > 0, diagonal, 1) + 0.01 * diagonal.mean(-1, keepdim=True)
+    hessian.diagonal(dim1=1, dim2=2).copy_(damped)
+    factor = torch.linalg.cholesky(hessian.flip(1, 2)).flip(1, 2)
+    return torch.linalg.solve_triangular(factor, torch.eye(len(factor[0]), device=factor.device).expand_as(factor),
+                                         upper=True)
 
 
 def quantizer_of(config: Config, name: str) -> tuple[str, int, float]:
@@ -2538,7 +2697,7 @@ def quantizer_of(config: Config, name: str) -> tuple[str, int, float]:
 
 
 def fake_quantizer(config: Config) -> FakeQuantize:
-    """What training sees of the weights while QAT is on: the values that the exporter would give back.
+    """What training sees of the weights while QAT is on: what rtn makes of them, with the steps of TARGET_BYTES=0.
 
     Gradients pass as if there were no rounding. QAT_NOISE: looped layers get uniform noise of the grid's step instead,
     fresh in each pass (Noisy QAT, PR #363).
@@ -2549,21 +2708,48 @@ def fake_quantizer(config: Config) -> FakeQuantize:
         if quantizer == "fp16" or (table and not config.qat_embedding):
             return weight
         with torch.no_grad():
-            codes, scale = rtn_grid(weight, bits, clip_sigmas)
+            scale, levels = round_steps(sigma_steps(weight, bits, clip_sigmas)), 2 ** (bits - 1) - 1
             if config.qat_noise and config.num_loops and config.loop_start <= layer <= config.loop_end:
                 change = (torch.rand_like(weight) - 0.5) * scale
             else:
-                change = codes * scale - weight
+                change = (weight / scale).round().clamp(-levels, levels) * scale - weight
         return weight + change
     return fake
 
 
-def quantize(config: Config, weights: Mapping[str, Tensor]) -> dict[str, tuple[str, Arrays]]:
-    """{name: weights} -> {name: (quantizer, arrays)}."""
-    result = {}
+def step_sizes(config: Config, weights: Mapping[str, Tensor], guides: Mapping[str, Guide]) -> dict[str, Tensor]:
+    """Steps (..., rows, 1) of all matrices that are not kept in float16.
+
+    With entropy coding a row costs log2(spread / step) bits a weight and its error weighs sensitivity x step^2 / 12:
+    the loss is least, for all bytes together, where that product is the same everywhere. QUANT_SENSITIVITY goes that
+    part of the way, from steps in proportion to the rows' standard deviations, for matrices that have a guide.
+    """
+    plans = {name: quantizer_of(config, name) for name in weights}
+    plain = {name: sigma_steps(weights[name], bits, clip_sigmas).clamp_min(MIN_SCALE).log()
+             for name, (quantizer, bits, clip_sigmas) in plans.items() if quantizer != "fp16"}
+    guided = {name: -0.5 * guides[name].log_sensitivity.view_as(plain[name]) for name in plain if name in guides}
+    total = max(sum(weights[name].numel() for name in guided), 1)
+    shift = sum(weights[name].numel() / total * (plain[name] - other).mean() for name, other in guided.items())
+    return {name: value.lerp(guided[name] + shift, config.quant_sensitivity).exp() if name in guided else value.exp()
+            for name, value in plain.items()}
+
+
+@torch.no_grad()
+def quantize(config: Config, weights: Mapping[str, Tensor], guides: Mapping[str, Guide] | None = None,
+             multiplier: float = 1.0) -> dict[str, tuple[str, Arrays]]:
+    """{name: weights} -> {name: (quantizer, arrays)}; all steps times the multiplier. UserError for NaN or infinity."""
+    guides, result = guides or {}, {}
     for name, weight in weights.items():
-        quantizer, bits, clip_sigmas = quantizer_of(config, name)
-        result[name] = quantizer, QUANTIZERS[quantizer].encode(weight.detach(), bits, clip_sigmas)
+        if not weight.isfinite().all():
+            raise UserError(f"{name}: holds NaN or infinity, so there is nothing to quantize; lower the learning rates")
+    steps = step_sizes(config, weights, guides)
+    for name, weight in weights.items():
+        quantizer, bits, _ = quantizer_of(config, name)
+        levels = 127 if name in guides or config.target_bytes else 2 ** (bits - 1) - 1
+        size = steps[name] * multiplier if name in steps else weight  # which float16 does not look at
+        if levels == 127:  # no row is clipped; feedback may add a little
+            size = size.maximum(weight.abs().amax(-1, keepdim=True) / 120)
+        result[name] = quantizer, QUANTIZERS[quantizer].encode(weight.detach().float(), size, levels, guides.get(name))
     return result
 
 
@@ -2638,7 +2824,7 @@ def rans_encode(data: bytes) -> bytes:
     first, last = int(symbols.min()), int(symbols.max())
     symbols = symbols - np.uint8(first)
     frequencies = rans_frequencies(np.bincount(symbols))
-    lanes = max(min(len(data) >> 15, 512), 1)
+    lanes = max(min(len(data) >> 13, 512), 1)
     rows = np.resize(symbols, -(-len(data) // lanes) * lanes).reshape(-1, lanes)  # the last row is filled up
     frequency, start = frequencies.astype(np.uint64), (np.cumsum(frequencies) - frequencies).astype(np.uint64)
     bits, limit = np.uint64(RANS_BITS), frequency << np.uint64(32 - RANS_BITS)
@@ -2681,7 +2867,7 @@ CODECS = {
     "rans": Codec(rans_encode, rans_decode), "brotli": Codec(brotli_encode, brotli_decode),
     "zstd": Codec(zstd_encode, zstd_decode),
     "lzma": Codec(functools.partial(lzma.compress, preset=9 | lzma.PRESET_EXTREME), lzma.decompress)}
-ARTIFACT_MAGIC = b"PGOLF\x00\x00\x01"  # the last byte is the version
+ARTIFACT_MAGIC = b"PGOLF\x00\x00\x02"  # the last byte is the version
 
 
 def shuffle_bytes(data: bytes, stride: int) -> bytes:
@@ -2698,22 +2884,63 @@ def side_codec(codec: str) -> str:
     return "brotli" if codec == "rans" else codec
 
 
+ROW_CLASSES = 32
+FINEST, COARSEST = -1.0, 6.0  # powers of 2 by which fit_artifact multiplies steps
+
+
+def row_classes(codes: np.ndarray) -> np.ndarray:
+    """Codes (rows, columns) -> (rows,) uint8: the size of their root mean square in thirds of a power of 2.
+
+    Rows of one class, of all tensors, share a stream: their codes have nearly one distribution, so an order-0 coder
+    needs fewer bits for them apart than together, by more than the classes cost.
+    """
+    size = np.square(codes.astype(np.float32)).mean(1)
+    return np.clip(np.rint(1.5 * np.log2(size + 0.01)) + 10, 0, ROW_CLASSES - 1).astype(np.uint8)
+
+
 def pack_artifact(config: Config, quantized: Mapping[str, tuple[str, Arrays]], info: Mapping[str, Any]) -> bytes:
-    """Quantized tensors -> the artifact's bytes: a stream for each tensor's codes, one for all float16 values."""
-    specs, streams, halves = [], [], []
+    """Quantized tensors -> the artifact's bytes: streams for each class of rows, the classes, float16 values."""
+    specs, codes, halves = [], [], []
     for name, (quantizer, arrays) in quantized.items():
         specs.append([name, quantizer, {key: [array.dtype.str, *array.shape] for key, array in arrays.items()}])
         for array in arrays.values():
-            (streams if array.dtype == np.int8 else halves).append(array.tobytes())
-    codec = CODECS[config.compressor].encode
-    last = CODECS[side_codec(config.compressor)].encode(shuffle_bytes(b"".join(halves), 2))
+            (codes if array.dtype == np.int8 else halves).append(array)
+    classes = [row_classes(array) for array in codes]
+    groups = [b"".join(array[own == c].tobytes() for array, own in zip(codes, classes)) for c in range(ROW_CLASSES)]
+    side = CODECS[side_codec(config.compressor)].encode
     with ThreadPoolExecutor() as pool:  # the compressors release the interpreter lock
-        streams = [*pool.map(codec, streams), last]
+        streams = [*pool.map(CODECS[config.compressor].encode, groups), side(b"".join(x.tobytes() for x in classes)),
+                   side(shuffle_bytes(b"".join(x.tobytes() for x in halves), 2))]
     header = {"model": model_fields(config), **info, "codec": config.compressor, "tensors": specs,
               "streams": [len(stream) for stream in streams]}
     packed_header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     body = b"".join([ARTIFACT_MAGIC, len(packed_header).to_bytes(4, "little"), packed_header, *streams])
     return body + hashlib.sha256(body).digest()
+
+
+def fit_artifact(config: Config, weights: Mapping[str, Tensor], guides: Mapping[str, Guide], info: Mapping[str, Any],
+                 code_bytes: int, log: Callable[[str], None]) -> bytes:
+    """Quantizes and packs with the finest steps that fit: artifact and code have TARGET_BYTES. UserError if none do."""
+    count = sum(value.numel() for name, value in weights.items() if quantizer_of(config, name)[0] != "fp16")
+    target, best, slope = config.target_bytes - code_bytes, b"", max(count / 8, 1)  # at most a bit for each weight
+    power, last, data = (predicted_bytes(config) - 0.9995 * target) / slope, (math.inf, 0), b""
+    for _ in range(8):
+        power = min(max(power, FINEST), COARSEST) if config.target_bytes else 0.0
+        data = pack_artifact(config, quantize(config, weights, guides, 2 ** power), info)
+        log(f"quantize steps:x{2 ** power:.4f} artifact_bytes:{len(data)} target_bytes:{target}")
+        if not config.target_bytes:
+            return data
+        best = max(best, data if len(data) <= target else b"", key=len)
+        if best and (power == FINEST or len(best) > 0.999 * target):
+            break
+        if power != last[0] < math.inf:  # as measured: coarse steps save less
+            slope = min(max((last[1] - len(data)) / (power - last[0]), count / 400), count / 8)
+        last = power, len(data)
+        power += (len(data) - 0.9995 * target) / slope
+    if not best:
+        raise UserError(f"TARGET_BYTES={config.target_bytes}: steps {2 ** last[0]:.3g} times those of MATRIX_BITS "
+                        f"leave {len(data)} bytes, and the code has {code_bytes}; take a smaller model")
+    return best
 
 
 def unpack_artifact(data: bytes, where: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -2732,19 +2959,24 @@ def unpack_artifact(data: bytes, where: str) -> tuple[dict[str, Any], dict[str, 
     for length in header["streams"]:
         streams.append(body[start:start + length])
         start += length
-    halves, position = unshuffle_bytes(CODECS[side_codec(header["codec"])].decode(streams.pop()), 2), 0
+    side = CODECS[side_codec(header["codec"])].decode
+    halves, classes = unshuffle_bytes(side(streams.pop()), 2), np.frombuffer(side(streams.pop()), np.uint8)
     with ThreadPoolExecutor() as pool:
-        streams = list(pool.map(CODECS[header["codec"]].decode, streams))
+        groups = [np.frombuffer(group, np.int8) for group in pool.map(CODECS[header["codec"]].decode, streams)]
     weights, shapes = {}, param_shapes(artifact_config(header))
     for name, quantizer, specs in header["tensors"]:
         arrays = {}
         for key, (dtype, *shape) in specs.items():
-            size = math.prod(shape) * np.dtype(dtype).itemsize
             if dtype == np.dtype(np.int8).str:
-                raw = streams.pop(0)
+                own, classes = classes[:shape[0]], classes[shape[0]:]
+                arrays[key] = np.empty(shape, np.int8)
+                for c in np.unique(own):
+                    size = np.count_nonzero(own == c) * shape[1]
+                    arrays[key][own == c] = groups[c][:size].reshape(-1, shape[1])
+                    groups[c] = groups[c][size:]
             else:
-                raw, position = halves[position:position + size], position + size
-            arrays[key] = np.frombuffer(bytearray(raw), dtype).reshape(shape)
+                size = math.prod(shape) * np.dtype(dtype).itemsize
+                arrays[key], halves = np.frombuffer(bytearray(halves[:size]), dtype).reshape(shape), halves[size:]
         weights[name] = QUANTIZERS[quantizer].decode(arrays, shapes[name])
     return header, weights
 
@@ -3024,9 +3256,10 @@ def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequ
     evaluator.score_stage("raw", trainer.forward, config.eval_seq_len)
     trainer.use_averages()
     evaluator.score_stage("averaged", trainer.forward, config.eval_seq_len)
+    guides, calibration_seconds = calibrate_on_training_text(config, trainer, dataset)
     if world.rank == 0:
         info = {"looping": trainer.model.looping, "tokenizer_sha256": dataset.tokenizer_sha256}
-        data = pack_artifact(config, quantize(config, trainer.params), info)
+        data = fit_artifact(config, trainer.params, guides, info, code_bytes, log)
         write_atomic(artifact_path, lambda file: file.write(data), "ARTIFACT_PATH")
 
     start = time.perf_counter()
@@ -3035,7 +3268,8 @@ def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequ
     if config.eval_mode == "sliding":
         evaluator.score_stage("sliding", forward, config.eval_stride)
     return report_result(config, world, log, dataset, trainer, evaluator.stages, {
-        "compile_seconds": round(compile_seconds, 3), "eval_seconds": round(time.perf_counter() - start, 3),
+        "compile_seconds": round(compile_seconds, 3), "calibration_seconds": round(calibration_seconds, 3),
+        "eval_seconds": round(time.perf_counter() - start, 3),
         "artifact_bytes": artifact_bytes, "code_bytes": code_bytes, "submission_bytes": artifact_bytes + code_bytes,
         "source_sha256": hashlib.sha256(source).hexdigest()})
 
@@ -3055,6 +3289,26 @@ def train(config: Config, trainer: Trainer, evaluator: Evaluator, stop: StopRequ
     trainer.log(f"peak_memory:{trainer.world.peak_memory_bytes() // 2**20}MiB steps:{trainer.step} "
                 f"train_seconds:{trainer.elapsed_seconds:.3f}")
     return compile_seconds
+
+
+def calibrate_on_training_text(config: Config, trainer: Trainer, dataset: Dataset) -> tuple[dict[str, Guide], float]:
+    """-> (guides for the quantizers that take them, seconds). All ranks take part; the pieces come from all over."""
+    if not {"gptq", "tcq"} & {quantizer_of(config, name)[0] for name in trainer.params}:
+        return {}, 0.0
+    start, world, stream = time.perf_counter(), trainer.world, dataset.train
+    tokens = min(config.micro_batch_tokens, 16384)  # without compilation more would not fit
+    count = max(config.gptq_calibration_batches * config.micro_batch_tokens // (world.size * tokens), 1)
+
+    def piece(i: int) -> Batch:
+        window = stream.slice((i * world.size + world.rank) * len(stream) // (count * world.size), tokens + 1)
+        starts = cut_segments(window[:-1], config.train_seq_len, config.document_mask)
+        segments = make_segments(starts, tokens, config.train_seq_len, 0)
+        return to_device(make_batch(window[:-1], window[1:], segments), world.device)
+    guides = calibrate(config, world, trainer.model, map(piece, range(count)))
+    world.synchronize()
+    seconds = world.max([time.perf_counter() - start])[0]
+    trainer.log(f"calibration tokens:{count * world.size * tokens} seconds:{seconds:.3f}")
+    return guides, seconds
 
 
 def reload(config: Config, world: World, path: Path, attention: Attention, compiled: str) -> tuple[Forward, int]:
@@ -3091,7 +3345,8 @@ def report_result(config: Config, world: World, log: Log, dataset: Dataset, trai
     submission = measured["submission_bytes"]
     official = "quantized" if config.eval_mode == "packed" else config.eval_mode
     score, fits = stages[official], submission <= SIZE_LIMIT_BYTES
-    in_time = measured["eval_seconds"] <= LIMIT_SECONDS and trainer.elapsed_seconds <= LIMIT_SECONDS
+    in_time = measured["eval_seconds"] <= LIMIT_SECONDS and \
+        trainer.elapsed_seconds + measured["calibration_seconds"] <= LIMIT_SECONDS
     log(f"artifact_bytes:{measured['artifact_bytes']} code_bytes:{measured['code_bytes']} "
         f"submission_bytes:{submission} limit_bytes:{SIZE_LIMIT_BYTES} fits:{int(fits)}")
     if not fits:
@@ -3102,7 +3357,7 @@ def report_result(config: Config, world: World, log: Log, dataset: Dataset, trai
         "device": world.describe(), "torch": torch.__version__, "data_fingerprint": dataset.fingerprint,
         "overrides": config.overrides(), "steps": trainer.step,
         "train_tokens": trainer.tokens,
-        "train_seconds": round(trainer.elapsed_seconds, 3), "calibration_seconds": 0.0,
+        "train_seconds": round(trainer.elapsed_seconds, 3),
         "peak_memory_bytes": int(world.max([world.peak_memory_bytes()])[0]), "num_params": trainer.num_params,
         "stages": {name: stage.as_dict() for name, stage in stages.items()}, "official_stage": official,
         "val_loss": score.val_loss, "val_bpb": score.val_bpb, **measured,

@@ -175,7 +175,7 @@ def test_any_truncation_is_refused(artifact):
 
 def test_refusals_name_their_reason(artifact, tmp_path):
     assert "no artifact" in refusal(b"") and "no artifact" in refusal(b"PK\3\4 something else, a zip file")
-    assert "version 2" in refusal(artifact[:7] + b"\2" + artifact[8:])
+    assert "version 1" in refusal(artifact[:7] + b"\1" + artifact[8:])
     assert "sha256" in refusal(artifact[:-1])
     missing = tmp_path / "none.artifact"
     for path in (missing, tmp_path):
@@ -385,7 +385,7 @@ def test_rans_has_the_documented_layout(data, times):
 def test_rans_of_several_lanes():
     data = bytes(np.random.default_rng(0).integers(100, 140, 100_003).astype(np.uint8))
     packed = train_gpt.rans_encode(data)
-    assert struct.unpack("<QH", packed[:10]) == (100_003, 3)
+    assert struct.unpack("<QH", packed[:10]) == (100_003, 12)
     assert rans_by_hand(packed) == data == train_gpt.rans_decode(packed)
 
 
@@ -403,4 +403,4 @@ def test_rans_reaches_the_entropy(sigma):
     shares = np.unique(codes, return_counts=True)[1] / len(codes)
     entropy_bytes = -(shares * np.log2(shares)).sum() * len(codes) / 8
     packed = train_gpt.rans_encode(codes.tobytes())
-    assert len(packed) < 1.003 * entropy_bytes + 200 and train_gpt.rans_decode(packed) == codes.tobytes()
+    assert len(packed) < 1.003 * entropy_bytes + 600 and train_gpt.rans_decode(packed) == codes.tobytes()

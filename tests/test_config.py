@@ -140,6 +140,7 @@ CROSS_CHECKS = [  # environment, what the complaint says
     ({"MUON_HEAD_GROUP": "8"}, ("MUON_HEAD_GROUP=8", "NUM_KV_HEADS=4", "change one")),
     ({"SWA_START_FRAC": "0.1"}, ("SWA_START_FRAC=0.1", "never reached", "MIN_LR=0.1")),
     ({"LATE_QAT_THRESHOLD": "0.05"}, ("LATE_QAT_THRESHOLD=0.05", "never reached", "MIN_LR=0.1")),
+    ({"TRAIN_SEQ_SCHEDULE": "1000.5@0.5,2048@1"}, ("TRAIN_SEQ_SCHEDULE=1000.5@0.5,2048@1", "whole numbers of tokens")),
     ({"QAT_START": "0.5", "LATE_QAT_THRESHOLD": "0.15"},
      ("QAT_START=0.5", "LATE_QAT_THRESHOLD=0.15", "set one of them")),
     *(({"TRAIN_SEQ_SCHEDULE": text}, (f"TRAIN_SEQ_SCHEDULE={text}: must look like 1024@0.1,2048@1",))

@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import random_batch, randomize, single_world, tiny_config, tiny_environment
+from helpers import random_batch, randomize, single_world, tiny_environment
+from helpers import tiny_config as any_tiny_config
 from program import result_of, step_losses, write_data
 from test_options_model import MANY
 from test_train import interrupt_before, same_state, train
@@ -29,13 +30,25 @@ from train_gpt import (
     open_dataset,
     quantize,
     quantizer_of,
-    rtn_grid,
+    round_steps,
+    sigma_steps,
 )
 
 TABLES = {"embedding", "head", "bigram_table"}
 PREFIXES = np.where(np.arange(64) % 3 == 0, -1, np.arange(64) // 2)  # made up; a third of the tokens have none
 EVERY_BANK = {"bigram_hash_buckets": 20, "bigram_hash_dim": 6, "embed_dim": 20, "tie_embeddings": False,
               "depth_lora_rank": 3, "mlp_activation": "swiglu"}
+
+
+def tiny_config(**changes) -> Config:
+    """With quantizers that training can go through."""
+    return any_tiny_config(**({"matrix_quantizer": "rtn", "embed_quantizer": "rtn", "target_bytes": 0} | changes))
+
+
+def rtn_grid(weight: torch.Tensor, bits: int, clip_sigmas: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> codes, steps."""
+    steps, levels = round_steps(sigma_steps(weight, bits, clip_sigmas)), 2 ** (bits - 1) - 1
+    return (weight / steps).round().clamp(-levels, levels), steps
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +351,7 @@ def test_the_batch_schedule_changes_tokens_and_learning_rates(make, monkeypatch)
 
     monkeypatch.setattr(trainer.optimizer, "step", remember)
     train(trainer)
-    assert tokens == [128] * 3 + [256] * 2 + [512] * 3 and trainer.slices * 128 == sum(tokens)
+    assert tokens == [128] * 3 + [256] * 2 + [512] * 3 and trainer.tokens == sum(tokens)
     assert scales == pytest.approx([0.5] * 3 + [math.sqrt(0.5)] * 2 + [1.0] * 3)
 
 
@@ -381,7 +394,7 @@ def test_many_options_at_once_resume_to_the_same_result(make, last):
     first, second = resumed(make, last, **ALL_AT_ONCE)
     assert first.losses + second.losses == whole.losses and whole.losses[-1] < whole.losses[0] - 0.3
     assert same_state(second, whole) and second.stage == whole.stage and second.stage.quantizing
-    assert (second.num_snapshots, second.slices) == (whole.num_snapshots, whole.slices) and whole.num_snapshots > 1
+    assert (second.num_snapshots, second.tokens) == (whole.num_snapshots, whole.tokens) and whole.num_snapshots > 1
     for trainer in (second, whole):
         trainer.use_averages()
     assert same_state(second, whole)

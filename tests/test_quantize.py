@@ -5,11 +5,33 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers import random_batch, randomize, single_world, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import MIN_SCALE, PARAM_TABLE, QUANTIZERS, Config, param_shapes, predicted_bytes, quantize, quantizer_of
+from train_gpt import (
+    GPT,
+    MIN_SCALE,
+    PARAM_TABLE,
+    QUANTIZERS,
+    Config,
+    Guide,
+    Kernels,
+    UserError,
+    calibrate,
+    fit_artifact,
+    inverse_factor,
+    param_shapes,
+    predicted_bytes,
+    quantize,
+    quantizer_of,
+    search_codes,
+    sigma_steps,
+    step_sizes,
+    trellis,
+    unpack_artifact,
+)
 
 BITS = range(2, 9)
 HALF_MAX = 65504.0
@@ -17,9 +39,15 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj", "embed_in", "embed_out", 
              "q_adapter_in", "q_adapter_out", "v_adapter_in", "v_adapter_out")
 
 
+def encode(quantizer: str, weight: torch.Tensor, bits: int, clip_sigmas: float) -> dict[str, np.ndarray]:
+    """With the steps and levels of the published scripts: those that TARGET_BYTES=0 has."""
+    steps = sigma_steps(weight, bits, clip_sigmas) if quantizer != "fp16" else weight
+    return QUANTIZERS[quantizer].encode(weight, steps, 2 ** (bits - 1) - 1, None)
+
+
 def round_trip(weight: torch.Tensor, bits: int, clip_sigmas: float, quantizer: str = "rtn"):
     """-> (arrays, decoded weights)."""
-    arrays = QUANTIZERS[quantizer].encode(weight, bits, clip_sigmas)
+    arrays = encode(quantizer, weight.float(), bits, clip_sigmas)
     return arrays, QUANTIZERS[quantizer].decode(arrays, tuple(weight.shape))
 
 
@@ -126,25 +154,26 @@ def test_quantizer_of_follows_the_settings():
             ("fp16", 5, 7.0) if name == "bigram_table" else ("fp16", 5, 8.0) if name in ("up_proj", "down_proj") else \
             ("fp16", 5, 9.0) if name in ATTENTION else ("fp16", 16, 0.0)
         assert quantizer_of(config, name) == expected, name
-    assert quantizer_of(Config(), "q_proj") == ("rtn", 6, 13.0)
-    assert quantizer_of(Config(), "embedding") == ("rtn", 7, 14.0)
-    assert quantizer_of(Config(), "up_proj") == quantizer_of(Config(), "down_proj") == ("rtn", 6, 11.5)
-    assert quantizer_of(Config(), "bigram_table") == ("rtn", 6, 14.0)
+    assert quantizer_of(Config(), "q_proj") == ("tcq", 6, 13.0)
+    assert quantizer_of(Config(), "embedding") == ("tcq", 7, 14.0)
+    assert quantizer_of(Config(), "up_proj") == quantizer_of(Config(), "down_proj") == ("tcq", 6, 11.5)
+    assert quantizer_of(Config(), "bigram_table") == ("tcq", 6, 14.0)
     for name in ("embedding", "head"):
         assert quantizer_of(Config(embed_quantizer="fp16"), name)[0] == "fp16"
 
 
-def test_quantize_uses_the_choice_for_every_parameter():
+@pytest.mark.parametrize("changes", [{}, {"matrix_quantizer": "rtn", "embed_quantizer": "gptq"}], ids=str)
+def test_quantize_uses_the_choice_for_every_parameter(changes):
     config = Config(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, mlp_mult=2.0, vocab_size=32, rope_dims=4,
                     xsa_last_n=0, parallel_start_layer=0, num_loops=1, loop_start=0, loop_end=0, matrix_bits=4,
                     embed_dim=12, tie_embeddings=False, bigram_hash_buckets=20, bigram_hash_dim=6, depth_lora_rank=2,
-                    vocab_bias=True)
+                    vocab_bias=True, target_bytes=0, **changes)
     weights = {name: normal(*shape).requires_grad_() for name, shape in param_shapes(config).items()}
     result = quantize(config, weights)
     assert list(result) == list(weights) and {"head", "bigram_table", "embed_in", "q_adapter_out"} < set(result)
     for name, (quantizer, arrays) in result.items():
         chosen, bits, clip_sigmas = quantizer_of(config, name)
-        expected = QUANTIZERS[chosen].encode(weights[name].detach(), bits, clip_sigmas)
+        expected = encode(chosen, weights[name].detach(), bits, clip_sigmas)
         assert quantizer == chosen and arrays.keys() == expected.keys()
         assert all(np.array_equal(arrays[key], expected[key]) for key in arrays)
 
@@ -155,7 +184,7 @@ def entropy_bytes(config: Config) -> float:
     total = 0.0
     for name, shape in param_shapes(config).items():
         quantizer, bits, clip_sigmas = quantizer_of(config, name)
-        arrays = QUANTIZERS[quantizer].encode(normal(*shape, seed=len(name), spread=0.05), bits, clip_sigmas)
+        arrays = encode(quantizer, normal(*shape, seed=len(name), spread=0.05), bits, clip_sigmas)
         for key, array in arrays.items():
             if key == "codes":
                 p = np.unique(array, return_counts=True)[1] / array.size
@@ -182,3 +211,274 @@ def test_predicted_bytes_of_the_default_fits_the_limit():
     assert 13_000_000 < predicted_bytes(Config()) < train_gpt.SIZE_LIMIT_BYTES
     sizes = [predicted_bytes(Config(matrix_bits=bits)) for bits in BITS]
     assert sizes == sorted(sizes) and sizes[0] > 0
+
+
+# --- codes over a trellis
+@pytest.mark.parametrize("states", [1, 4, 8, 16])
+def test_trellises_are_ungerboecks(states):
+    """Each state has two ways out and two ways in, and paths that part lie apart before they meet."""
+    following, odd = trellis(states)
+    assert following.shape == (states, 2) and sorted(following.flatten().tolist()) == sorted(list(range(states)) * 2)
+    if states == 1:
+        assert not odd.any()
+        return
+    assert odd.sum() == states / 2
+    assert not any(following[s, 0] == following[s, 1] for s in range(states))
+    # free distance: over all pairs of paths that leave one state and meet again, squared distance in half steps
+    best, frontier = math.inf, {}
+    for s in range(states):
+        frontier[int(following[s, 0]), int(following[s, 1])] = 4.0  # even and odd codes are a whole step apart
+    for _ in range(2 * states):
+        new: dict[tuple[int, int], float] = {}
+        for (a, b), distance in frontier.items():
+            for p in (0, 1):
+                for q in (0, 1):
+                    gap = abs(2 * p + int(odd[a]) - 2 * q - int(odd[b])) % 4
+                    total = distance + min(gap, 4 - gap) ** 2
+                    key = int(following[a, p]), int(following[b, q])
+                    if key[0] == key[1]:
+                        best = min(best, total)
+                    elif total < new.get(key, math.inf):
+                        new[key] = total
+        frontier = new
+    assert best >= {4: 9, 8: 10, 16: 11}[states]  # in squares of half steps; parallel codes are 16 apart
+
+
+def decode_by_hand(codes: np.ndarray, states: int) -> np.ndarray:
+    """Row by row, code by code."""
+    following, odd = trellis(states)
+    rows = []
+    for row in codes.tolist():
+        state, values = 0, []
+        for code in row:
+            values.append(code + float(odd[state]) / 2)
+            state = int(following[state, code % 2])
+        rows.append(values)
+    return np.array(rows)
+
+
+def cost(weight: np.ndarray, values: np.ndarray, hessian: np.ndarray) -> float:
+    """Of one row: e H e^T."""
+    return float((weight - values) @ hessian @ (weight - values))
+
+
+@pytest.mark.parametrize("states", [1, 4, 8])
+def test_without_feedback_the_search_finds_the_best_path(states):
+    """Against all 3^6 codes around the weights."""
+    weight = normal(5, 6, spread=2.0)
+    codes = search_codes(weight[None], 127, None, states)[0].numpy()
+    for row, found in zip(weight.double().numpy(), codes):
+        near = [(math.floor(x) - 1, math.floor(x), math.floor(x) + 1, math.floor(x) + 2) for x in row]
+        every = np.array(np.meshgrid(*near)).reshape(6, -1).T
+        best = ((decode_by_hand(every, states) - row) ** 2).sum(1).min()
+        assert ((decode_by_hand(found[None].astype(int), states) - row) ** 2).sum() == pytest.approx(best, abs=1e-5)
+
+
+def random_hessian(columns: int, seed: int = 0) -> torch.Tensor:
+    x = normal(4 * columns, columns, seed=seed) @ (torch.eye(columns) + 0.4 * normal(columns, columns, seed=seed + 1))
+    return x.T @ x / len(x)
+
+
+def test_gptq_is_the_published_algorithm():
+    """Column by column with the inverse Hessian updated by elimination, as in the paper, before its Cholesky form."""
+    weight, hessian = normal(2, 7, 150, spread=3.0), random_hessian(150)
+    damped = hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(150)
+    expected = torch.zeros(2, 7, 150)
+    for bank, codes in zip(weight.double(), expected):
+        rest, inverse = bank.clone(), torch.linalg.inv(damped)
+        for j in range(150):
+            codes[:, j] = rest[:, j].round()
+            error = (rest[:, j] - codes[:, j]) / inverse[j, j]
+            rest -= error[:, None] * inverse[j]
+            inverse = inverse - inverse[:, j, None] * inverse[j] / inverse[j, j]
+    feedback = inverse_factor(hessian.expand(2, -1, -1))
+    assert torch.equal(feedback.triu(), feedback)
+    torch.testing.assert_close(feedback.mT.double() @ feedback.double(), torch.linalg.inv(damped).expand(2, -1, -1),
+                               rtol=1e-3, atol=1e-5)
+    ours = search_codes(weight, 127, feedback, 1)
+    assert (ours == expected).float().mean() > 0.97  # float32 rounds otherwise where two codes are nearly as good
+
+
+def test_each_method_costs_less_than_the_one_before():
+    """At equal entropy, measured by the error that the Hessian weighs: rtn > gptq > tcq."""
+    weight, hessian = normal(1, 64, 256), random_hessian(256)
+    feedback = inverse_factor(hessian[None])
+
+    def entropy(codes: torch.Tensor) -> float:
+        p = torch.unique(codes, return_counts=True)[1] / codes.numel()
+        return float(-(p * p.log2()).sum())
+
+    costs, wanted = {}, entropy((weight / 0.5).round())
+    for name, states, guide in (("rtn", 1, None), ("gptq", 1, feedback), ("tcq", 8, feedback)):
+        low, high = 0.1, 2.0
+        for _ in range(12):  # the step at which it has as many bits
+            step = math.sqrt(low * high)
+            codes = search_codes(weight / step, 127, guide, states)
+            low, high = (step, high) if entropy(codes) > wanted else (low, step)
+        values = decode_by_hand(codes[0].int().numpy(), states) * step
+        costs[name] = sum(cost(row, value, hessian.double().numpy())
+                          for row, value in zip(weight[0].double().numpy(), values))
+    assert costs["gptq"] < 0.8 * costs["rtn"] and costs["tcq"] < 0.87 * costs["gptq"], costs
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 99), st.sampled_from(["gptq", "tcq", "rtn"]), st.sampled_from([(3, 7), (2, 3, 5), (1, 1, 140)]),
+       st.booleans())
+def test_quantizers_are_idempotent_within_their_levels(seed, quantizer, shape, guided):
+    """What was decoded is coded as itself."""
+    weight = normal(*shape, seed=seed)
+    steps, rows = sigma_steps(weight, 6, 10.0), math.prod(shape[:-2])
+    guide = Guide(inverse_factor(random_hessian(shape[-1]).expand(rows, -1, -1)), torch.zeros(1)) if guided else None
+    first = QUANTIZERS[quantizer].encode(weight, steps, 127, guide)
+    decoded = QUANTIZERS[quantizer].decode(first, shape)
+    again = QUANTIZERS[quantizer].encode(decoded, steps, 127, guide)
+    assert torch.equal(QUANTIZERS[quantizer].decode(again, shape), decoded) and decoded.shape == shape
+    if not guided:
+        assert ((decoded - weight).abs() <= (1.0 if quantizer == "tcq" else 0.5) * steps * 1.01).all()
+
+
+def test_levels_bound_codes_of_either_parity():
+    for levels in (1, 2, 7, 127):
+        codes = search_codes(normal(1, 4, 40, spread=1e3), levels, None, 8)
+        assert codes.abs().max() <= levels and codes.abs().max() >= levels - 1
+
+
+# --- what calibration knows
+def calibrated(changes: dict | None = None):
+    torch.manual_seed(0)
+    model = GPT(tiny_config(**(changes or {})))
+    model.init_weights(0)
+    randomize(model, 0)
+    model.looping = True
+    batches = [random_batch(seed, 60, 30) for seed in range(3)]
+    return model, batches, calibrate(model.config, single_world(), model, batches)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"attn_gate": "dense", "mlp_activation": "swiglu"}],
+                         ids=str)
+def test_calibration_is_the_sum_over_tokens_and_visits(changes):
+    """Hessians against inputs taken from the forward pass by hand, output gradients by differences of the loss."""
+    model, batches, guides = calibrated(changes)
+    head = "embedding" if model.config.tie_embeddings else "head"
+    assert set(guides) == {"q_proj", "k_proj", "v_proj", "out_proj", "up_proj", "down_proj", head}
+    for name, guide in guides.items():
+        shape = (1, *model.get_parameter(name).shape)[-3:]
+        assert guide.feedback.shape == (shape[0], shape[2], shape[2]) and guide.log_sensitivity.shape == (*shape[:2], 1)
+        assert guide.feedback.isfinite().all() and guide.log_sensitivity.isfinite().all()
+    features = torch.cat([model.eval().features(ids, segments).detach() for ids, _, segments in batches])
+    hessian = features.T @ features / len(features)
+    torch.testing.assert_close(guides[head].feedback, inverse_factor(hessian[None]), rtol=1e-3, atol=1e-4)
+    squares = 0
+    for ids, targets, segments in batches:  # the gradient of a row's outputs is that of its bias
+        x = model.features(ids, segments).detach()
+        raw = (x @ model.get_parameter(head).detach().T).requires_grad_()
+        cap = model.config.logit_softcap
+        torch.nn.functional.cross_entropy(cap * torch.tanh(raw / cap), targets[0], reduction="sum").backward()
+        squares = squares + raw.grad.square().sum(0)
+    wanted = squares.clamp_min(0.01 * squares.mean()).log() - 2 * guides[head].feedback.diagonal(
+        dim1=1, dim2=2).log().mean()
+    torch.testing.assert_close(guides[head].log_sensitivity[0, :, 0], wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_calibration_of_blocks_is_the_sum_over_visits():
+    """Against inputs and output gradients of every product, kept by hand."""
+    model, batches, guides = calibrated()
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def spy(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        y = torch.nn.functional.linear(x, weight)
+        y.retain_grad()
+        kept.append((x.detach(), y))
+        return y
+
+    model.train().kernels = Kernels(spy)
+    for batch in batches:
+        model(*batch).sum().backward()
+    layers = [visit.layer for visit in model.plans[1]] * len(batches)
+    assert len(kept) == 5 * len(layers) and layers.count(1) == 2 * len(batches)  # which is looped
+    for place, names in enumerate((("q_proj", "k_proj"), ("v_proj",), ("out_proj",), ("up_proj",), ("down_proj",))):
+        gains: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        for layer in range(4):
+            calls = [kept[5 * i + place] for i, visited in enumerate(layers) if visited == layer]
+            inputs = torch.cat([x for x, _ in calls])
+            gradients = torch.cat([y.grad for _, y in calls if y.grad is not None])
+            feedback = inverse_factor((inputs.T @ inputs / len(inputs))[None])[0]
+            for name, part in zip(names, gradients.split([model.get_parameter(name).size(1) for name in names], 1)):
+                torch.testing.assert_close(guides[name].feedback[layer], feedback, rtol=2e-3, atol=2e-3)
+                gains[name].append(part.square().sum(0))
+        for name in names:
+            gain, feedback = torch.stack(gains[name]), guides[name].feedback
+            wanted = gain.clamp_min(0.01 * gain.mean()).log()
+            found = guides[name].log_sensitivity[..., 0] + 2 * feedback.diagonal(dim1=1, dim2=2).log().mean(1)[:, None]
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_steps_follow_the_sensitivity_and_keep_their_mean():
+    model, _, guides = calibrated()
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    plain = step_sizes(replace(model.config, quant_sensitivity=0.0), weights, guides)
+    full = step_sizes(replace(model.config, quant_sensitivity=1.0), weights, guides)
+    half = step_sizes(replace(model.config, quant_sensitivity=0.5), weights, guides)
+    assert set(plain) == set(full) == {name for name in weights if quantizer_of(model.config, name)[0] != "fp16"}
+    shift = torch.cat([(full[name].log() + 0.5 * guides[name].log_sensitivity.view_as(full[name])).flatten()
+                       for name in guides])
+    assert shift.max() - shift.min() < 1e-3  # sensitivity x step^2 is the same everywhere
+    count = {name: weights[name].numel() for name in guides}
+    for steps in (full, half):
+        moved = sum(count[name] * float((steps[name].log() - plain[name].log()).mean()) for name in guides)
+        assert abs(moved) < 1e-3 * sum(count.values())
+    for name, value in plain.items():
+        _, bits, clip_sigmas = quantizer_of(model.config, name)
+        torch.testing.assert_close(value, sigma_steps(weights[name], bits, clip_sigmas))
+        torch.testing.assert_close(half[name], (value * full[name]).sqrt())
+
+
+def test_all_ranks_and_any_split_of_the_text_know_the_same():
+    model, batches, whole = calibrated()
+    again = calibrate(model.config, single_world(), model, [batches[2], batches[0], batches[1]])
+    for name, guide in whole.items():
+        torch.testing.assert_close(guide.feedback, again[name].feedback, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(guide.log_sensitivity, again[name].log_sensitivity, rtol=1e-3, atol=1e-3)
+
+
+# --- fit to size
+FIT = replace(SMALL, model_dim=64, gate_window=8)
+
+
+@pytest.mark.parametrize("quantizer", ["rtn", "tcq"])
+@pytest.mark.parametrize("share", [0.6, 0.9, 1.15])
+def test_the_artifact_has_the_wanted_size(quantizer, share):
+    """Shares of what the steps of MATRIX_BITS would take."""
+    config = replace(FIT, matrix_quantizer=quantizer, embed_quantizer=quantizer, target_bytes=0)
+    weights, lines = {name: normal(*shape, seed=1) for name, shape in param_shapes(config).items()}, []
+    usual = len(fit_artifact(config, weights, {}, {}, 5000, lines.append))
+    target = int(share * usual) + 5000
+    data = fit_artifact(replace(config, target_bytes=target), weights, {}, {}, 5000, lines.append)
+    assert 0.99 * (target - 5000) < len(data) <= target - 5000 and len(lines) > 1
+    assert f"artifact_bytes:{len(data)} target_bytes:{target - 5000}" in " ".join(lines)
+    _, decoded = unpack_artifact(data, "here")
+    errors = {name: float((decoded[name] - weights[name]).square().mean()) for name in ("up_proj", "embedding")}
+    assert all(0 < error < 0.5 for error in errors.values())
+
+
+def test_a_small_model_takes_the_finest_steps_and_a_large_one_is_refused():
+    weights, lines = {name: normal(*shape, seed=1) for name, shape in param_shapes(FIT).items()}, []
+    data = fit_artifact(FIT, weights, {}, {}, 30000, lines.append)
+    assert len(lines) == 1 and "x0.5000" in lines[0] and len(data) < FIT.target_bytes
+    with pytest.raises(UserError, match=r"TARGET_BYTES=32000: steps 64 times .* take a smaller model"):
+        fit_artifact(replace(FIT, target_bytes=32000), weights, {}, {}, 30000, lines.append)
+
+
+def test_no_row_is_clipped_whatever_its_outliers():
+    weights = {name: normal(*shape, seed=1) for name, shape in param_shapes(FIT).items()}
+    weights["up_proj"][0, 3, 5] = 200.0
+    _, decoded = unpack_artifact(fit_artifact(FIT, weights, {}, {}, 0, print), "here")
+    assert decoded["up_proj"][0, 3, 5] == pytest.approx(200.0, rel=0.01)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(value):
+    weights = {name: normal(*shape) for name, shape in param_shapes(FIT).items()}
+    weights["v_proj"][0, 1, 2] = value
+    with pytest.raises(UserError, match=r"^v_proj: holds NaN or infinity"):
+        quantize(FIT, weights)
