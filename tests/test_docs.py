@@ -32,7 +32,8 @@ PRESETS = {
         "muon_momentum": 0.95, "muon_momentum_warmup_start": 0.85, "muon_momentum_warmup_steps": 500,
         "muon_coefficients": "quintic", "muon_row_normalize": False, "muon_wd": 0.0, "embed_wd": 0.0, "adam_wd": 0.0,
         "beta2": 0.95, "grad_clip_norm": 0.0, "ema_decay": 0.0, "warmdown_iters": 1200, "min_lr": 0.0,
-        "gptq_reserve_seconds": 0.0, "matrix_bits": 8, "embed_bits": 8, "attn_clip_sigmas": 12.7,
+        "gptq_reserve_seconds": 0.0, "matrix_quantizer": "rtn", "embed_quantizer": "rtn", "target_bytes": 0,
+        "matrix_bits": 8, "embed_bits": 8, "attn_clip_sigmas": 12.7,
         "mlp_clip_sigmas": 12.7, "embed_clip_sigmas": 12.7, "compressor": "lzma"},
     "proxy": {
         "seed": 42, "iterations": 100000, "max_wallclock_seconds": 240.0, "gptq_reserve_seconds": 0.5,
@@ -44,7 +45,7 @@ PRESETS = {
         "model_dim": 128, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 3.0,
         "qk_gain_init": 2.0, "xsa_last_n": 0, "num_loops": 0,
         "parallel_start_layer": 2, "muon_momentum": 0.95, "muon_momentum_warmup_steps": 100, "ema_decay": 0.98,
-        "warmdown_frac": 0.7, "matrix_bits": 8, "embed_bits": 8, "eval_seq_len": 256},
+        "warmdown_frac": 0.7, "eval_seq_len": 256},
 }
 PRESET_FILES = sorted((ROOT / "presets").glob("*.env"))
 DATA_FROM_OUTSIDE = {"naive_baseline", "proxy"}  # presets for the published data, wherever it lies
