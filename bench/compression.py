@@ -1,0 +1,183 @@
+"""Compares quantizers and codecs on the weights of a checkpoint, at equal bytes. Two tables.
+
+    set -a; . presets/laptop.env; set +a
+    python bench/compression.py logs/demo.checkpoint --eval      and what each quantizer costs in bits per byte
+    python bench/compression.py --predict                        bytes of these settings, and the widest model that fits
+
+Takes the same environment variables as train_gpt.py; the model's come from the checkpoint. Calibration uses training
+text, as in training. Weighted error = sum over rows of E[g^2] e H e^T, what the errors e should cost by calibration:
+the loss of a batch of text grows in proportion to it. Entropy is order 0, of each tensor's codes on their own.
+"""
+import argparse
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from summary import table
+
+import train_gpt
+from train_gpt import CODECS, GPT, Arrays, Config, Dataset, Guide, UserError, World
+
+METHODS = {  # name -> settings
+    "rtn": {"matrix_quantizer": "rtn", "embed_quantizer": "rtn"},
+    "gptq": {"matrix_quantizer": "gptq", "embed_quantizer": "gptq", "quant_sensitivity": 0.0},
+    "tcq": {"matrix_quantizer": "tcq", "embed_quantizer": "tcq", "quant_sensitivity": 0.0},
+    "gptq, steps by sensitivity": {"matrix_quantizer": "gptq", "embed_quantizer": "gptq"},
+    "tcq, steps by sensitivity": {"matrix_quantizer": "tcq", "embed_quantizer": "tcq"}}
+
+
+def load_weights(path: str, config: Config) -> tuple[Config, dict[str, torch.Tensor], bool]:
+    """Checkpoint -> (config of its model, averaged weights, or the last ones, and whether its layers loop)."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model = state["model"]
+    except Exception as error:  # whatever an unpickler can make of a broken file
+        raise UserError(f"{path}: no readable checkpoint ({str(error).splitlines()[0]:.120})") from None
+    return replace(config, **model), state["averages"] or state["params"], state["looping"]
+
+
+def entropy_bytes(quantized: Mapping[str, tuple[str, Arrays]]) -> float:
+    """Of an ideal order-0 coder with a table for each tensor, and of the float16 values as they are."""
+    total = 0.0
+    for _, arrays in quantized.values():
+        for array in arrays.values():
+            if array.dtype == np.int8:
+                share = np.unique(array, return_counts=True)[1] / array.size
+                total -= float((share * np.log2(share)).sum()) * array.size / 8
+            else:
+                total += array.nbytes
+    return total
+
+
+def weighted_error(weights: Mapping[str, torch.Tensor], decoded: Mapping[str, torch.Tensor],
+                   guides: Mapping[str, Guide]) -> float:
+    total = 0.0
+    for name, guide in guides.items():
+        feedback = guide.feedback.cpu()
+        error = (decoded[name] - weights[name]).view(len(feedback), -1, feedback.size(-1))
+        shaped = torch.linalg.solve_triangular(feedback, error, upper=True, left=False)  # e H e^T = |e U^-1|^2
+        diagonal = feedback.diagonal(dim1=1, dim2=2).log().mean(-1)[:, None, None]
+        total += float(((guide.log_sensitivity.cpu() + 2 * diagonal).exp() * shaped.square()).sum())
+    return total
+
+
+def plain_error(weights: Mapping[str, torch.Tensor], decoded: Mapping[str, torch.Tensor],
+                guides: Mapping[str, Guide]) -> float:
+    """Root of the squared error over the squared weights."""
+    errors = sum(float((decoded[name] - weights[name]).square().sum()) for name in guides)
+    return math.sqrt(errors / sum(float(weights[name].square().sum()) for name in guides))
+
+
+def codec_rows(config: Config, quantized: Mapping[str, tuple[str, Arrays]]) -> list[list[str]]:
+    """A row for each codec: bytes of the whole artifact, and seconds of packing and of unpacking."""
+    rows = []
+    for codec in CODECS:
+        start = time.perf_counter()
+        data = train_gpt.pack_artifact(replace(config, compressor=codec), quantized, {})
+        packed = time.perf_counter()
+        train_gpt.unpack_artifact(data, codec)
+        rows.append([codec, f"{len(data):,}", f"{100 * (len(data) / entropy_bytes(quantized) - 1):+.2f} %",
+                     f"{packed - start:.2f}", f"{time.perf_counter() - packed:.2f}"])
+    return rows
+
+
+def compare(path: str, config: Config, world: World, target: int, evaluate: bool) -> None:
+    """Prints both tables."""
+    dataset = train_gpt.open_dataset(config, world)
+    config, weights, looping = load_weights(path, config)
+    name, attention = train_gpt.choose_attention(config.attention, world.device)
+    model = GPT(config, world.dtype, attention).to(world.device).eval()
+    model.looping = looping
+    model.load_state_dict(weights)
+    log = SimpleNamespace(progress=lambda text: None)
+    trainer: Any = SimpleNamespace(params=weights, model=model, world=world, log=lambda text: None)
+    guides, seconds = train_gpt.calibrate_on_training_text(config, trainer, dataset)
+    count = sum(weights[name].numel() for name in guides)
+    plain = replace(config, **METHODS["rtn"], target_bytes=0)
+    target = target or len(train_gpt.pack_artifact(plain, train_gpt.quantize(plain, weights), {}))
+
+    def bpb() -> float:
+        return bits_per_byte(config, world, dataset, log, model)
+    base, rows, quantized = bpb() if evaluate else 0.0, [], {}
+    for method, changes in METHODS.items():
+        start, settings = time.perf_counter(), replace(config, **changes, target_bytes=target)
+        tries: list[str] = []
+        data = train_gpt.fit_artifact(settings, weights, guides if "rtn" not in method else {}, {}, 0, tries.append)
+        taken = (time.perf_counter() - start) / len(tries)
+        found = re.search(rf"steps:x(\S+) artifact_bytes:{len(data)} ", "\n".join(tries))
+        power = float(found[1]) if found else 1.0
+        quantized = train_gpt.quantize(settings, weights, guides if "rtn" not in method else {}, power)
+        _, decoded = train_gpt.unpack_artifact(data, method)
+        row = [method, f"{len(data):,}", f"{8 * len(data) / count:.3f}", f"{entropy_bytes(quantized):,.0f}",
+               f"{plain_error(weights, decoded, guides):.4f}", f"{weighted_error(weights, decoded, guides):.4g}",
+               f"{taken:.1f}"]
+        if evaluate:
+            model.load_state_dict(decoded)
+            row.append(f"{bpb() - base:+.5f}")
+        rows.append(row)
+    print(f"{path}: {count:,} quantized weights, calibration {seconds:.1f} s, attention {name}"
+          + f", {base:.5f} bits per byte before quantization" * evaluate)
+    print(table(["quantizer", "artifact bytes", "bits a weight", "entropy, bytes", "error", "weighted error", "s a try",
+                 *["bits per byte"] * evaluate], rows))
+    print("\ncodecs, on the last of them; an artifact's rows are coded by class, so it may be below the entropy")
+    print(table(["codec", "artifact bytes", "over entropy", "pack s", "unpack s"], codec_rows(config, quantized)))
+
+
+def bits_per_byte(config: Config, world: World, dataset: Dataset, log: Any, model: GPT) -> float:
+    return train_gpt.Evaluator(config, world, log, dataset, "").score(model, config.eval_seq_len).val_bpb
+
+
+def predict(config: Config) -> None:
+    """Prints the bytes of these settings, and the largest MLP_HIDDEN and NUM_LAYERS that fit at the steps they give."""
+    code = len(train_gpt.pack_source(Path(train_gpt.__file__).read_bytes()))
+    limit = (config.target_bytes or train_gpt.SIZE_LIMIT_BYTES) - code
+    print(f"predicted_artifact_bytes:{train_gpt.predicted_bytes(config)} code_bytes:{code} limit_bytes:{limit + code}")
+    for name, first, step in (("mlp_hidden", 16, 16), ("num_layers", max(config.parallel_start_layer + 1, 2), 1)):
+        fits = None
+        for value in range(first, 100_000, step):
+            try:
+                bigger = replace(config, **{name: value})
+            except UserError:
+                continue
+            if train_gpt.predicted_bytes(bigger) > limit:
+                break
+            fits = value
+        print(f"largest {name.upper()} that fits: {fits}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line -> exit code: 0 done, 2 a mistake of the user."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", help="written by train_gpt.py")
+    parser.add_argument("--bytes", type=int, default=0, help="of each artifact (default: what rtn takes by itself)")
+    parser.add_argument("--eval", action="store_true", help="score the validation text with each")
+    parser.add_argument("--predict", action="store_true", help="no checkpoint: predict sizes from the settings")
+    options = parser.parse_args(arguments)
+    if bool(options.checkpoint) == options.predict:
+        parser.error("give a checkpoint, or --predict")
+    try:
+        config, _ = Config.from_env(os.environ)
+        if options.predict:
+            predict(config)
+            return 0
+        compare(options.checkpoint, config, World.start(config, os.environ), options.bytes, options.eval)
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
