@@ -11,6 +11,7 @@ import train_gpt
 from train_gpt import Batch, Config, make_segments
 
 sys.path.insert(0, str(program.ROOT / "bench"))
+import compression
 import speed
 
 
@@ -55,3 +56,66 @@ def test_speed_prints_a_table(arguments, variables, code, tmp_path):
         cells = [cell.strip(" %") for cell in line.split("|")[2:-1]]
         assert all(float(cell.replace(",", "")) > 0 for cell in cells[:-1])
     assert "tokens/s; peak memory" in lines[-1] and not (tmp_path / "logs").exists()
+
+
+# --- bench/compression.py
+def test_weighted_error_is_the_quadratic_form():
+    torch.manual_seed(0)
+    x, weight, noise = torch.randn(40, 6), torch.randn(2, 3, 6), 0.1 * torch.randn(2, 3, 6)
+    hessian, gain = x.T @ x / 40, torch.rand(2, 3) + 0.5
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(6)
+    feedback = train_gpt.inverse_factor(hessian.expand(2, -1, -1))
+    log_sensitivity = gain.log() - 2 * feedback.diagonal(dim1=1, dim2=2).log().mean(-1, keepdim=True)
+    guides = {"q_proj": train_gpt.Guide(feedback, log_sensitivity[..., None])}
+    found = compression.weighted_error({"q_proj": weight}, {"q_proj": weight + noise}, guides)
+    wanted = sum(float(gain[i, r] * noise[i, r] @ damped @ noise[i, r]) for i in range(2) for r in range(3))
+    assert found == pytest.approx(wanted, rel=1e-3)
+    assert compression.plain_error({"q_proj": weight}, {"q_proj": 1.5 * weight}, guides) == pytest.approx(0.5)
+
+
+def test_entropy_counts_codes_and_raw_values():
+    codes = np.array([[0, 0, 1, 1], [2, 2, 3, 3]], np.int8)
+    arrays = {"codes": codes, "scale": np.ones(2, np.float16)}
+    assert compression.entropy_bytes({"a": ("rtn", arrays), "b": ("fp16", {"values": np.ones(3, np.float16)})}) == \
+        pytest.approx(8 * 2 / 8 + 4 + 6)
+
+
+def test_compression_compares_quantizers_at_equal_bytes(tmp_path):
+    data = program.write_data(tmp_path / "data")
+    settings = program.settings(data, tmp_path / "logs", MODEL_DIM=64, GATE_WINDOW=8)
+    program.run(settings)
+    done = subprocess.run([sys.executable, program.ROOT / "bench/compression.py", tmp_path / "logs/run.checkpoint",
+                           "--eval"], env=settings, check=False, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert "bits per byte before quantization" in lines[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    methods = {row[0]: row[1:] for row in rows[2:2 + len(compression.METHODS)]}
+    assert list(methods) == list(compression.METHODS)
+    sizes = [int(row[0].replace(",", "")) for row in methods.values()]
+    assert max(sizes) < 1.02 * min(sizes)
+    weighted = {name: float(row[4]) for name, row in methods.items()}
+    assert weighted["tcq"] < weighted["gptq"] < weighted["rtn"]
+    codecs = {row[0]: row[1:] for row in rows[-len(train_gpt.CODECS):]}
+    assert list(codecs) == list(train_gpt.CODECS) and all(float(row[2]) > 0 for row in codecs.values())
+
+
+@pytest.mark.parametrize("arguments, code, complaint", [
+    ([], 2, "give a checkpoint, or --predict"), (["a", "--predict"], 2, "give a checkpoint, or --predict"),
+    (["/nowhere/a.checkpoint"], 2, "error: ")])
+def test_compression_refuses_what_it_cannot_do(arguments, code, complaint, tmp_path):
+    settings = program.settings(program.write_data(tmp_path / "data"), tmp_path / "logs")
+    done = subprocess.run([sys.executable, program.ROOT / "bench/compression.py", *arguments], env=settings, check=False,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == code and complaint in done.stderr and "Traceback" not in done.stderr
+
+
+def test_prediction_of_the_defaults(capsys):
+    compression.predict(Config())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"predicted_artifact_bytes:{train_gpt.predicted_bytes(Config())} code_bytes:")
+    hidden, layers = (int(line.split(":")[1]) for line in lines[1:])
+    limit = int(lines[0].split("limit_bytes:")[1]) - int(lines[0].split("code_bytes:")[1].split()[0])
+    for name, value, step in (("mlp_hidden", hidden, 16), ("num_layers", layers, 1)):
+        assert train_gpt.predicted_bytes(Config(**{name: value})) <= limit
+        assert train_gpt.predicted_bytes(Config(**{name: value + step})) > limit
