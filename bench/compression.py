@@ -154,7 +154,7 @@ def predict(config: Config) -> None:
             if train_gpt.predicted_bytes(bigger) > limit:
                 break
             fits = value
-        print(f"largest {name.upper()} that fits: {fits}")
+        print(f"largest {name.upper()} that fits: {fits or 'none; TARGET_BYTES makes steps coarser'}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,7 +28,7 @@ import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import InvalidStateError, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -417,14 +417,23 @@ def map_ordered(function: Callable[[Any], Any], items: Iterable[Any], workers: i
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+    pending, latest = collections.deque(), collections.deque(maxlen=workers * BATCHES_AHEAD + 2)
+
+    def give_up(_: Any) -> None:
+        """The pool's thread may trip over a task that arrives while it tells the others that a worker died."""
+        for future in tuple(latest):
+            with contextlib.suppress(InvalidStateError):
+                future.set_exception(BrokenProcessPool("a worker process died"))
+
+    hook, threading.excepthook = threading.excepthook, give_up
     try:
-        pending = collections.deque()
         for item in items:
             try:
                 future = pool.submit(function, item)
             except (OSError, ValueError):  # a worker died while another was started: the pool closed its pipes before
                 future = pool.submit(function, item)  # it could say so; now it does. Any other reason is met again.
             pending.append((item, future))
+            latest.append(future)
             if len(pending) > workers * BATCHES_AHEAD:
                 item, future = pending.popleft()
                 yield item, future.result()
@@ -435,6 +444,7 @@ def map_ordered(function: Callable[[Any], Any], items: Iterable[Any], workers: i
             process.kill()
         raise
     finally:
+        threading.excepthook = hook
         pool.shutdown(cancel_futures=True)
 
 
