@@ -892,6 +892,7 @@ def document_keys(ids: np.ndarray, bounds: np.ndarray) -> np.ndarray:
 
 
 def digest(data: np.ndarray) -> bytes:
+    """-> 16 bytes that tell arrays apart."""
     return hashlib.blake2b(np.ascontiguousarray(data).data, digest_size=16).digest()
 
 
@@ -1588,6 +1589,7 @@ def visit_plan(config: Config, looping: bool) -> tuple[Visit, ...]:
 
 
 def is_lane(config: Config, layer: int) -> bool:
+    """Whether the layer is a two-lane block."""
     return 0 < config.parallel_start_layer <= layer
 
 
@@ -2173,6 +2175,7 @@ class Stage(NamedTuple):
 
 
 def stage_at(config: Config, progress: float, step: int) -> Stage:
+    """The stage of a step that starts at this progress."""
     threshold = config.late_qat_threshold
     quantizing = 0 < config.qat_start <= progress or warmdown(config, progress, step) < threshold
     auxiliary = (config.prefix_loss > 0 or config.mtp_loss > 0) and aux_multiplier(config, progress) > 0
@@ -2204,6 +2207,7 @@ def ema_share(decay: float, step: int) -> float:
 
 
 def is_looping(config: Config, progress: float) -> bool:
+    """Whether looped layers are applied repeatedly at this progress."""
     return bool(config.num_loops) and progress >= config.enable_looping_at
 
 
@@ -2510,6 +2514,8 @@ class Guide(NamedTuple):
 
 
 class Quantizer(NamedTuple):
+    """What makes arrays of a matrix, and a matrix of them."""
+
     # (weights (..., rows, columns), steps (..., rows, 1), largest code, guide or None) -> arrays
     encode: Callable[[Tensor, Tensor, int, Guide | None], Arrays]
     decode: Callable[[Arrays, tuple[int, ...]], Tensor]  # (arrays, shape) -> float32 weights
@@ -2529,25 +2535,34 @@ def round_steps(steps: Tensor) -> Tensor:
 
 
 def coded(codes: Tensor, steps: Tensor) -> Arrays:
+    """Codes (..., rows, columns), steps (..., rows, 1) -> what the artifact keeps of them: int8 and float16."""
     return {"codes": codes.flatten(0, -2).to(torch.int8).cpu().numpy(), "scale": steps.flatten().half().cpu().numpy()}
+
+
+def nearest(weight: Tensor, steps: Tensor, levels: int) -> Tensor:
+    """Weights (..., columns), steps (..., 1) -> codes in float32: the grid of rtn, for the exporter and for QAT."""
+    return (weight / steps).round().clamp(-levels, levels)
 
 
 def rtn_encode(weight: Tensor, steps: Tensor, levels: int, _: Guide | None = None) -> Arrays:
     """Round to nearest."""
     steps = round_steps(steps)
-    return coded((weight / steps).round().clamp(-levels, levels), steps)
+    return coded(nearest(weight, steps, levels), steps)
 
 
 def rtn_decode(arrays: Arrays, shape: tuple[int, ...]) -> Tensor:
+    """Codes times the steps of their rows; of rtn and gptq."""
     codes, scale = torch.from_numpy(arrays["codes"]), torch.from_numpy(arrays["scale"])
     return (codes.float() * scale.float()[:, None]).view(shape)
 
 
 def fp16_encode(weight: Tensor, *_: Any) -> Arrays:
+    """The nearest float16, clamped to its range."""
     return {"values": weight.clamp(-65504.0, 65504.0).half().cpu().numpy()}
 
 
 def fp16_decode(arrays: Arrays, shape: tuple[int, ...]) -> Tensor:
+    """float16 -> float32 of this shape."""
     return torch.from_numpy(arrays["values"]).float().view(shape)
 
 
@@ -2612,6 +2627,7 @@ def search_encode(states: int, weight: Tensor, steps: Tensor, levels: int, guide
 
 
 def tcq_decode(arrays: Arrays, shape: tuple[int, ...], states: int = 8) -> Tensor:
+    """Walks the trellis along each row's codes, whose parities say where it goes."""
     codes, (following, odd) = torch.from_numpy(arrays["codes"]).long(), trellis(states)
     values, state = torch.empty(codes.shape), torch.zeros(len(codes), dtype=torch.long)
     for j, code in enumerate(codes.t().contiguous()):
@@ -2669,9 +2685,8 @@ def calibrate(config: Config, world: World, model: GPT, batches: Iterable[Batch]
         for total in (hessian[name], gain[name], count[name]) if world.size > 1 else ():
             dist.all_reduce(total)
         feedback = inverse_factor(hessian[name] / count[name].clamp_min(1)[..., None])
-        strength = gain[name].clamp_min(0.01 * gain[name].mean() + 1e-30).log()  # a row that never learns is not free
-        strength = strength - 2 * feedback.diagonal(dim1=1, dim2=2).log().mean(-1, keepdim=True)
-        guides[name] = Guide(feedback, strength[..., None])
+        cost = gain[name].clamp_min(0.01 * gain[name].mean() + 1e-30).log()  # a row that never learns is not free
+        guides[name] = Guide(feedback, (cost - 2 * feedback.diagonal(dim1=1, dim2=2).log().mean(1)[:, None])[..., None])
     return guides
 
 
@@ -2712,7 +2727,7 @@ def fake_quantizer(config: Config) -> FakeQuantize:
             if config.qat_noise and config.num_loops and config.loop_start <= layer <= config.loop_end:
                 change = (torch.rand_like(weight) - 0.5) * scale
             else:
-                change = (weight / scale).round().clamp(-levels, levels) * scale - weight
+                change = nearest(weight, scale, levels) * scale - weight
         return weight + change
     return fake
 
@@ -2774,26 +2789,32 @@ def predicted_bytes(config: Config) -> int:
 
 
 class Codec(NamedTuple):
+    """What packs bytes, and what gives them back."""
+
     encode: Callable[[bytes], bytes]
     decode: Callable[[bytes], bytes]
 
 
 def brotli_encode(data: bytes) -> bytes:
+    """Brotli at its strongest."""
     import brotli
     return brotli.compress(data, quality=11, lgwin=24)
 
 
 def brotli_decode(data: bytes) -> bytes:
+    """The inverse of brotli_encode."""
     import brotli
     return brotli.decompress(data)
 
 
 def zstd_encode(data: bytes) -> bytes:
+    """Zstandard, level 22."""
     import zstandard
     return zstandard.ZstdCompressor(level=22).compress(data)
 
 
 def zstd_decode(data: bytes) -> bytes:
+    """The inverse of zstd_encode."""
     import zstandard
     return zstandard.ZstdDecompressor().decompress(data)
 
@@ -2841,6 +2862,7 @@ def rans_encode(data: bytes) -> bytes:
 
 
 def rans_decode(data: bytes) -> bytes:
+    """The inverse of rans_encode."""
     if not data:
         return b""
     count, lanes, first, number = struct.unpack("<QHBB", data[:12])
@@ -2876,6 +2898,7 @@ def shuffle_bytes(data: bytes, stride: int) -> bytes:
 
 
 def unshuffle_bytes(data: bytes, stride: int) -> bytes:
+    """The inverse of shuffle_bytes."""
     return np.frombuffer(data, np.uint8).reshape(stride, -1).T.tobytes()
 
 

@@ -10,7 +10,6 @@ the loss of a batch of text grows in proportion to it. Entropy is order 0, of ea
 """
 import argparse
 import math
-import os
 import re
 import sys
 import time
@@ -25,6 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from speed import with_settings
 from summary import table
 
 import train_gpt
@@ -158,7 +158,7 @@ def predict(config: Config) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line -> exit code: 0 done, 2 a mistake of the user."""
+    """Command line -> exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", help="written by train_gpt.py")
     parser.add_argument("--bytes", type=int, default=0, help="of each artifact (default: what rtn takes by itself)")
@@ -167,16 +167,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if bool(options.checkpoint) == options.predict:
         parser.error("give a checkpoint, or --predict")
-    try:
-        config, _ = Config.from_env(os.environ)
-        if options.predict:
-            predict(config)
-            return 0
-        compare(options.checkpoint, config, World.start(config, os.environ), options.bytes, options.eval)
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.predict:
+        return with_settings(lambda config, _: predict(config))
+    return with_settings(
+        lambda config, world: compare(options.checkpoint, config, world, options.bytes, options.eval))
 
 
 if __name__ == "__main__":

@@ -163,20 +163,25 @@ def report(config: Config, world: World, repeats: int) -> None:
           f"loader {tokens / loader / 1e6:.1f} M tokens/s; peak memory {world.peak_memory_bytes() / 2**20:,.0f} MiB")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line -> exit code: 0 done, 2 a mistake of the user."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=10, help="timed calls of each thing (default 10)")
-    repeats = max(parser.parse_args(arguments).repeats, 1)
+def with_settings(work: Callable[[Config, World], None]) -> int:
+    """work(the environment's Config, this process) -> exit code: 0 done, 2 a mistake of the user, told in one line."""
     try:
         config, _ = Config.from_env(os.environ)
         world = World.start(config, os.environ)
-        report(config, world, repeats)
+        work(config, world)
         world.close()
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line -> exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=10, help="timed calls of each thing (default 10)")
+    repeats = max(parser.parse_args(arguments).repeats, 1)
+    return with_settings(lambda config, world: report(config, world, repeats))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,22 @@ def tiny_environment(folder: Path, **changes) -> dict[str, str]:
     return program.settings(folder, folder / "logs", **{name.upper(): value for name, value in changes.items()})
 
 
+def watch_steps(trainer, before=None, after=None) -> None:
+    """Keeps the losses of steps in .losses and the micro-batches in .batches; before and after get the trainer."""
+    original, trainer.losses = trainer.train_step, []
+
+    def train_step(micro_batches, progress):
+        trainer.batches = micro_batches
+        if before:
+            before(trainer)
+        loss = original(micro_batches, progress)
+        trainer.losses.append(loss.item())
+        if after:
+            after(trainer)
+        return loss
+    trainer.train_step = train_step
+
+
 def single_world() -> World:
     return World(0, 1, torch.device("cpu"), torch.float32)
 

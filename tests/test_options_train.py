@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import random_batch, randomize, single_world, tiny_environment
+from helpers import random_batch, randomize, single_world, tiny_environment, watch_steps
 from helpers import tiny_config as any_tiny_config
 from program import result_of, step_losses, write_data
 from test_options_model import MANY
@@ -68,19 +68,8 @@ def make(data, tmp_path):
         world = single_world()
         dataset = replace(open_dataset(replace(config, prefix_loss=0.0), world), prefixes=PREFIXES)
         trainer = Trainer(config, world, Log(world, config), dataset, attention_sdpa, "", fake_quantizer(config))
-        original, trainer.losses, trainer.dataset = trainer.train_step, [], dataset
-
-        def train_step(micro_batches, progress):
-            trainer.batches = micro_batches
-            if before:
-                before(trainer)
-            loss = original(micro_batches, progress)
-            trainer.losses.append(loss.item())
-            if after:
-                after(trainer)
-            return loss
-
-        trainer.train_step = train_step
+        trainer.dataset = dataset
+        watch_steps(trainer, before, after)
         made.append(trainer)
         return trainer
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import watch_steps
 from hypothesis import given
 from hypothesis import strategies as st
 from program import SETTINGS, write_data
@@ -58,16 +59,7 @@ def make(data, tmp_path):
                                   "data_dir": str(tmp_path / "none"), **changes})
         world = world or world_of()
         trainer = Trainer(config, world, Log(world, config), open_dataset(config, world_of()), attention_sdpa, False)
-        original, trainer.losses = trainer.train_step, []
-
-        def train_step(*arguments):
-            if before:
-                before(trainer)
-            loss = original(*arguments)
-            trainer.losses.append(loss.item())
-            return loss
-
-        trainer.train_step = train_step
+        watch_steps(trainer, before)
         made.append(trainer)
         return trainer
 
