@@ -65,11 +65,11 @@ def weighted_error(weights: Mapping[str, torch.Tensor], decoded: Mapping[str, to
                    guides: Mapping[str, Guide]) -> float:
     total = 0.0
     for name, guide in guides.items():
-        feedback = guide.feedback.cpu()
+        feedback = guide.feedback
         error = (decoded[name] - weights[name]).view(len(feedback), -1, feedback.size(-1))
         shaped = torch.linalg.solve_triangular(feedback, error, upper=True, left=False)  # e H e^T = |e U^-1|^2
         diagonal = feedback.diagonal(dim1=1, dim2=2).log().mean(-1)[:, None, None]
-        total += float(((guide.log_sensitivity.cpu() + 2 * diagonal).exp() * shaped.square()).sum())
+        total += float(((guide.log_sensitivity + 2 * diagonal).exp() * shaped.square()).sum())
     return total
 
 
@@ -97,6 +97,7 @@ def compare(path: str, config: Config, world: World, target: int, evaluate: bool
     """Prints both tables."""
     dataset = train_gpt.open_dataset(config, world)
     config, weights, looping = load_weights(path, config)
+    weights = {name: value.to(world.device) for name, value in weights.items()}
     name, attention = train_gpt.choose_attention(config.attention, world.device)
     model = GPT(config, world.dtype, attention).to(world.device).eval()
     model.looping = looping
@@ -119,7 +120,7 @@ def compare(path: str, config: Config, world: World, target: int, evaluate: bool
         found = re.search(rf"steps:x(\S+) artifact_bytes:{len(data)} ", "\n".join(tries))
         power = float(found[1]) if found else 1.0
         quantized = train_gpt.quantize(settings, weights, guides if "rtn" not in method else {}, power)
-        _, decoded = train_gpt.unpack_artifact(data, method)
+        decoded = {name: value.to(world.device) for name, value in train_gpt.unpack_artifact(data, method)[1].items()}
         row = [method, f"{len(data):,}", f"{8 * len(data) / count:.3f}", f"{entropy_bytes(quantized):,.0f}",
                f"{plain_error(weights, decoded, guides):.4f}", f"{weighted_error(weights, decoded, guides):.4g}",
                f"{taken:.1f}"]
