@@ -37,7 +37,8 @@ PRESETS = {
         "mlp_clip_sigmas": 12.7, "embed_clip_sigmas": 12.7, "compressor": "lzma"},
     "proxy": {
         "seed": 42, "iterations": 100000, "max_wallclock_seconds": 240.0, "gptq_reserve_seconds": 0.5,
-        "train_batch_tokens": 196608, "muon_momentum_warmup_steps": 300, "train_log_every": 25},
+        "train_batch_tokens": 196608, "muon_momentum_warmup_steps": 300, "train_log_every": 25,
+        "batch_schedule": "0.5@0.65,1@1", "train_seq_schedule": "1024@0.4,2048@1", "enable_looping_at": 0.5},
     "laptop": {
         "data_path": "data/datasets/stdlib", "tokenizer_path": "data/tokenizers/stdlib.model", "vocab_size": 2048,
         "train_seq_len": 256, "train_order": "strided", "max_wallclock_seconds": 175.0, "gptq_reserve_seconds": 0.0,
@@ -133,7 +134,7 @@ def test_preset_runs_as_it_is(path):
     """It names its data and tokenizer, but for presets of the published data; each variable is set once."""
     lines = [line for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
     names = [line.split("=")[0] for line in lines]
-    assert len(names) == len(set(names)) and all(re.fullmatch(r"[A-Z0-9_]+=[\w./-]+", line) for line in lines)
+    assert len(names) == len(set(names)) and all(re.fullmatch(r"[A-Z0-9_]+=[\w./@,-]+", line) for line in lines)
     if path.stem not in DATA_FROM_OUTSIDE:
         assert {"DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE"} <= set(names)
     assert path.read_text().startswith("# ")
