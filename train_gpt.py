@@ -45,10 +45,12 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":  # torch takes seconds to import: until main decides otherwise, Ctrl-C just ends the process
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import brotli
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import zstandard
 from torch import Tensor, nn
 
 VERSION = "0.1.0"
@@ -203,7 +205,7 @@ class Config:
     attn_clip_sigmas: float = 13.0  # a row's last level is at this many standard deviations
     mlp_clip_sigmas: float = 11.5  # the same for the MLP
     embed_clip_sigmas: float = 14.0  # the same for the embedding
-    compressor: str = "rans"  # of the codes: rans (order-0 entropy coder), brotli, zstd or lzma
+    compressor: str = "rans"  # of the codes: rans (order-0 entropy coder), brotli, zstd, lzma or zlib
     # --- evaluation
     eval_seq_len: int = 2048  # tokens of the longest context
     eval_stride: int = 64  # tokens between sliding windows
@@ -369,7 +371,7 @@ CHOICES = {
     "softcap_type": ("tanh", "poly5", "two_sided"), "rope_scaling": ("none", "ntk", "yarn"),
     "attn_gate": ("sparse", "dense", "output"), "smear_gate": ("off", "input", "static", "mean"),
     "bigram_hash": ("92821", "36313", "1000003", "31"), "matrix_quantizer": ("tcq", "gptq", "rtn", "fp16"),
-    "embed_quantizer": ("tcq", "gptq", "rtn", "fp16"), "compressor": ("rans", "brotli", "zstd", "lzma"),
+    "embed_quantizer": ("tcq", "gptq", "rtn", "fp16"), "compressor": ("rans", "brotli", "zstd", "lzma", "zlib"),
     "eval_mode": ("packed", "sliding"),
 }
 POSITIVE = {"train_seq_len", "iterations", "train_batch_tokens", "micro_batch_tokens", "val_batch_tokens", "num_layers",
@@ -766,19 +768,14 @@ def make_batch(inputs: np.ndarray, targets: np.ndarray, segments: Segments) -> B
     return Batch(ids, labels, segments)
 
 
+def change_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    ids, targets, (boundaries, positions, max_length) = batch
+    return Batch(change(ids), change(targets), Segments(change(boundaries), change(positions), max_length))
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Copies the tensors of a batch (pinned ones without waiting)."""
-    ids, targets, segments = batch
-    ids, targets, boundaries, positions = (
-        x.to(device, non_blocking=True) for x in (ids, targets, segments.boundaries, segments.positions))
-    return Batch(ids, targets, Segments(boundaries, positions, segments.max_length))
-
-
-def pin(batch: Batch) -> Batch:
-    """Copies the tensors of a batch to page-locked memory."""
-    ids, targets, (boundaries, positions, max_length) = batch
-    return Batch(ids.pin_memory(), targets.pin_memory(),
-                 Segments(boundaries.pin_memory(), positions.pin_memory(), max_length))
+    return change_tensors(batch, lambda x: x.to(device, non_blocking=True))
 
 
 def coprime_stride(rows: int) -> int:
@@ -835,7 +832,7 @@ class TrainLoader:
                             for i in range(1 + further))
         columns = auxiliary_targets(config, targets, self.prefixes) if auxiliary else targets[0]
         batch = make_batch(inputs, columns, make_segments(starts, tokens, seq_len, self.num_segments))
-        return pin(batch) if self.world.device.type == "cuda" else batch
+        return change_tensors(batch, Tensor.pin_memory) if self.world.device.type == "cuda" else batch
 
     def micro(self, index: int, seq_len: int, auxiliary: bool) -> Batch:
         """Micro-batch `index` of this rank, with segments of up to seq_len tokens."""
@@ -1455,10 +1452,6 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tenso
     return y if place is None else y[place]
 
 
-def load_sdpa() -> Attention:
-    return attention_sdpa
-
-
 def load_varlen() -> Attention:
     """torch.nn.attention.varlen: the FlashAttention-2 kernels that come with torch."""
     from torch.nn.attention.varlen import varlen_attn
@@ -1524,7 +1517,8 @@ def load_fa4() -> Attention:
 
 # name -> (loader, oldest compute capability, None = any device); in order of preference
 ATTENTIONS: dict[str, tuple[Callable[[], Attention], tuple[int, int] | None]] = {
-    "fa3": (load_fa3, (9, 0)), "fa4": (load_fa4, (9, 0)), "varlen": (load_varlen, (8, 0)), "sdpa": (load_sdpa, None)}
+    "fa3": (load_fa3, (9, 0)), "fa4": (load_fa4, (9, 0)), "varlen": (load_varlen, (8, 0)),
+    "sdpa": (lambda: attention_sdpa, None)}
 
 
 def choose_attention(wanted: str, device: torch.device) -> tuple[str, Attention]:
@@ -2654,7 +2648,9 @@ def calibrate(config: Config, world: World, model: GPT, batches: Iterable[Batch]
     order = [(names, visit.layer) for visit in model.plans[model.looping] for names in BLOCK_PRODUCTS] + [((head,), 0)]
     shapes = {name: (1, *shape)[-3:] for name, shape in param_shapes(config).items()
               if name in {head, *(name for names in BLOCK_PRODUCTS for name in names)}}
-    hessian = {name: torch.zeros(n, columns, columns, device=world.device) for name, (n, _, columns) in shapes.items()}
+    source = {"k_proj": "q_proj", "v_proj": "q_proj"}  # whose input is theirs
+    hessian = {name: torch.zeros(n, columns, columns, device=world.device)
+               for name, (n, _, columns) in shapes.items() if name not in source}
     gain = {name: torch.zeros(n, rows, device=world.device) for name, (n, rows, _) in shapes.items()}
     count = {name: torch.zeros(n, 1, device=world.device) for name, (n, _, _) in shapes.items()}
 
@@ -2662,9 +2658,9 @@ def calibrate(config: Config, world: World, model: GPT, batches: Iterable[Batch]
         names, layer = next(calls)
 
         def record(x: Tensor, grad: Tensor) -> None:  # in the backward pass
-            square = (x.t() @ x).float()
+            if names[0] in hessian:
+                hessian[names[0]][layer] += x.float().t() @ x.float()
             for name, part in zip(names, grad.split([shapes[name][1] for name in names], -1)):
-                hessian[name][layer] += square
                 gain[name][layer] += part.float().square().sum(0)
                 count[name][layer] += len(x)
 
@@ -2680,11 +2676,12 @@ def calibrate(config: Config, world: World, model: GPT, batches: Iterable[Batch]
         calls = iter(order)
         plain(*batch).sum().backward()
         plain.embedding.grad = None
+    for total in (*hessian.values(), *gain.values(), *count.values()) if world.size > 1 else ():
+        dist.all_reduce(total)
+    factors = {name: inverse_factor(total / count[name].clamp_min(1)[..., None]) for name, total in hessian.items()}
     guides = {}
     for name in shapes:
-        for total in (hessian[name], gain[name], count[name]) if world.size > 1 else ():
-            dist.all_reduce(total)
-        feedback = inverse_factor(hessian[name] / count[name].clamp_min(1)[..., None])
+        feedback = factors[source.get(name, name)]
         cost = gain[name].clamp_min(0.01 * gain[name].mean() + 1e-30).log()  # a row that never learns is not free
         guides[name] = Guide(feedback, (cost - 2 * feedback.diagonal(dim1=1, dim2=2).log().mean(1)[:, None])[..., None])
     return guides
@@ -2795,30 +2792,6 @@ class Codec(NamedTuple):
     decode: Callable[[bytes], bytes]
 
 
-def brotli_encode(data: bytes) -> bytes:
-    """Brotli at its strongest."""
-    import brotli
-    return brotli.compress(data, quality=11, lgwin=24)
-
-
-def brotli_decode(data: bytes) -> bytes:
-    """The inverse of brotli_encode."""
-    import brotli
-    return brotli.decompress(data)
-
-
-def zstd_encode(data: bytes) -> bytes:
-    """Zstandard, level 22."""
-    import zstandard
-    return zstandard.ZstdCompressor(level=22).compress(data)
-
-
-def zstd_decode(data: bytes) -> bytes:
-    """The inverse of zstd_encode."""
-    import zstandard
-    return zstandard.ZstdDecompressor().decompress(data)
-
-
 RANS_BITS = 14  # of the frequencies
 
 
@@ -2886,9 +2859,11 @@ def rans_decode(data: bytes) -> bytes:
 
 
 CODECS = {
-    "rans": Codec(rans_encode, rans_decode), "brotli": Codec(brotli_encode, brotli_decode),
-    "zstd": Codec(zstd_encode, zstd_decode),
+    "rans": Codec(rans_encode, rans_decode), "zlib": Codec(functools.partial(zlib.compress, level=9), zlib.decompress),
+    "brotli": Codec(functools.partial(brotli.compress, quality=11, lgwin=24), brotli.decompress),
+    "zstd": Codec(functools.partial(zstandard.compress, level=22), zstandard.decompress),
     "lzma": Codec(functools.partial(lzma.compress, preset=9 | lzma.PRESET_EXTREME), lzma.decompress)}
+SIDE_CODECS = {"rans": "brotli"}  # of the float16 values: bytes that repeat, which an order-0 coder does not see
 ARTIFACT_MAGIC = b"PGOLF\x00\x00\x02"  # the last byte is the version
 
 
@@ -2900,11 +2875,6 @@ def shuffle_bytes(data: bytes, stride: int) -> bytes:
 def unshuffle_bytes(data: bytes, stride: int) -> bytes:
     """The inverse of shuffle_bytes."""
     return np.frombuffer(data, np.uint8).reshape(stride, -1).T.tobytes()
-
-
-def side_codec(codec: str) -> str:
-    """Codec of the float16 values beside the codes: bytes that repeat, which an order-0 coder does not see."""
-    return "brotli" if codec == "rans" else codec
 
 
 ROW_CLASSES = 32
@@ -2930,7 +2900,7 @@ def pack_artifact(config: Config, quantized: Mapping[str, tuple[str, Arrays]], i
             (codes if array.dtype == np.int8 else halves).append(array)
     classes = [row_classes(array) for array in codes]
     groups = [b"".join(array[own == c].tobytes() for array, own in zip(codes, classes)) for c in range(ROW_CLASSES)]
-    side = CODECS[side_codec(config.compressor)].encode
+    side = CODECS[SIDE_CODECS.get(config.compressor, config.compressor)].encode
     with ThreadPoolExecutor() as pool:  # the compressors release the interpreter lock
         streams = [*pool.map(CODECS[config.compressor].encode, groups), side(b"".join(x.tobytes() for x in classes)),
                    side(shuffle_bytes(b"".join(x.tobytes() for x in halves), 2))]
@@ -2982,7 +2952,7 @@ def unpack_artifact(data: bytes, where: str) -> tuple[dict[str, Any], dict[str, 
     for length in header["streams"]:
         streams.append(body[start:start + length])
         start += length
-    side = CODECS[side_codec(header["codec"])].decode
+    side = CODECS[SIDE_CODECS.get(header["codec"], header["codec"])].decode
     halves, classes = unshuffle_bytes(side(streams.pop()), 2), np.frombuffer(side(streams.pop()), np.uint8)
     with ThreadPoolExecutor() as pool:
         groups = [np.frombuffer(group, np.int8) for group in pool.map(CODECS[header["codec"]].decode, streams)]
