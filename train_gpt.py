@@ -20,10 +20,12 @@ at most TRAIN_SEQ_LEN tokens long, and attention never leaves a segment.
 import ast
 import contextlib
 import difflib
+import fnmatch
 import functools
 import gc
 import hashlib
 import inspect
+import io
 import json
 import lzma
 import math
@@ -82,7 +84,7 @@ class Config:
     resume: str = ""  # checkpoint to continue from
     preflight: bool = False  # check everything, project seconds and bytes, stop before training
     checkpoint_every_seconds: float = 0.0  # seconds between checkpoints in training; 0 = only at its end and on signals
-    device: str = "auto"  # auto, cuda, mps or cpu
+    device: str = "auto"  # auto, cuda or cpu
     compile: str = "auto"  # torch.compile: auto (parts on CUDA), 0, whole, or parts (layers share graphs)
     attention: str = "auto"  # auto, or one of fa3, fa4, varlen, sdpa
     fused_kernels: bool = True  # Triton kernels in training, where they are faster; 0 = what torch makes
@@ -197,6 +199,7 @@ class Config:
     # --- artifact
     matrix_quantizer: str = "tcq"  # of the banks: tcq (GPTQ over a trellis), gptq, rtn (round to nearest) or fp16
     embed_quantizer: str = "tcq"  # of embedding and head: the same
+    quant_overrides: str = ""  # for some matrices, as k_proj:-[12]=fp16,*:[3-7]=tcq/5,up_proj:loop=gptq/7/13
     quant_sensitivity: float = 0.5  # how far steps follow what a row's errors cost, instead of its size
     gptq_calibration_batches: int = 16  # micro-batches of training text for gptq and tcq, over all ranks
     target_bytes: int = 15990000  # of artifact and code: all steps grow or shrink to it; 0 = steps as MATRIX_BITS says
@@ -296,17 +299,12 @@ class Config:
                 f"MIN_LR={self.min_lr}"
         yield not (self.qat_start and self.late_qat_threshold), \
             f"QAT_START={self.qat_start} LATE_QAT_THRESHOLD={self.late_qat_threshold}: set one of them"
-        for name in ("train_seq_schedule", "batch_schedule"):
-            parts = parse_schedule(name.upper(), getattr(self, name))
-            ends = [end for _, end in parts]
-            yield not parts or (ends == sorted(set(ends)) and ends[-1] == 1 and all(value > 0 for value, _ in parts)), \
-                f"{name.upper()}={getattr(self, name)}: needs values above 0 at rising fractions up to 1"
-            largest = max((value for value, _ in parts), default=0)
-            full = self.train_seq_len if name == "train_seq_schedule" else 1
-            yield not parts or largest == full, \
-                f"{name.upper()}={getattr(self, name)}: its largest value must be {full}"
-            yield name == "batch_schedule" or all(value.is_integer() for value, _ in parts), \
-                f"{name.upper()}={getattr(self, name)}: values must be whole numbers of tokens"
+        for name, full in (("train_seq_schedule", self.train_seq_len), ("batch_schedule", 1)):
+            values, ends = zip(*parse_schedule(name.upper(), getattr(self, name)) or [(full, 1)])
+            yield list(ends) == sorted(set(ends)) and ends[-1] == 1 and min(values) > 0 and max(values) == full \
+                and (full == 1 or all(float(value).is_integer() for value in values)), \
+                f"{name.upper()}={getattr(self, name)}: needs values above 0, the largest {full} (tokens: whole " \
+                "numbers), at rising fractions up to 1"
         yield self.vocab_size <= 65536, f"VOCAB_SIZE={self.vocab_size}: shards hold 16-bit tokens, at most 65536"
         yield self.train_batch_tokens % self.micro_batch_tokens == 0, \
             f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not divisible by MICRO_BATCH_TOKENS=" \
@@ -363,7 +361,7 @@ NEWTON_SCHULZ = {
     "quintic": ((3.4445, -4.7750, 2.0315),) * 10,  # Keller Jordan's Muon
 }
 CHOICES = {
-    "train_order": ("sequential", "strided"), "device": ("auto", "cuda", "mps", "cpu"),
+    "train_order": ("sequential", "strided"), "device": ("auto", "cuda", "cpu"),
     "compile": ("auto", "0", "whole", "parts"), "attention": ("auto", "fa3", "fa4", "varlen", "sdpa"),
     "muon_coefficients": tuple(NEWTON_SCHULZ),
     "mlp_activation": ("leaky2", "swiglu"), "embed_init": ("normal", "overtone"),
@@ -494,7 +492,7 @@ class World:
                              (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
         if size > 1 and "RANK" not in environ:
             raise UserError(f"WORLD_SIZE={size} without RANK: start several processes with torchrun, or unset it")
-        device = choose_device(config, local, size)
+        device = choose_device(config, local)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         half = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -541,8 +539,6 @@ class World:
         """Waits for this rank's device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
 
     def peak_memory_bytes(self) -> int:
         """Largest allocation so far: of the GPU, else of the process."""
@@ -559,18 +555,10 @@ class World:
         return f"{self.device.type} ({torch.get_num_threads()} threads)"
 
 
-def choose_device(config: Config, local_rank: int, world_size: int) -> torch.device:
-    """auto -> cuda, else mps, else cpu. UserError where the asked device is missing or cannot serve all processes."""
-    mps = torch.backends.mps.is_available()
-    kind = config.device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "mps" if mps and world_size == 1 else "cpu"
-    if kind == "cpu":
+def choose_device(config: Config, local_rank: int) -> torch.device:
+    """auto -> cuda, else cpu. UserError where the asked device is missing or cannot serve this process."""
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if kind == "mps":
-        if not mps or world_size > 1:
-            raise UserError(f"DEVICE=mps with {world_size} processes: needs an Apple GPU, one process; use DEVICE=cpu")
-        return torch.device("mps")
     if not torch.cuda.is_available():
         raise UserError("DEVICE=cuda: torch finds no CUDA device; check the driver or use DEVICE=cpu")
     if local_rank >= torch.cuda.device_count():
@@ -769,6 +757,7 @@ def make_batch(inputs: np.ndarray, targets: np.ndarray, segments: Segments) -> B
 
 
 def change_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with change(tensor) for each of its tensors."""
     ids, targets, (boundaries, positions, max_length) = batch
     return Batch(change(ids), change(targets), Segments(change(boundaries), change(positions), max_length))
 
@@ -931,8 +920,7 @@ def open_dataset(config: Config, world: World) -> Dataset:
     if not folder.is_dir():
         raise UserError(f"DATA_PATH={folder}: no such folder; {PREPARE_HINT}")
     train_paths, val_paths, sidecar_paths = find_shards(folder)
-    train = TokenStream(train_paths)
-    val = TokenStream(val_paths)
+    train, val = TokenStream(train_paths), TokenStream(val_paths)
     val_tokens = val.slice(0, len(val))
     if len(val_tokens) < 2:
         raise UserError(f"{val_paths[0]}: holds no target to score; {PREPARE_HINT}")
@@ -1404,8 +1392,7 @@ def shift(x: Tensor, keep: Tensor) -> Tensor:
 
 def segment_mean(x: Tensor, positions: Tensor) -> Tensor:
     """x (T, D), positions (T,) in the segment -> mean over the segment up to each token, in float32."""
-    wide = torch.float32 if x.device.type == "mps" else torch.float64  # sums of float32 lose 3 digits in 98,304 tokens
-    total = x.cumsum(0, dtype=wide)
+    total = x.cumsum(0, dtype=torch.float64)  # sums of float32 lose 3 digits in 98,304 tokens
     first = torch.arange(len(x), device=x.device) - positions
     before = total[first] - x[first]  # of all earlier segments
     return ((total - before) / (positions + 1)[:, None]).float()
@@ -1440,8 +1427,7 @@ Attention = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
 
 def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """torch's scaled_dot_product_attention on segments laid out as rows: any device, any dtype."""
-    length = segments.max_length
-    rows = segments.boundaries.numel() - 1
+    length, rows = segments.max_length, segments.boundaries.numel() - 1
     if rows * length == q.size(0):  # every segment is full
         place = None
     else:
@@ -2700,12 +2686,46 @@ def inverse_factor(hessian: Tensor) -> Tensor:
                                          upper=True)
 
 
-def quantizer_of(config: Config, name: str) -> tuple[str, int, float]:
-    """Parameter -> (key of QUANTIZERS, bits, clip in sigmas)."""
-    role = PARAM_TABLE[name]
-    if not role.quantizer:
+def labels(config: Config, name: str, layer: int) -> list[str]:
+    """What QUANT_OVERRIDES may call a layer of a bank: q_proj, q_proj:10, q_proj:-1, and q_proj:loop in the loop."""
+    looped = config.num_loops and config.loop_start <= layer <= config.loop_end
+    return [name, f"{name}:{layer}", f"{name}:{layer - config.num_layers}", *[f"{name}:loop"] * bool(looped)]
+
+
+@functools.cache
+def parse_overrides(config: Config) -> list[tuple[str, str, int, float]]:
+    """QUANT_OVERRIDES -> (pattern, quantizer, bits or 0, clip or 0) of each part. UserError for what has no meaning."""
+    everything = [label for name in param_shapes(config) if PARAM_TABLE[name].quantizer
+                  for layer in range(config.num_layers) for label in labels(config, name, layer)]
+    result = []
+    for part in filter(None, config.quant_overrides.split(",")):
+        found = re.fullmatch(r"([^=]+)=(\w+)(?:/([2-8])(?:/(?![0.]*$)(\d+\.?\d*))?)?", part)
+        if not found or found[2] not in QUANTIZERS or not fnmatch.filter(everything, found[1]):
+            raise UserError(f"QUANT_OVERRIDES={part}: must be like k_proj:-[12]=fp16, *:[3-7]=tcq/5/11.5 (2 to 8 bits, "
+                            f"clip) or up_proj:loop=gptq; quantizers: {', '.join(QUANTIZERS)}")
+        result.append((found[1], found[2], int(found[3] or 0), float(found[4] or 0)))
+    return result
+
+
+def quantizer_of(config: Config, piece: str) -> tuple[str, int, float]:
+    """Parameter, or parameter:layer -> (key of QUANTIZERS, bits, clip in sigmas)."""
+    name, _, layer = piece.partition(":")
+    if not (role := PARAM_TABLE[name]).quantizer:
         return "fp16", 16, 0.0
-    return getattr(config, role.quantizer), getattr(config, role.bits), getattr(config, role.clip_sigmas)
+    plan: Any = getattr(config, role.quantizer), getattr(config, role.bits), getattr(config, role.clip_sigmas)
+    for pattern, *other in parse_overrides(config):
+        if fnmatch.filter(labels(config, name, int(layer or 0)), pattern):
+            plan = tuple(new or old for new, old in zip(other, plan))
+    return plan
+
+
+def cut_bank(config: Config, name: str, shape: Sequence[int]) -> dict[str, slice]:
+    """Parameter -> {piece: its layers}: itself, or name:first for each run of layers with a quantizer of its own."""
+    layers = config.num_layers if len(shape) == 3 and shape[0] == config.num_layers else 1
+    plans = [quantizer_of(config, f"{name}:{layer}") for layer in range(layers)]
+    starts: list[Any] = [layer for layer in range(layers) if not layer or plans[layer] != plans[layer - 1]]
+    return {name if len(starts) == 1 else f"{name}:{first}": slice(first, last)
+            for first, last in zip(starts, [*starts[1:], None])}
 
 
 def fake_quantizer(config: Config) -> FakeQuantize:
@@ -2714,8 +2734,11 @@ def fake_quantizer(config: Config) -> FakeQuantize:
     Gradients pass as if there were no rounding. QAT_NOISE: looped layers get uniform noise of the grid's step instead,
     fresh in each pass (Noisy QAT, PR #363).
     """
+    plans = {(name, layer): quantizer_of(config, f"{name}:{layer}")
+             for name in param_shapes(config) for layer in range(config.num_layers)}
+
     def fake(name: str, layer: int, weight: Tensor) -> Tensor:
-        quantizer, bits, clip_sigmas = quantizer_of(config, name)
+        quantizer, bits, clip_sigmas = plans[name, max(layer, 0)]
         table = PARAM_TABLE[name].optimizer == "adam"  # embedding, head, hashed pairs
         if quantizer == "fp16" or (table and not config.qat_embedding):
             return weight
@@ -2749,33 +2772,39 @@ def step_sizes(config: Config, weights: Mapping[str, Tensor], guides: Mapping[st
 @torch.no_grad()
 def quantize(config: Config, weights: Mapping[str, Tensor], guides: Mapping[str, Guide] | None = None,
              multiplier: float = 1.0) -> dict[str, tuple[str, Arrays]]:
-    """{name: weights} -> {name: (quantizer, arrays)}; all steps times the multiplier. UserError for NaN or infinity."""
-    guides, result = guides or {}, {}
+    """{name: weights} -> {piece: (quantizer, arrays)}, all steps times the multiplier. UserError for NaN, infinity."""
+    pieces, known, result = {}, {}, {}
     for name, weight in weights.items():
         if not weight.isfinite().all():
             raise UserError(f"{name}: holds NaN or infinity, so there is nothing to quantize; lower the learning rates")
-    steps = step_sizes(config, weights, guides)
-    for name, weight in weights.items():
-        quantizer, bits, _ = quantizer_of(config, name)
-        levels = 127 if name in guides or config.target_bytes else 2 ** (bits - 1) - 1
-        size = steps[name] * multiplier if name in steps else weight  # which float16 does not look at
+        for piece, layers in cut_bank(config, name, weight.shape).items():
+            pieces[piece] = weight.detach()[layers]
+            if guides and name in guides:
+                known[piece] = Guide(*(part[layers] for part in guides[name]))
+    steps = step_sizes(config, pieces, known)
+    for piece, weight in pieces.items():
+        quantizer, bits, _ = quantizer_of(config, piece)
+        levels = 127 if piece in known or config.target_bytes else 2 ** (bits - 1) - 1
+        size = steps[piece] * multiplier if piece in steps else weight  # which float16 does not look at
         if levels == 127:  # no row is clipped; feedback may add a little
             size = size.maximum(weight.abs().amax(-1, keepdim=True) / 120)
-        result[name] = quantizer, QUANTIZERS[quantizer].encode(weight.detach().float(), size, levels, guides.get(name))
+        result[piece] = quantizer, QUANTIZERS[quantizer].encode(weight.float(), size, levels, known.get(piece))
     return result
 
 
 def predicted_bytes(config: Config) -> int:
     """Entropy of the codes of normal weights, plus scales and float16 tensors: about what a good coder reaches."""
     total = 0.0
-    for name, shape in param_shapes(config).items():
-        quantizer, bits, clip_sigmas = quantizer_of(config, name)
-        count = math.prod(shape)
+    pieces = [(piece, math.prod(shape) * len(range(shape[0])[layers]) / shape[0], shape[-1])
+              for name, shape in param_shapes(config).items()
+              for piece, layers in cut_bank(config, name, shape).items()]
+    for piece, count, columns in pieces:
+        quantizer, bits, clip_sigmas = quantizer_of(config, piece)
         if quantizer == "fp16":
             total += 2 * count
         else:  # a step of s standard deviations leaves log2(sqrt(2 pi e) / s) bits
             per_weight = math.log2(math.sqrt(2 * math.pi * math.e) * (2 ** (bits - 1) - 1) / clip_sigmas)
-            total += count * max(per_weight, 0.0) / 8 + 2 * count / shape[-1]
+            total += count * max(per_weight, 0.0) / 8 + 2 * count / columns
     return int(total)
 
 
@@ -2863,7 +2892,7 @@ CODECS = {
     "brotli": Codec(functools.partial(brotli.compress, quality=11, lgwin=24), brotli.decompress),
     "zstd": Codec(functools.partial(zstandard.compress, level=22), zstandard.decompress),
     "lzma": Codec(functools.partial(lzma.compress, preset=9 | lzma.PRESET_EXTREME), lzma.decompress)}
-SIDE_CODECS = {"rans": "brotli"}  # of the float16 values: bytes that repeat, which an order-0 coder does not see
+SIDE_CODECS = {**dict(zip(CODECS, CODECS)), "rans": "brotli"}  # of float16 values: an order-0 coder sees no repeats
 ARTIFACT_MAGIC = b"PGOLF\x00\x00\x02"  # the last byte is the version
 
 
@@ -2900,7 +2929,7 @@ def pack_artifact(config: Config, quantized: Mapping[str, tuple[str, Arrays]], i
             (codes if array.dtype == np.int8 else halves).append(array)
     classes = [row_classes(array) for array in codes]
     groups = [b"".join(array[own == c].tobytes() for array, own in zip(codes, classes)) for c in range(ROW_CLASSES)]
-    side = CODECS[SIDE_CODECS.get(config.compressor, config.compressor)].encode
+    side = CODECS[SIDE_CODECS[config.compressor]].encode
     with ThreadPoolExecutor() as pool:  # the compressors release the interpreter lock
         streams = [*pool.map(CODECS[config.compressor].encode, groups), side(b"".join(x.tobytes() for x in classes)),
                    side(shuffle_bytes(b"".join(x.tobytes() for x in halves), 2))]
@@ -2946,32 +2975,29 @@ def unpack_artifact(data: bytes, where: str) -> tuple[dict[str, Any], dict[str, 
     body = data[:-32]
     if hashlib.sha256(body).digest() != data[-32:]:
         raise UserError(f"{where}: truncated or altered, its sha256 does not fit; copy or make it again")
-    start = prefix + 4 + int.from_bytes(body[prefix:prefix + 4], "little")
-    header = json.loads(zlib.decompress(body[prefix + 4:start]))
-    streams = []
-    for length in header["streams"]:
-        streams.append(body[start:start + length])
-        start += length
-    side = CODECS[SIDE_CODECS.get(header["codec"], header["codec"])].decode
-    halves, classes = unshuffle_bytes(side(streams.pop()), 2), np.frombuffer(side(streams.pop()), np.uint8)
+    file = io.BytesIO(body[prefix:])
+    header = json.loads(zlib.decompress(file.read(int.from_bytes(file.read(4), "little"))))
+    streams = [file.read(length) for length in header["streams"]]
+    side = CODECS[SIDE_CODECS[header["codec"]]].decode
+    halves, classes = io.BytesIO(unshuffle_bytes(side(streams.pop()), 2)), io.BytesIO(side(streams.pop()))
     with ThreadPoolExecutor() as pool:
-        groups = [np.frombuffer(group, np.int8) for group in pool.map(CODECS[header["codec"]].decode, streams)]
-    weights, shapes = {}, param_shapes(artifact_config(header))
+        groups = [*map(io.BytesIO, pool.map(CODECS[header["codec"]].decode, streams))]
+    weights: dict[str, list[Tensor]] = {}
+    shapes = param_shapes(artifact_config(header))
     for name, quantizer, specs in header["tensors"]:
         arrays = {}
         for key, (dtype, *shape) in specs.items():
             if dtype == np.dtype(np.int8).str:
-                own, classes = classes[:shape[0]], classes[shape[0]:]
-                arrays[key] = np.empty(shape, np.int8)
+                own, arrays[key] = np.frombuffer(classes.read(shape[0]), np.uint8), np.empty(shape, np.int8)
                 for c in np.unique(own):
-                    size = np.count_nonzero(own == c) * shape[1]
-                    arrays[key][own == c] = groups[c][:size].reshape(-1, shape[1])
-                    groups[c] = groups[c][size:]
+                    rows = groups[c].read(np.count_nonzero(own == c) * shape[1])
+                    arrays[key][own == c] = np.frombuffer(rows, np.int8).reshape(-1, shape[1])
             else:
-                size = math.prod(shape) * np.dtype(dtype).itemsize
-                arrays[key], halves = np.frombuffer(bytearray(halves[:size]), dtype).reshape(shape), halves[size:]
-        weights[name] = QUANTIZERS[quantizer].decode(arrays, shapes[name])
-    return header, weights
+                values = bytearray(halves.read(math.prod(shape) * np.dtype(dtype).itemsize))
+                arrays[key] = np.frombuffer(values, dtype).reshape(shape)
+        name = name.partition(":")[0]
+        weights.setdefault(name, []).append(QUANTIZERS[quantizer].decode(arrays, (-1, *shapes[name][1:])))
+    return header, {name: torch.cat(pieces) if len(pieces) > 1 else pieces[0] for name, pieces in weights.items()}
 
 
 def artifact_config(header: Mapping[str, Any], config: Config | None = None) -> Config:
@@ -3180,16 +3206,14 @@ def describe_dataset(log: Log, dataset: Dataset, notes: Sequence[str]) -> None:
         log(f"warning: {note}")
     log(f"train_shards:{len(dataset.train.shards)} train_tokens:{len(dataset.train)} "
         f"val_documents:{len(document_bounds(dataset.val_tokens)) - 1} val_tokens:{len(dataset.val_tokens)} "
-        f"val_bytes:{int(dataset.val_bytes.sum())} "
-        f"leaked_documents:{dataset.leaked_documents}")
+        f"val_bytes:{int(dataset.val_bytes.sum())} leaked_documents:{dataset.leaked_documents}")
     log(f"data_fingerprint:{dataset.fingerprint}")
 
 
 def describe_model(log: Log, config: Config, trainer: Trainer, attention: str) -> None:
     """Its size, its engine, and the order in which its layers are applied."""
     log(f"num_params:{trainer.num_params} attention:{attention} compile:{trainer.compiled or 0} "
-        f"kernels:{trainer.model.kernels.names} "
-        f"accumulation_steps:{config.accumulation_steps(trainer.world.size)}")
+        f"kernels:{trainer.model.kernels.names} accumulation_steps:{config.accumulation_steps(trainer.world.size)}")
     for looping in sorted({False, bool(config.num_loops)}):
         log(f"plan looping:{int(looping)} {describe_plan(config, trainer.model.plans[looping])}")
 
@@ -3220,9 +3244,8 @@ def preflight(config: Config, log: Log, trainer: Trainer, code_bytes: int) -> No
     log(f"preflight projected_steps:{steps} projected_train_seconds:{projected:.0f} "
         f"peak_memory:{trainer.world.peak_memory_bytes() // 2**20}MiB")
     predicted = predicted_bytes(config)
-    log(f"preflight predicted_artifact_bytes:{predicted} code_bytes:{code_bytes} "
-        f"predicted_submission_bytes:{predicted + code_bytes} limit_bytes:{SIZE_LIMIT_BYTES}")
-    log("preflight ok")
+    log(f"preflight predicted_artifact_bytes:{predicted} code_bytes:{code_bytes} predicted_submission_bytes:"
+        f"{predicted + code_bytes} limit_bytes:{SIZE_LIMIT_BYTES}\npreflight ok")
 
 
 def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequest) -> int:
@@ -3286,7 +3309,8 @@ def train(config: Config, trainer: Trainer, evaluator: Evaluator, stop: StopRequ
 
 def calibrate_on_training_text(config: Config, trainer: Trainer, dataset: Dataset) -> tuple[dict[str, Guide], float]:
     """-> (guides for the quantizers that take them, seconds). All ranks take part; the pieces come from all over."""
-    if not {"gptq", "tcq"} & {quantizer_of(config, name)[0] for name in trainer.params}:
+    if not {"gptq", "tcq"} & {quantizer_of(config, piece)[0] for name, p in trainer.params.items()
+                              for piece in cut_bank(config, name, p.shape)}:
         return {}, 0.0
     start, world, stream = time.perf_counter(), trainer.world, dataset.train
     tokens = min(config.micro_batch_tokens, 16384)  # without compilation more would not fit
@@ -3348,8 +3372,7 @@ def report_result(config: Config, world: World, log: Log, dataset: Dataset, trai
     result = {
         "version": VERSION, "run_id": config.run_id, "seed": config.seed, "world_size": world.size,
         "device": world.describe(), "torch": torch.__version__, "data_fingerprint": dataset.fingerprint,
-        "overrides": config.overrides(), "steps": trainer.step,
-        "train_tokens": trainer.tokens,
+        "overrides": config.overrides(), "steps": trainer.step, "train_tokens": trainer.tokens,
         "train_seconds": round(trainer.elapsed_seconds, 3),
         "peak_memory_bytes": int(world.max([world.peak_memory_bytes()])[0]), "num_params": trainer.num_params,
         "stages": {name: stage.as_dict() for name, stage in stages.items()}, "official_stage": official,

@@ -482,3 +482,80 @@ def test_weights_that_are_not_finite_are_refused_by_name(value):
     weights["v_proj"][0, 1, 2] = value
     with pytest.raises(UserError, match=r"^v_proj: holds NaN or infinity"):
         quantize(FIT, weights)
+
+
+# --- QUANT_OVERRIDES
+def test_overrides_name_matrices_by_patterns_and_layers_from_either_end():
+    text = "*=rtn/5,k_proj:-[12]=fp16,up_proj:loop=gptq/7/12.5,down_proj:1?=tcq,q_proj:0=tcq/3"
+    config = Config(quant_overrides=text)
+    for layer in range(11):
+        assert quantizer_of(config, f"k_proj:{layer}") == (("fp16" if layer > 8 else "rtn"), 5, 13.0)
+        expected = ("gptq", 7, 12.5) if layer in (3, 4, 5) else ("rtn", 5, 11.5)
+        assert quantizer_of(config, f"up_proj:{layer}") == expected
+        assert quantizer_of(config, f"down_proj:{layer}")[0] == ("tcq" if layer == 10 else "rtn")
+        assert quantizer_of(config, f"q_proj:{layer}") == (("tcq", 3, 13.0) if layer == 0 else ("rtn", 5, 13.0))
+    assert quantizer_of(config, "embedding") == ("rtn", 5, 14.0) and quantizer_of(config, "q_gain")[0] == "fp16"
+    assert quantizer_of(replace(config, num_loops=0, quant_overrides="*:4=rtn"), "up_proj:4") == ("rtn", 6, 11.5)
+
+
+@pytest.mark.parametrize("text", [
+    "q_proj", "nothing=rtn", "q_proj:11=rtn", "q_gain=rtn", "q_proj=best", "q_proj=rtn/1", "q_proj=rtn/9",
+    "q_proj=rtn/6/x", "q_proj=rtn/6/0.0", "=rtn", "head=rtn", "adapter=rtn"])
+def test_overrides_without_a_meaning_are_refused(text):
+    with pytest.raises(UserError, match=f"QUANT_OVERRIDES={text}: .*quantizers: rtn"):
+        train_gpt.fake_quantizer(Config(quant_overrides=f"*=rtn,{text}"))
+    if text == "q_proj:11=rtn":
+        with pytest.raises(UserError, match=r"up_proj:loop"):
+            train_gpt.fake_quantizer(Config(quant_overrides="up_proj:loop=rtn", num_loops=0))
+
+
+MIXED = "k_proj:-[12]=fp16,up_proj:loop=gptq/7,down_proj:0=rtn/4,embedding=fp16"
+
+
+@pytest.mark.parametrize("target", [0, 60_000])
+def test_layers_with_other_quantizers_come_back_in_their_places(target):
+    config = tiny_config(quant_overrides=MIXED, target_bytes=target)
+    weights = {name: normal(*shape, seed=len(name), spread=0.1) for name, shape in param_shapes(config).items()}
+    quantized = quantize(config, weights)
+    assert {"k_proj:0", "k_proj:2", "down_proj:0", "down_proj:1", "q_proj", "embedding"} <= set(quantized)
+    _, decoded = unpack_artifact(train_gpt.pack_artifact(config, quantized, {}), "here")
+    assert list(decoded) == list(weights) and all(decoded[name].shape == weights[name].shape for name in weights)
+    assert torch.equal(decoded["k_proj"][2:], weights["k_proj"][2:].half().float())
+    assert torch.equal(decoded["embedding"], weights["embedding"].half().float())
+    for name in ("k_proj", "up_proj", "down_proj"):
+        error = (decoded[name] - weights[name]).square().mean((1, 2))
+        assert error.max() < 0.3 * weights[name].square().mean()
+    assert (decoded["down_proj"] - weights["down_proj"])[0].square().mean() > 5 * error[1:].max()  # 4 bits
+    loop = range(config.loop_start, config.loop_end + 1)
+    error = (decoded["up_proj"] - weights["up_proj"]).square().mean((1, 2))
+    assert error[list(loop)].max() < 0.5 * min(float(error[i]) for i in range(config.num_layers) if i not in loop)
+
+
+def test_guides_are_cut_like_their_banks():
+    """A bank in pieces has the codes of each layer's own settings."""
+    config = tiny_config(target_bytes=60_000)
+    weights = {"q_proj": normal(config.num_layers, 32, 32, seed=1)}
+    spread = normal(config.num_layers, 32, 64, seed=2)
+    guides = {"q_proj": Guide(inverse_factor(spread @ spread.mT / 64), normal(config.num_layers, 32, 1, seed=3))}
+    whole = quantize(replace(config, quant_sensitivity=0.0), weights, guides)["q_proj"][1]["codes"]
+    cut = quantize(replace(config, quant_sensitivity=0.0, quant_overrides="q_proj:1=tcq/6/13.1"), weights, guides)
+    assert list(cut) == ["q_proj:0", "q_proj:1", "q_proj:2"]
+    rows = whole.reshape(config.num_layers, 32, 32)
+    assert np.array_equal(cut["q_proj:0"][1]["codes"], rows[0])
+    assert np.array_equal(cut["q_proj:2"][1]["codes"].reshape(-1, 32, 32), rows[2:])
+    assert not np.array_equal(cut["q_proj:1"][1]["codes"], rows[1])
+
+
+def test_predicted_bytes_know_overrides():
+    plain, mixed = Config(), Config(quant_overrides="up_proj:[0-4]=rtn/5")
+    weights = 5 * 2048 * 512
+    assert predicted_bytes(plain) - predicted_bytes(mixed) == pytest.approx(
+        weights / 8 * math.log2(31 / 15), rel=1e-3)
+    assert predicted_bytes(Config(quant_overrides="embedding=fp16")) - predicted_bytes(plain) > 1.1 * 8192 * 512
+
+
+def test_training_sees_each_layers_own_quantizer():
+    config = tiny_config(quant_overrides="*=rtn,up_proj:1=rtn/3,up_proj:2=fp16")
+    fake, weight = train_gpt.fake_quantizer(config), normal(16, 32, seed=4)
+    levels = [len(fake("up_proj", layer, weight)[0].unique()) for layer in range(config.num_layers)]
+    assert levels[1] <= 7 < levels[0] and torch.equal(fake("up_proj", 2, weight), weight)

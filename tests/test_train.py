@@ -554,35 +554,29 @@ def test_a_log_folder_that_cannot_be_is_refused(tmp_path):
 
 
 # --- devices
-def hardware(monkeypatch, gpus: int = 0, capability=(9, 0), mps: bool = False) -> None:
+def hardware(monkeypatch, gpus: int = 0, capability=(9, 0)) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Old GPU")
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
 
 
-@pytest.mark.parametrize("machine, device, rank, size, chosen", [
-    ({}, "auto", 0, 1, "cpu"), ({"gpus": 1}, "auto", 0, 1, "cuda:0"), ({"gpus": 8}, "auto", 7, 8, "cuda:7"),
-    ({"mps": True}, "auto", 0, 1, "mps"), ({"mps": True}, "auto", 0, 2, "cpu"), ({"mps": True}, "mps", 0, 1, "mps"),
-    ({"gpus": 1}, "cpu", 3, 4, "cpu"), ({"gpus": 2, "mps": True}, "auto", 1, 2, "cuda:1"),
-    ({"gpus": 1, "capability": (7, 0)}, "cuda", 0, 1, "cuda:0")])
-def test_the_device_is_the_best_that_serves_all_processes(monkeypatch, machine, device, rank, size, chosen):
+@pytest.mark.parametrize("machine, device, rank, chosen", [
+    ({}, "auto", 0, "cpu"), ({"gpus": 1}, "auto", 0, "cuda:0"), ({"gpus": 8}, "auto", 7, "cuda:7"),
+    ({"gpus": 1}, "cpu", 3, "cpu"), ({"gpus": 1, "capability": (7, 0)}, "cuda", 0, "cuda:0")])
+def test_the_device_is_the_best_that_serves_all_processes(monkeypatch, machine, device, rank, chosen):
     hardware(monkeypatch, **machine)
-    assert str(choose_device(Config(device=device), rank, size)) == chosen
+    assert str(choose_device(Config(device=device), rank)) == chosen
 
 
-@pytest.mark.parametrize("machine, device, rank, size, complaint", [
-    ({}, "cuda", 0, 1, "DEVICE=cuda: torch finds no CUDA device; .*DEVICE=cpu"),
-    ({"mps": True}, "cuda", 0, 1, "DEVICE=cuda: torch finds no CUDA device"),
-    ({"gpus": 2}, "auto", 2, 4, "3 or more processes on this host, 2 GPUs: lower --nproc_per_node"),
-    ({"gpus": 1, "capability": (6, 1)}, "auto", 0, 1, "Old GPU has compute capability 6.1, 7.0 is .*DEVICE=cpu"),
-    ({"mps": True}, "mps", 0, 2, "DEVICE=mps with 2 processes: .*DEVICE=cpu"),
-    ({}, "mps", 0, 1, "DEVICE=mps with 1 processes: needs an Apple GPU")])
-def test_devices_that_cannot_serve_are_refused(monkeypatch, machine, device, rank, size, complaint):
+@pytest.mark.parametrize("machine, device, rank, complaint", [
+    ({}, "cuda", 0, "DEVICE=cuda: torch finds no CUDA device; .*DEVICE=cpu"),
+    ({"gpus": 2}, "auto", 2, "3 or more processes on this host, 2 GPUs: lower --nproc_per_node"),
+    ({"gpus": 1, "capability": (6, 1)}, "auto", 0, "Old GPU has compute capability 6.1, 7.0 is .*DEVICE=cpu")])
+def test_devices_that_cannot_serve_are_refused(monkeypatch, machine, device, rank, complaint):
     hardware(monkeypatch, **machine)
     with pytest.raises(UserError, match=complaint):
-        choose_device(Config(device=device), rank, size)
+        choose_device(Config(device=device), rank)
 
 
 @given(st.floats(1, 1e4), st.floats(0, 1), st.integers(0, 100), st.floats(0, 2))

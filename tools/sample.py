@@ -69,7 +69,7 @@ class Sampler:
         self.bos = self.program.BOS
         self.tokenizer = load_tokenizer(config.tokenizer or self.default_tokenizer(model_config), header, self.bos)
         self.forbidden = forbidden_ids(self.tokenizer, self.bos)
-        self.device = self.program.choose_device(model_config, 0, 1)
+        self.device = self.program.choose_device(model_config, 0)
         half = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0)
         self.model = self.program.GPT(model_config, torch.bfloat16 if half else torch.float32)
         self.model.load_state_dict(weights)
@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--count", type=number(int, 1), default=1, metavar="K", help="samples (default 1)")
     add("--context", type=number(int, 1), default=1024, metavar="N",
         help="tokens the model reads at most (default 1024)")
-    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: auto, a GPU if there is one")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: auto, a GPU if there is one")
     config = parser.parse_args(arguments)
     return exit_code(lambda: write_samples(config))
 
