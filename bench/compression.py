@@ -1,4 +1,4 @@
-"""Compares quantizers and codecs on the weights of a checkpoint, at equal bytes. Two tables.
+"""Compares quantizers and codecs on the weights of a checkpoint, at equal bytes. Three tables.
 
     set -a; . presets/laptop.env; set +a
     python bench/compression.py logs/demo.checkpoint --eval      and what each quantizer costs in bits per byte
@@ -7,6 +7,7 @@
 Takes the same environment variables as train_gpt.py; the model's come from the checkpoint. Calibration uses training
 text, as in training. Weighted error = sum over rows of E[g^2] e H e^T, what the errors e should cost by calibration:
 the loss of a batch of text grows in proportion to it. Entropy is order 0, of each tensor's codes on their own.
+The second table follows the error of the last quantizer through the layers, the third compares codecs on its codes.
 """
 import argparse
 import math
@@ -28,7 +29,7 @@ from speed import with_settings
 from summary import table
 
 import train_gpt
-from train_gpt import CODECS, GPT, Arrays, Config, Dataset, Guide, UserError, World
+from train_gpt import CODECS, GPT, Arrays, Batch, Config, Dataset, Guide, UserError, World
 
 METHODS = {  # name -> settings
     "rtn": {"matrix_quantizer": "rtn", "embed_quantizer": "rtn"},
@@ -80,6 +81,43 @@ def plain_error(weights: Mapping[str, torch.Tensor], decoded: Mapping[str, torch
     return math.sqrt(errors / sum(float(weights[name].square().sum()) for name in guides))
 
 
+@torch.no_grad()
+def visit_errors(model: GPT, batch: Batch, weights: Mapping[str, torch.Tensor],
+                 decoded: Mapping[str, torch.Tensor]) -> list[tuple[int, float]]:
+    """-> (layer, error of its output relative to the output, root mean square) for each visit, in order.
+
+    A loop feeds errors of a layer to the same layer again, which may let them grow (PR #363).
+    """
+    outputs: list[list[torch.Tensor]] = []
+    block = model.block
+    for values in (weights, decoded):
+        kept: list[torch.Tensor] = []
+
+        def watched(*arguments: Any, kept: list[torch.Tensor] = kept) -> Any:
+            lanes, value = block(*arguments)
+            kept.append((lanes[0] + lanes[1]).float())
+            return lanes, value
+        model.load_state_dict(values)
+        model.block = watched  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            model(*batch)
+        finally:
+            model.block = block
+        outputs.append(kept)
+    layers = [visit.layer for visit in model.plans[model.looping]]
+    return [(layer, float((b - a).norm() / a.norm())) for layer, a, b in zip(layers, *outputs)]
+
+
+def growth_rows(errors: Sequence[tuple[int, float]]) -> list[list[str]]:
+    """A row for each visit: layer, which visit of it, relative error, and that by the error of its first visit."""
+    rows, first, seen = [], {}, []
+    for layer, error in errors:
+        seen.append(layer)
+        first.setdefault(layer, error)
+        rows.append([str(layer), str(seen.count(layer)), f"{error:.4f}", f"{error / max(first[layer], 1e-12):.2f}"])
+    return rows
+
+
 def codec_rows(config: Config, quantized: Mapping[str, tuple[str, Arrays]]) -> list[list[str]]:
     """A row for each codec: bytes of the whole artifact, and seconds of packing and of unpacking."""
     rows = []
@@ -111,7 +149,7 @@ def compare(path: str, config: Config, world: World, target: int, evaluate: bool
 
     def bpb() -> float:
         return bits_per_byte(config, world, dataset, log, model)
-    base, rows, quantized = bpb() if evaluate else 0.0, [], {}
+    base, rows, quantized, decoded = bpb() if evaluate else 0.0, [], {}, weights
     for method, changes in METHODS.items():
         start, settings = time.perf_counter(), replace(config, **changes, target_bytes=target)
         tries: list[str] = []
@@ -128,12 +166,24 @@ def compare(path: str, config: Config, world: World, target: int, evaluate: bool
             model.load_state_dict(decoded)
             row.append(f"{bpb() - base:+.5f}")
         rows.append(row)
+        print(f"{method}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
     print(f"{path}: {count:,} quantized weights, calibration {seconds:.1f} s, attention {name}"
           + f", {base:.5f} bits per byte before quantization" * evaluate)
     print(table(["quantizer", "artifact bytes", "bits a weight", "entropy, bytes", "error", "weighted error", "s a try",
                  *["bits per byte"] * evaluate], rows))
+    print("\nerror of the last of them, on one window of validation text")
+    errors = visit_errors(model, first_window(config, world, dataset), weights, decoded)
+    print(table(["layer", "visit", "relative error", "by the first visit"], growth_rows(errors)))
     print("\ncodecs, on the last of them; an artifact's rows are coded by class, so it may be below the entropy")
     print(table(["codec", "artifact bytes", "over entropy", "pack s", "unpack s"], codec_rows(config, quantized)))
+
+
+def first_window(config: Config, world: World, dataset: Dataset) -> Batch:
+    """The first EVAL_SEQ_LEN tokens of validation, as the model sees them."""
+    window = dataset.val_tokens[:config.eval_seq_len + 1]
+    starts = train_gpt.cut_segments(window[:-1], config.eval_seq_len, config.document_mask)
+    segments = train_gpt.make_segments(starts, len(window) - 1, config.eval_seq_len, 0)
+    return train_gpt.to_device(train_gpt.make_batch(window[:-1], window[1:], segments), world.device)
 
 
 def bits_per_byte(config: Config, world: World, dataset: Dataset, log: Any, model: GPT) -> float:

@@ -7,9 +7,10 @@ import numpy as np
 import program
 import pytest
 import torch
+from helpers import random_batch, randomize, tiny_config
 
 import train_gpt
-from train_gpt import Batch, Config, make_segments
+from train_gpt import GPT, Batch, Config, make_segments
 
 sys.path.insert(0, str(program.ROOT / "bench"))
 import compression
@@ -87,7 +88,7 @@ def test_compression_compares_quantizers_at_equal_bytes(tmp_path):
     program.run(settings)
     done = subprocess.run([sys.executable, program.ROOT / "bench/compression.py", tmp_path / "logs/run.checkpoint",
                            "--eval"], env=settings, check=False, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0 and [line.split(":")[0] for line in done.stderr.splitlines()] == [*compression.METHODS]
     lines = done.stdout.splitlines()
     assert "bits per byte before quantization" in lines[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
@@ -97,8 +98,30 @@ def test_compression_compares_quantizers_at_equal_bytes(tmp_path):
     assert max(sizes) < 1.02 * min(sizes)
     weighted = {name: float(row[4]) for name, row in methods.items()}
     assert weighted["tcq"] < weighted["gptq"] < weighted["rtn"]
+    visits = rows[4 + len(compression.METHODS):-len(train_gpt.CODECS) - 2]
+    assert len(visits) > 2 and all(0 < float(row[2]) < 1 for row in visits) and visits[0][3] == "1.00"
     codecs = {row[0]: row[1:] for row in rows[-len(train_gpt.CODECS):]}
     assert list(codecs) == list(train_gpt.CODECS) and all(float(row[2]) > 0 for row in codecs.values())
+
+
+def test_errors_are_followed_through_the_visits():
+    """Against a model whose blocks are called one by one; where nothing changes there is no error."""
+    config = tiny_config(num_loops=2, loop_start=1, loop_end=2)
+    model = GPT(config)
+    model.init_weights(0)
+    randomize(model, 1)
+    model.looping = True
+    batch, weights = random_batch(1, 64, 64), {name: p.detach().clone() for name, p in model.named_parameters()}
+    changed = {name: value + 0.01 * torch.randn_like(value) * (name == "up_proj") for name, value in weights.items()}
+    errors = compression.visit_errors(model.eval(), batch, weights, changed)
+    assert [layer for layer, _ in errors] == [0, 1, 2, 1, 2, 1, 2, 3]
+    assert all(0 < error < 1 for _, error in errors)
+    assert {error for _, error in compression.visit_errors(model, batch, weights, weights)} == {0.0}
+    rows = compression.growth_rows(errors)
+    assert [row[:2] for row in rows[:4]] == [["0", "1"], ["1", "1"], ["2", "1"], ["1", "2"]]
+    assert float(rows[3][3]) == pytest.approx(errors[3][1] / errors[1][1], abs=0.01)
+    late = {**weights, "mlp_scale": weights["mlp_scale"] * torch.tensor([1, 1, 1, 2.0])[:, None]}
+    assert [error > 0 for _, error in compression.visit_errors(model, batch, weights, late)] == [False] * 7 + [True]
 
 
 @pytest.mark.parametrize("arguments, code, complaint", [
