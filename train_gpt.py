@@ -203,7 +203,7 @@ class Config:
     quant_sensitivity: float = 0.5  # how far steps follow what a row's errors cost, instead of its size
     gptq_calibration_batches: int = 16  # micro-batches of training text for gptq and tcq, over all ranks
     target_bytes: int = 15990000  # of artifact and code: all steps grow or shrink to it; 0 = steps as MATRIX_BITS says
-    matrix_bits: int = 6  # per weight of the banks, where its step is made of them
+    matrix_bits: int = 6  # per weight of the banks, where its step is made of them; 2 = ternary, 1 = binary (rtn)
     embed_bits: int = 7  # the same for the embedding
     attn_clip_sigmas: float = 13.0  # a row's last level is at this many standard deviations
     mlp_clip_sigmas: float = 11.5  # the same for the MLP
@@ -317,8 +317,10 @@ class Config:
         yield not self.max_wallclock_seconds or self.gptq_reserve_seconds < self.max_wallclock_seconds, \
             f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds}: leaves nothing of MAX_WALLCLOCK_SECONDS=" \
             f"{self.max_wallclock_seconds}"
-        for name in ("matrix_bits", "embed_bits"):
-            yield 2 <= getattr(self, name) <= 8, f"{name.upper()}={getattr(self, name)}: must be 2 to 8"
+        for name in ("matrix", "embed"):
+            bits, quantizer = getattr(self, f"{name}_bits"), getattr(self, f"{name}_quantizer")
+            yield 1 + (quantizer in ("gptq", "tcq")) <= bits <= 8, \
+                f"{name.upper()}_BITS={bits} {name.upper()}_QUANTIZER={quantizer}: must be 2 to 8, or 1 with rtn"
         most = len(NEWTON_SCHULZ[self.muon_coefficients])
         yield self.muon_backend_steps <= most, \
             f"MUON_BACKEND_STEPS={self.muon_backend_steps}: at most {most}, MUON_COEFFICIENTS={self.muon_coefficients}"
@@ -2506,7 +2508,7 @@ MIN_SCALE = 2.0 ** -24  # the smallest float16 above 0: no scale underflows
 
 def sigma_steps(weight: Tensor, bits: int, clip_sigmas: float) -> Tensor:
     """weights (..., columns) -> (..., 1): steps with which clip_sigmas standard deviations reach the last level."""
-    return clip_sigmas * weight.float().std(dim=-1, keepdim=True) / (2 ** (bits - 1) - 1)
+    return clip_sigmas * weight.float().std(dim=-1, keepdim=True) / max(2 ** (bits - 1) - 1, 1)
 
 
 def round_steps(steps: Tensor) -> Tensor:
@@ -2520,8 +2522,11 @@ def coded(codes: Tensor, steps: Tensor) -> Arrays:
 
 
 def nearest(weight: Tensor, steps: Tensor, levels: int) -> Tensor:
-    """Weights (..., columns), steps (..., 1) -> codes in float32: the grid of rtn, for the exporter and for QAT."""
-    return (weight / steps).round().clamp(-levels, levels)
+    """Weights (..., columns), steps (..., 1) -> codes in float32: the grid of rtn, for the exporter and for QAT.
+
+    levels = 0 is binary: -1 and 1 (2026-03-24 binary record).
+    """
+    return (weight / steps).round().clamp(-levels, levels) if levels else torch.where(weight < 0, -1.0, 1.0)
 
 
 def rtn_encode(weight: Tensor, steps: Tensor, levels: int, _: Guide | None = None) -> Arrays:
@@ -2757,12 +2762,14 @@ def step_sizes(config: Config, weights: Mapping[str, Tensor], guides: Mapping[st
 
     With entropy coding a row costs log2(spread / step) bits a weight and its error weighs sensitivity x step^2 / 12:
     the loss is least, for all bytes together, where that product is the same everywhere. QUANT_SENSITIVITY goes that
-    part of the way, from steps in proportion to the rows' standard deviations, for matrices that have a guide.
+    part of the way, from steps in proportion to the rows' standard deviations, for matrices that have a guide. Binary
+    and ternary grids stay as they were trained.
     """
     plans = {name: quantizer_of(config, name) for name in weights}
     plain = {name: sigma_steps(weights[name], bits, clip_sigmas).clamp_min(MIN_SCALE).log()
              for name, (quantizer, bits, clip_sigmas) in plans.items() if quantizer != "fp16"}
-    guided = {name: -0.5 * guides[name].log_sensitivity.view_as(plain[name]) for name in plain if name in guides}
+    guided = {name: -0.5 * guides[name].log_sensitivity.view_as(plain[name])
+              for name in plain if name in guides and plans[name][1] > 2}
     total = max(sum(weights[name].numel() for name in guided), 1)
     shift = sum(weights[name].numel() / total * (plain[name] - other).mean() for name, other in guided.items())
     return {name: value.lerp(guided[name] + shift, config.quant_sensitivity).exp() if name in guided else value.exp()
@@ -2784,8 +2791,8 @@ def quantize(config: Config, weights: Mapping[str, Tensor], guides: Mapping[str,
     steps = step_sizes(config, pieces, known)
     for piece, weight in pieces.items():
         quantizer, bits, _ = quantizer_of(config, piece)
-        levels = 127 if piece in known or config.target_bytes else 2 ** (bits - 1) - 1
-        size = steps[piece] * multiplier if piece in steps else weight  # which float16 does not look at
+        levels = 127 if bits > 2 and (piece in known or config.target_bytes) else 2 ** (bits - 1) - 1
+        size = steps[piece] * (multiplier if bits > 2 else 1) if piece in steps else weight  # not looked at by float16
         if levels == 127:  # no row is clipped; feedback may add a little
             size = size.maximum(weight.abs().amax(-1, keepdim=True) / 120)
         result[piece] = quantizer, QUANTIZERS[quantizer].encode(weight.float(), size, levels, known.get(piece))
@@ -2803,8 +2810,9 @@ def predicted_bytes(config: Config) -> int:
         if quantizer == "fp16":
             total += 2 * count
         else:  # a step of s standard deviations leaves log2(sqrt(2 pi e) / s) bits
-            per_weight = math.log2(math.sqrt(2 * math.pi * math.e) * (2 ** (bits - 1) - 1) / clip_sigmas)
-            total += count * max(per_weight, 0.0) / 8 + 2 * count / columns
+            levels = max(2 ** (bits - 1) - 1, 1)
+            per_weight = max(math.log2(math.sqrt(2 * math.pi * math.e) * levels / clip_sigmas), 0.0)
+            total += count * min(per_weight, math.log2(levels + 2 ** (bits - 1))) / 8 + 2 * count / columns
     return int(total)
 
 
@@ -3065,8 +3073,7 @@ class Score:
         return self.nats / math.log(2) / max(self.bytes, 1)
 
     def as_dict(self) -> dict[str, Any]:
-        return {"nats": self.nats, "tokens": self.tokens, "bytes": self.bytes, "val_loss": self.val_loss,
-                "val_bpb": self.val_bpb, "seconds": round(self.seconds, 3)}
+        return {**vars(self), "val_loss": self.val_loss, "val_bpb": self.val_bpb, "seconds": round(self.seconds, 3)}
 
 
 def windows(length: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
@@ -3118,8 +3125,8 @@ class Evaluator:
     def __init__(self, config: Config, world: World, log: Log, dataset: Dataset, compiled: str):
         self.config, self.world, self.log, self.dataset, self.compiled = config, world, log, dataset, compiled
         self.stages: dict[str, Score] = {}
-        per_token = 12 * config.vocab_size + 64 * config.model_dim  # bytes: logits and activations, roughly
-        fitting = int(free_memory_bytes(world) * 0.5 / per_token)
+        # roughly the bytes of a token's logits and activations
+        fitting = int(free_memory_bytes(world) * 0.5 / (12 * config.vocab_size + 64 * config.model_dim))
         wanted = max(config.val_batch_tokens // world.size, 1)
         if world.device.type == "cpu":  # logits of 16 MB stay in reused memory; larger ones cost a page fault each 4 KB
             wanted = min(wanted, max(2 ** 22 // config.vocab_size, config.eval_seq_len))
@@ -3192,9 +3199,7 @@ class Evaluator:
 def write_run_header(log: Log, config: Config, world: World, source: bytes) -> None:
     """Source, versions, device and settings at the start of the log file; a summary of them on the terminal."""
     log(source.decode("latin1" if source.startswith(PACKED_START) else "utf8"), to_terminal=False)
-    log("=" * 100, to_terminal=False)
-    for f in fields(config):
-        log(f"{f.name}:{getattr(config, f.name)}", to_terminal=False)
+    log("\n".join(["=" * 100, *(f"{f.name}:{getattr(config, f.name)}" for f in fields(config))]), to_terminal=False)
     log(f"train_gpt:{VERSION} python:{sys.version.split()[0]} torch:{torch.__version__} numpy:{np.__version__} "
         f"source_sha256:{hashlib.sha256(source).hexdigest()[:16]}")
     log(f"run_id:{config.run_id} device:{world.describe()} world_size:{world.size} dtype:{str(world.dtype)[6:]}")

@@ -559,3 +559,48 @@ def test_training_sees_each_layers_own_quantizer():
     fake, weight = train_gpt.fake_quantizer(config), normal(16, 32, seed=4)
     levels = [len(fake("up_proj", layer, weight)[0].unique()) for layer in range(config.num_layers)]
     assert levels[1] <= 7 < levels[0] and torch.equal(fake("up_proj", 2, weight), weight)
+
+
+# --- binary and ternary
+def small_grid(bits: int, weight: np.ndarray, clip: float) -> np.ndarray:
+    """A weight at a time: the nearest of -s, (0,) s, where s is clip standard deviations of its row."""
+    result = np.zeros_like(weight)
+    for i, row in enumerate(weight):
+        step = np.float32(np.float16(clip * row.std(ddof=1)))
+        for j, value in enumerate(row):
+            result[i, j] = min((-step, step) if bits == 1 else (0.0, -step, step), key=lambda x, v=value: abs(x - v))
+    return result
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+@pytest.mark.parametrize("target", [0, 60_000])
+def test_binary_and_ternary_grids_stay_what_training_saw(bits, target):
+    """Whatever TARGET_BYTES does to the embedding; the codes cost an entropy coder at most 1 and 1.585 bits."""
+    config = tiny_config(matrix_bits=bits, matrix_quantizer="rtn", attn_clip_sigmas=0.8, mlp_clip_sigmas=0.8,
+                         embed_quantizer="gptq", target_bytes=target)
+    weights = {name: normal(*shape, seed=len(name), spread=0.1) for name, shape in param_shapes(config).items()}
+    fake, guides = train_gpt.fake_quantizer(config), {}
+    for name in ("q_proj", "up_proj"):
+        rows, columns = weights[name].shape[1:]
+        factor = torch.eye(columns).expand(len(weights[name]), -1, -1)
+        guides[name] = Guide(factor, normal(len(weights[name]), rows, 1, seed=5))
+    for multiplier in (1.0, 1.7):
+        quantized = quantize(config, weights, guides, multiplier)
+        _, decoded = unpack_artifact(train_gpt.pack_artifact(config, quantized, {}), "here")
+        for name in ("q_proj", "up_proj", "down_proj"):
+            expected = small_grid(bits, weights[name][1].numpy(), 0.8)
+            assert np.allclose(decoded[name][1].numpy(), expected, atol=1e-6)
+            assert torch.allclose(fake(name, 1, weights[name][1]), decoded[name][1], atol=1e-6)
+            assert len(np.unique(quantized[name][1]["codes"])) == bits + 1
+    plain = predicted_bytes(replace(config, embed_quantizer="fp16"))
+    count = sum(w.numel() for name, w in weights.items() if PARAM_TABLE[name].optimizer == "muon")
+    fixed = sum(2 * w.numel() for name, w in weights.items() if PARAM_TABLE[name].optimizer == "adam")
+    scales = sum(2 * w.numel() // w.size(-1) for name, w in weights.items() if PARAM_TABLE[name].optimizer == "muon")
+    assert plain == pytest.approx(count * math.log2(bits + 1) / 8 + fixed + scales, abs=1)
+
+
+def test_binary_needs_round_to_nearest():
+    for changes in ({"matrix_bits": 1}, {"embed_bits": 1, "embed_quantizer": "gptq"}, {"matrix_bits": 0}):
+        with pytest.raises(UserError, match=r"(MATRIX|EMBED)_BITS=\d .*_QUANTIZER=\w+: must be 2 to 8, or 1 with rtn"):
+            Config(**changes)
+    assert Config(matrix_bits=1, matrix_quantizer="rtn").matrix_bits == 1
