@@ -2,6 +2,7 @@
 
     set -a; . presets/laptop.env; set +a
     python bench/compression.py logs/demo.checkpoint --eval      and what each quantizer costs in bits per byte
+    python bench/compression.py logs/demo.checkpoint --published   the published methods, too
     python bench/compression.py --predict                        bytes of these settings, and the widest model that fits
 
 Takes the same environment variables as train_gpt.py; the model's come from the checkpoint. Calibration uses training
@@ -25,6 +26,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import packers
+import quantizers
 from speed import with_settings
 from summary import table
 
@@ -37,6 +40,19 @@ METHODS = {  # name -> settings
     "tcq": {"matrix_quantizer": "tcq", "embed_quantizer": "tcq", "quant_sensitivity": 0.0},
     "gptq, steps by sensitivity": {"matrix_quantizer": "gptq", "embed_quantizer": "gptq"},
     "tcq, steps by sensitivity": {"matrix_quantizer": "tcq", "embed_quantizer": "tcq"}}
+
+
+PUBLISHED = {  # the same, at equal bytes; `lqer` corrects the three matrices with the largest errors, as R0427 does
+    **{name: {"matrix_quantizer": name, "embed_quantizer": name, "quant_sensitivity": 0.0}
+       for name in ("absmax", "percentile", "clip_search", "pruned", "stepped", "act_order", "awq_lite")},
+    **{f"gptq and {name}": {"matrix_quantizer": "gptq", "embed_quantizer": "gptq", "quant_sensitivity": 0.0}
+       for name in ("lqer_asym", "lqer_sym", "lqer_weighted")}}
+BOOKS = {"quant_overrides": "*=codebook64,up_proj=codebook48,down_proj=codebook48,[qkv]_proj=codebook80"}
+OWN_SIZE = {  # name -> settings, codec
+    "codebooks of #532, huffman": (BOOKS, "huffman"), "codebooks of #532, rans": (BOOKS, "rans"),
+    **{f"{name}, {codec}": ({"quant_overrides": f"*={name}"}, codec) for name, codec in (
+        ("codebook64_rows", "rans"), ("codebook64_entropy", "rans"), ("int6", "zstd"), ("int6", "rans"),
+        ("fp8", "zstd"))}}
 
 
 def load_weights(path: str, config: Config) -> tuple[Config, dict[str, torch.Tensor], bool]:
@@ -131,51 +147,87 @@ def codec_rows(config: Config, quantized: Mapping[str, tuple[str, Arrays]]) -> l
     return rows
 
 
-def compare(path: str, config: Config, world: World, target: int, evaluate: bool) -> None:
-    """Prints both tables."""
-    dataset = train_gpt.open_dataset(config, world)
-    config, weights, looping = load_weights(path, config)
-    weights = {name: value.to(world.device) for name, value in weights.items()}
-    name, attention = train_gpt.choose_attention(config.attention, world.device)
-    model = GPT(config, world.dtype, attention).to(world.device).eval()
-    model.looping = looping
-    model.load_state_dict(weights)
-    log = SimpleNamespace(progress=lambda text: None)
-    trainer: Any = SimpleNamespace(params=weights, model=model, world=world, log=lambda text: None)
-    guides, seconds = train_gpt.calibrate_on_training_text(config, trainer, dataset)
-    count = sum(weights[name].numel() for name in guides)
-    plain = replace(config, **METHODS["rtn"], target_bytes=0)
-    target = target or len(train_gpt.pack_artifact(plain, train_gpt.quantize(plain, weights), {}))
+class Comparison:
+    """A checkpoint, its calibration, and what quantizers make of it."""
 
-    def bpb() -> float:
-        return bits_per_byte(config, world, dataset, log, model)
-    base, rows, quantized, decoded = bpb() if evaluate else 0.0, [], {}, weights
-    for method, changes in METHODS.items():
-        start, settings = time.perf_counter(), replace(config, **changes, target_bytes=target)
-        tries: list[str] = []
-        data = train_gpt.fit_artifact(settings, weights, guides if "rtn" not in method else {}, {}, 0, tries.append)
+    def __init__(self, path: str, config: Config, world: World, target: int, evaluate: bool):
+        self.world, self.evaluate, self.dataset = world, evaluate, train_gpt.open_dataset(config, world)
+        self.config, weights, looping = load_weights(path, config)
+        self.weights = {name: value.to(world.device) for name, value in weights.items()}
+        self.attention, attention = train_gpt.choose_attention(config.attention, world.device)
+        self.model = GPT(self.config, world.dtype, attention).to(world.device).eval()
+        self.model.looping = looping
+        self.model.load_state_dict(self.weights)
+        trainer: Any = SimpleNamespace(params=self.weights, model=self.model, world=world, log=lambda text: None)
+        self.guides, self.seconds = train_gpt.calibrate_on_training_text(self.config, trainer, self.dataset)
+        self.count = sum(self.weights[name].numel() for name in self.guides)
+        plain = replace(self.config, **METHODS["rtn"], target_bytes=0)
+        self.target = target or len(train_gpt.pack_artifact(plain, train_gpt.quantize(plain, self.weights), {}))
+        self.base = self.bits_per_byte() if evaluate else 0.0
+        self.quantized: dict[str, tuple[str, Arrays]] = {}
+        self.decoded = self.weights
+
+    def bits_per_byte(self) -> float:
+        log: Any = SimpleNamespace(progress=lambda text: None)
+        evaluator = train_gpt.Evaluator(self.config, self.world, log, self.dataset, "")
+        return evaluator.score(self.model, self.config.eval_seq_len).val_bpb
+
+    def bank(self, name: str) -> torch.Tensor:
+        return self.weights[name].view(-1, *self.weights[name].shape[-2:])
+
+    def largest_errors(self, settings: Config, quantizer: str, matrices: int = 3) -> str:
+        """QUANT_OVERRIDES that give this quantizer to the matrices that these settings leave the largest errors in."""
+        data = train_gpt.pack_artifact(settings, train_gpt.quantize(settings, self.weights, self.guides), {})
+        decoded = train_gpt.unpack_artifact(data, quantizer)[1]
+        errors = {f"{name}:{i}": float((part - decoded[name].view(self.bank(name).shape)[i].to(part)).norm())
+                  for name in self.guides for i, part in enumerate(self.bank(name))}
+        return ",".join(f"{place}={quantizer}" for place in sorted(errors, key=lambda x: -errors[x])[:matrices])
+
+    def row(self, method: str, settings: Config) -> list[str]:
+        """Quantizes, packs, unpacks and scores -> a row of the table."""
+        start, guides, tries = time.perf_counter(), {} if "rtn" in method else self.guides, []
+        if "lqer" in method:
+            settings = replace(settings, quant_overrides=self.largest_errors(settings, method.split()[-1]))
+        data = train_gpt.fit_artifact(settings, self.weights, guides, {}, 0, tries.append)
         taken = (time.perf_counter() - start) / len(tries)
         found = re.search(rf"steps:x(\S+) artifact_bytes:{len(data)} ", "\n".join(tries))
         power = float(found[1]) if found else 1.0
-        quantized = train_gpt.quantize(settings, weights, guides if "rtn" not in method else {}, power)
-        decoded = {name: value.to(world.device) for name, value in train_gpt.unpack_artifact(data, method)[1].items()}
-        row = [method, f"{len(data):,}", f"{8 * len(data) / count:.3f}", f"{entropy_bytes(quantized):,.0f}",
-               f"{plain_error(weights, decoded, guides):.4f}", f"{weighted_error(weights, decoded, guides):.4g}",
-               f"{taken:.1f}"]
-        if evaluate:
-            model.load_state_dict(decoded)
-            row.append(f"{bpb() - base:+.5f}")
-        rows.append(row)
+        self.quantized = train_gpt.quantize(settings, self.weights, guides, power)
+        self.decoded = {name: x.to(self.world.device) for name, x in train_gpt.unpack_artifact(data, method)[1].items()}
+        row = [method, f"{len(data):,}", f"{8 * len(data) / self.count:.3f}", f"{entropy_bytes(self.quantized):,.0f}",
+               f"{plain_error(self.weights, self.decoded, self.guides):.4f}",
+               f"{weighted_error(self.weights, self.decoded, self.guides):.4g}", f"{taken:.1f}"]
+        if self.evaluate:
+            self.model.load_state_dict(self.decoded)
+            row.append(f"{self.bits_per_byte() - self.base:+.5f}")
         print(f"{method}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
-    print(f"{path}: {count:,} quantized weights, calibration {seconds:.1f} s, attention {name}"
-          + f", {base:.5f} bits per byte before quantization" * evaluate)
-    print(table(["quantizer", "artifact bytes", "bits a weight", "entropy, bytes", "error", "weighted error", "s a try",
-                 *["bits per byte"] * evaluate], rows))
-    print("\nerror of the last of them, on one window of validation text")
-    errors = visit_errors(model, first_window(config, world, dataset), weights, decoded)
+        return row
+
+
+def compare(path: str, config: Config, world: World, target: int, evaluate: bool, published: bool) -> None:
+    """Prints the tables."""
+    if published:
+        quantizers.register()
+        packers.register()
+    work = Comparison(path, config, world, target, evaluate)
+    own_size = [work.row(name, replace(work.config, **changes, compressor=codec, target_bytes=0))
+                for name, (changes, codec) in OWN_SIZE.items()] if published else []
+    rows = [work.row(name, replace(work.config, **changes, target_bytes=work.target))
+            for name, changes in ((PUBLISHED | METHODS) if published else METHODS).items()]
+    print(f"{path}: {work.count:,} quantized weights, calibration {work.seconds:.1f} s, attention {work.attention}"
+          + f", {work.base:.5f} bits per byte before quantization" * evaluate)
+    heads = ["quantizer", "artifact bytes", "bits a weight", "entropy, bytes", "error", "weighted error", "s a try",
+             *["bits per byte"] * evaluate]
+    print(table(heads, rows))
+    if own_size:
+        print("\nformats whose levels are given, and so their size")
+        print(table(heads, own_size))
+    print("\nerror of the last of the first table, on one window of validation text")
+    errors = visit_errors(work.model, first_window(work.config, world, work.dataset), work.weights, work.decoded)
     print(table(["layer", "visit", "relative error", "by the first visit"], growth_rows(errors)))
-    print("\ncodecs, on the last of them; an artifact's rows are coded by class, so it may be below the entropy")
-    print(table(["codec", "artifact bytes", "over entropy", "pack s", "unpack s"], codec_rows(config, quantized)))
+    print("\ncodecs, on the same codes; an artifact's rows are coded by class, so it may be below the entropy")
+    print(table(["codec", "artifact bytes", "over entropy", "pack s", "unpack s"],
+                codec_rows(work.config, work.quantized)))
 
 
 def first_window(config: Config, world: World, dataset: Dataset) -> Batch:
@@ -184,10 +236,6 @@ def first_window(config: Config, world: World, dataset: Dataset) -> Batch:
     starts = train_gpt.cut_segments(window[:-1], config.eval_seq_len, config.document_mask)
     segments = train_gpt.make_segments(starts, len(window) - 1, config.eval_seq_len, 0)
     return train_gpt.to_device(train_gpt.make_batch(window[:-1], window[1:], segments), world.device)
-
-
-def bits_per_byte(config: Config, world: World, dataset: Dataset, log: Any, model: GPT) -> float:
-    return train_gpt.Evaluator(config, world, log, dataset, "").score(model, config.eval_seq_len).val_bpb
 
 
 def predict(config: Config) -> None:
@@ -214,14 +262,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", nargs="?", help="written by train_gpt.py")
     parser.add_argument("--bytes", type=int, default=0, help="of each artifact (default: what rtn takes by itself)")
     parser.add_argument("--eval", action="store_true", help="score the validation text with each")
+    parser.add_argument("--published", action="store_true", help="the published quantizers and codecs, too")
     parser.add_argument("--predict", action="store_true", help="no checkpoint: predict sizes from the settings")
     options = parser.parse_args(arguments)
     if bool(options.checkpoint) == options.predict:
         parser.error("give a checkpoint, or --predict")
     if options.predict:
         return with_settings(lambda config, _: predict(config))
-    return with_settings(
-        lambda config, world: compare(options.checkpoint, config, world, options.bytes, options.eval))
+    return with_settings(lambda config, world: compare(
+        options.checkpoint, config, world, options.bytes, options.eval, options.published))
 
 
 if __name__ == "__main__":
