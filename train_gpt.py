@@ -173,7 +173,6 @@ class Config:
     normuon_beta2: float = 0.0  # rows of the orthogonal update are divided by their running size (NorMuon); 0 = off
     muon_wd: float = 0.095  # decoupled weight decay, times the learning rate
     muon_wd_after: bool = False  # decay after the update instead of before it
-    cautious_wd: bool = False  # decay only where the update shrinks the weight too (Muon)
     wd_taper_start_frac: float = 0.0  # fraction from which MUON_WD falls linearly; 0 = off
     wd_taper_final_mult: float = 0.5  # to this share of it
     embed_wd: float = 0.085  # the same for the embedding
@@ -365,14 +364,13 @@ NEWTON_SCHULZ = {
 CHOICES = {
     "train_order": ("sequential", "strided"), "device": ("auto", "cuda", "cpu"),
     "compile": ("auto", "0", "whole", "parts"), "attention": ("auto", "fa3", "fa4", "varlen", "sdpa"),
-    "muon_coefficients": tuple(NEWTON_SCHULZ),
-    "mlp_activation": ("leaky2", "swiglu"), "embed_init": ("normal", "overtone"),
-    "matrix_init": ("orthogonal", "uniform"), "resid_mix_init": ("identity", "phase"),
-    "softcap_type": ("tanh", "poly5", "two_sided"), "rope_scaling": ("none", "ntk", "yarn"),
-    "attn_gate": ("sparse", "dense", "output"), "smear_gate": ("off", "input", "static", "mean"),
-    "bigram_hash": ("92821", "36313", "1000003", "31"), "matrix_quantizer": ("tcq", "gptq", "rtn", "fp16"),
-    "embed_quantizer": ("tcq", "gptq", "rtn", "fp16"), "compressor": ("rans", "brotli", "zstd", "lzma", "zlib"),
-    "eval_mode": ("packed", "sliding"),
+    "muon_coefficients": tuple(NEWTON_SCHULZ), "mlp_activation": ("leaky2", "swiglu"),
+    "embed_init": ("normal", "overtone"), "matrix_init": ("orthogonal", "uniform"),
+    "resid_mix_init": ("identity", "phase"), "softcap_type": ("tanh", "poly5", "two_sided"),
+    "rope_scaling": ("none", "ntk", "yarn"), "attn_gate": ("sparse", "dense", "output"),
+    "smear_gate": ("off", "input", "static", "mean"), "bigram_hash": ("92821", "36313", "1000003", "31"),
+    "matrix_quantizer": ("tcq", "gptq", "rtn", "fp16"), "embed_quantizer": ("tcq", "gptq", "rtn", "fp16"),
+    "compressor": ("rans", "brotli", "zstd", "lzma", "zlib"), "eval_mode": ("packed", "sliding"),
 }
 POSITIVE = {"train_seq_len", "iterations", "train_batch_tokens", "micro_batch_tokens", "val_batch_tokens", "num_layers",
             "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "logit_softcap", "rope_base", "gate_window",
@@ -426,6 +424,11 @@ def translate(values: Mapping[str, tuple[str | None, Any]], remedy: str) -> Alia
     return lookup
 
 
+def switch(off: tuple[str | None, Any], on: tuple[str | None, Any]) -> Alias:
+    """A published switch that sets some field of ours."""
+    return translate({"0": off, "1": on}, "must be 0 or 1")
+
+
 def inert(*texts: str) -> Alias:
     """A switch of the published scripts that is accepted only where it asks for what we do anyway."""
     return translate(dict.fromkeys(texts, (None, None)), f"is not supported here; leave it out or set it to {texts[0]}")
@@ -435,22 +438,18 @@ ALIASES: dict[str, Alias] = {
     "MUON_WEIGHT_DECAY": rename("muon_wd"), "ADAM_WEIGHT_DECAY": rename("adam_wd"),
     "EMBED_WEIGHT_DECAY": rename("embed_wd"), "VAL_BATCH_SIZE": rename("val_batch_tokens"),
     "EMBEDDING_BITS": rename("embed_bits"), "TIED_EMBEDDING_LR": rename("tied_embed_lr"),
-    "SMEAR_GATE_ENABLED": translate({"0": ("smear_gate", "off"), "1": ("smear_gate", "input")}, "must be 0 or 1"),
-    "USE_SMEARGATE": translate({"0": ("smear_gate", "off"), "1": ("smear_gate", "static")}, "must be 0 or 1"),
-    "SPARSE_ATTN_GATE_ENABLED": translate({"0": ("sparse_attn_gate_scale", 0.0), "1": ("attn_gate", "sparse")},
-                                          "must be 0 or 1"),
-    "GATED_ATTN_ENABLED": translate({"0": (None, None), "1": ("attn_gate", "dense")}, "must be 0 or 1"),
-    "GATED_ATTENTION": translate({"0": (None, None), "1": ("attn_gate", "dense")}, "must be 0 or 1"),
-    "ATTN_OUT_GATE_ENABLED": translate({"0": (None, None), "1": ("attn_gate", "output")}, "must be 0 or 1"),
+    "SMEAR_GATE_ENABLED": switch(("smear_gate", "off"), ("smear_gate", "input")),
+    "USE_SMEARGATE": switch(("smear_gate", "off"), ("smear_gate", "static")),
+    "SPARSE_ATTN_GATE_ENABLED": switch(("sparse_attn_gate_scale", 0.0), ("attn_gate", "sparse")),
+    **dict.fromkeys(("GATED_ATTN_ENABLED", "GATED_ATTENTION"), switch((None, None), ("attn_gate", "dense"))),
+    "ATTN_OUT_GATE_ENABLED": switch((None, None), ("attn_gate", "output")),
     "BIGRAM_VOCAB_SIZE": rename("bigram_hash_buckets"), "BIGRAM_DIM": rename("bigram_hash_dim"),
-    "EMA_ENABLED": translate({"0": ("ema_decay", 0.0), "1": (None, None)}, "must be 0 or 1"),
-    "SKIP_GATE_ENABLED": rename("skip_gates_enabled"), "ROPE_YARN": inert("0"),
+    "EMA_ENABLED": switch(("ema_decay", 0.0), (None, None)), "SKIP_GATE_ENABLED": rename("skip_gates_enabled"),
     "FUSED_CE_ENABLED": inert("0", "1"), "CASEOPS_ENABLED": inert("0", "1"), "PARALLEL_FINAL_LANE": inert("mean"),
-    "SMEAR_GATE_BOS_FIX": inert("1"), "SPARSE_ATTN_GATE_INIT_STD": inert("0", "0.0"),
-    "SWA_ENABLED": translate({"0": ("swa_start_frac", 0.0), "1": (None, None)}, "must be 0 or 1"),
-    "LATE_QAT": translate({"0": ("late_qat_threshold", 0.0), "1": (None, None)}, "must be 0 or 1"),
-    "LQER_ENABLED": inert("0"), "TTT_ENABLED": inert("0"), "PHASED_TTT_ENABLED": inert("0"), "QAT_ENABLED": inert("0"),
-    "OPTROT_ENABLED": inert("0"),
+    "SMEAR_GATE_BOS_FIX": inert("1"), "SPARSE_ATTN_GATE_INIT_STD": inert("0", "0.0"), "ROPE_YARN": inert("0"),
+    "SWA_ENABLED": switch(("swa_start_frac", 0.0), (None, None)),
+    "LATE_QAT": switch(("late_qat_threshold", 0.0), (None, None)),
+    **dict.fromkeys(("LQER_ENABLED", "TTT_ENABLED", "PHASED_TTT_ENABLED", "QAT_ENABLED", "OPTROT_ENABLED"), inert("0")),
 }
 
 
@@ -552,8 +551,7 @@ class World:
 
     def describe(self) -> str:
         if self.device.type == "cuda":
-            major, minor = torch.cuda.get_device_capability()
-            return f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
+            return f"{torch.cuda.get_device_name()} (compute capability {torch.cuda.get_device_capability()})"
         return f"{self.device.type} ({torch.get_num_threads()} threads)"
 
 
@@ -566,10 +564,6 @@ def choose_device(config: Config, local_rank: int) -> torch.device:
     if local_rank >= torch.cuda.device_count():
         raise UserError(f"{local_rank + 1} or more processes on this host, {torch.cuda.device_count()} GPUs: "
                         "lower --nproc_per_node")
-    capability = torch.cuda.get_device_capability(local_rank)
-    if capability < (7, 0):
-        raise UserError(f"DEVICE=cuda: {torch.cuda.get_device_name(local_rank)} has compute capability "
-                        f"{capability[0]}.{capability[1]}, 7.0 is the oldest supported; use DEVICE=cpu")
     return torch.device("cuda", local_rank)
 
 
@@ -1307,12 +1301,9 @@ def choose_kernels(config: Config, device: torch.device) -> Kernels:
     widths = {"MODEL_DIM": config.model_dim, "MLP width": config.mlp_dim,
               "key width": config.num_kv_heads * config.head_dim}
     odd = {name: value for name, value in widths.items() if value % 16}
-    if config.fp8_matmul:
-        if 10 * major + minor < 89:
-            raise UserError(f"FP8_MATMUL=1 DEVICE={config.device}: {device.type} has no 8-bit float products; set "
-                            "FP8_MATMUL=0")
-        if odd:
-            raise UserError(f"FP8_MATMUL=1 {odd}: widths must be multiples of 16")
+    if config.fp8_matmul and (odd or 10 * major + minor < 89):
+        raise UserError(f"FP8_MATMUL=1 DEVICE={config.device} {odd or ''}: needs products of 8-bit floats (this is "
+                        f"{device.type} {major}.{minor}) and widths that are multiples of 16; set FP8_MATMUL=0")
     kernels = Kernels(Fp8Linear.apply, names="fp8") if config.fp8_matmul else PLAIN
     if not config.fused_kernels or major != 9:
         return kernels
@@ -2066,12 +2057,11 @@ class Optimizer:
             role = PARAM_TABLE[name]
             lr = getattr(self.config, role.lr) * lr_scale
             decay = lr * getattr(self.config, role.weight_decay) * decay_scale
-            shrink = 1 - decay * (update * parameter >= 0) if self.config.cautious_wd else 1 - decay
             if not self.config.muon_wd_after:
-                parameter.mul_(shrink)
+                parameter.mul_(1 - decay)
             parameter.add_(update, alpha=-lr * math.sqrt(max(1.0, parameter.size(1) / parameter.size(2))))
             if self.config.muon_wd_after:
-                parameter.mul_(shrink)
+                parameter.mul_(1 - decay)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, whatever the number of ranks; all ranks must call it."""
@@ -2516,9 +2506,12 @@ def round_steps(steps: Tensor) -> Tensor:
     return steps.clamp(MIN_SCALE, 65504.0).half().float()
 
 
-def coded(codes: Tensor, steps: Tensor) -> Arrays:
-    """Codes (..., rows, columns), steps (..., rows, 1) -> what the artifact keeps of them: int8 and float16."""
-    return {"codes": codes.flatten(0, -2).to(torch.int8).cpu().numpy(), "scale": steps.flatten().half().cpu().numpy()}
+def coded(codes: Tensor, steps: Tensor, finer: Tensor | None = None) -> Arrays:
+    """Codes (..., rows, columns), steps (..., rows, 1), thirds of a power of 2 by which columns have finer steps
+    (n, columns) -> what the artifact keeps of them: int8 and float16."""
+    columns = torch.zeros(1, codes.size(-1)) if finer is None else finer
+    return {"columns": columns.to(torch.int8).cpu().numpy(), "scale": steps.flatten().half().cpu().numpy(),
+            "codes": codes.flatten(0, -2).to(torch.int8).cpu().numpy()}
 
 
 def nearest(weight: Tensor, steps: Tensor, levels: int) -> Tensor:
@@ -2535,10 +2528,15 @@ def rtn_encode(weight: Tensor, steps: Tensor, levels: int, _: Guide | None = Non
     return coded(nearest(weight, steps, levels), steps)
 
 
+def rescaled(values: Tensor, arrays: Arrays, shape: tuple[int, ...]) -> Tensor:
+    """Values in units of their steps (rows, columns) -> weights."""
+    values = (values * torch.from_numpy(arrays["scale"]).float()[:, None]).unflatten(0, (len(arrays["columns"]), -1))
+    return (values / 2 ** (torch.from_numpy(arrays["columns"]).float() / 3)[:, None]).view(shape)
+
+
 def rtn_decode(arrays: Arrays, shape: tuple[int, ...]) -> Tensor:
-    """Codes times the steps of their rows; of rtn and gptq."""
-    codes, scale = torch.from_numpy(arrays["codes"]), torch.from_numpy(arrays["scale"])
-    return (codes.float() * scale.float()[:, None]).view(shape)
+    """Codes times the steps of their rows and columns; of rtn and gptq."""
+    return rescaled(torch.from_numpy(arrays["codes"]).float(), arrays, shape)
 
 
 def fp16_encode(weight: Tensor, *_: Any) -> Arrays:
@@ -2564,7 +2562,7 @@ def trellis(states: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(following), (torch.arange(states) % 2 * (states > 1)).float()
 
 
-def search_codes(weight: Tensor, levels: int, feedback: Tensor | None, states: int) -> Tensor:
+def search_codes(weight: Tensor, levels: int, feedback: Tensor, states: int) -> Tensor:
     """GPTQ over a trellis: weights (n, rows, columns) in units of their steps -> codes of the least weighted error.
 
     Columns are coded one after the other, and an error is handed on to the columns behind, as in GPTQ
@@ -2574,41 +2572,48 @@ def search_codes(weight: Tensor, levels: int, feedback: Tensor | None, states: i
     following, odd = (x.to(weight.device) for x in trellis(states))
     edges = [[2 * state + parity for state in range(states) for parity in (0, 1) if following[state, parity] == target]
              for target in range(states)]  # into each state, numbered 2 x origin + parity
-    into, targets = torch.tensor(edges, device=weight.device), torch.arange(states, device=weight.device)
-    parity = torch.arange(2, device=weight.device)
+    into, targets, parity = (torch.tensor(x, device=weight.device) for x in (edges, range(states), (0, 1)))
     most = levels - (levels + parity) % 2  # the largest code of each parity
-    weight, codes = weight.clone(), torch.zeros_like(weight)
-    state = torch.zeros_like(weight[..., :1], dtype=torch.long)
+    weight, codes, state = weight.clone(), torch.zeros_like(weight), torch.zeros_like(weight[..., :1], dtype=torch.long)
     for first in range(0, weight.size(-1), 128):
-        block, behind = slice(first, first + 128), slice(first + 128, None)
-        rest = weight[..., None, block].repeat(1, 1, states, 1)  # (n, rows, S, columns) of each survivor
-        paths, errors = torch.zeros_like(rest), torch.zeros_like(rest)
-        cost = torch.full_like(rest[..., 0], math.inf).scatter_(2, state, 0.0)
-        for j in range(rest.size(-1)):
-            value = rest[..., j, None] - odd[:, None] / 2
+        last = min(first + 128, weight.size(-1))
+        rest = weight[..., None, first:last].repeat(1, 1, states, 1)  # (n, rows, S, columns to come) of each survivor
+        cost, history = torch.full_like(rest[..., 0], math.inf).scatter_(2, state, 0.0), []
+        for j in range(first, last):
+            value = rest[..., :1] - odd[:, None] / 2
             code = (2 * ((value - parity) / 2).round() + parity).clamp(-most, most)
-            error = value - code  # (n, rows, S, 2)
-            if feedback is not None:
-                error = error / feedback[:, first + j, first + j, None, None, None]
+            error = (value - code) / feedback[:, j, j, None, None, None]  # (n, rows, S, 2)
             cost, best = (cost[..., None] + error.square()).flatten(-2)[..., into].min(-1)
             edge = into[targets, best]
-            rest, paths, errors = (x.gather(2, (edge // 2)[..., None].expand_as(x)) for x in (rest, paths, errors))
-            paths[..., j], errors[..., j] = (x.flatten(-2).gather(-1, edge) for x in (code, error))
-            if feedback is not None:
-                rest[..., j + 1:] -= errors[..., j, None] * feedback[:, None, None, first + j, block][..., j + 1:]
-        state = cost.argmin(-1, keepdim=True)
-        codes[..., block], kept = (x.gather(2, state[..., None].expand_as(x[:, :, :1]))[:, :, 0]
-                                   for x in (paths, errors))
-        if feedback is not None:
-            weight[..., behind] -= kept @ feedback[:, block, behind]
+            code, error = (x.flatten(-2).gather(-1, edge) for x in (code, error))
+            history.append((edge // 2, code, error))
+            rest = rest[..., 1:].gather(2, history[-1][0][..., None].expand(-1, -1, -1, last - j - 1))
+            rest -= error[..., None] * feedback[:, None, None, j, j + 1:last]
+        place = state = cost.argmin(-1, keepdim=True)
+        kept = torch.empty_like(weight[..., first:last])
+        for j, (origin, code, error) in reversed(list(enumerate(history))):  # back along the best path
+            codes[..., first + j], kept[..., j] = (x.gather(2, place)[..., 0] for x in (code, error))
+            place = origin.gather(2, place)
+        weight[..., last:] -= kept @ feedback[:, first:last, last:]
     return codes
 
 
 def search_encode(states: int, weight: Tensor, steps: Tensor, levels: int, guide: Guide | None = None) -> Arrays:
-    """gptq (one state) and tcq; without a guide no feedback."""
+    """gptq (one state) and tcq; without a guide no feedback.
+
+    A column's error costs, by what feedback leaves of it, 1 / U_jj^2. Their product over the columns is given, so their
+    sum is least where all are equal: steps go with U_jj, which makes the order of the columns indifferent as well.
+    """
     weight = weight.view(-1, *weight.shape[-2:])
-    steps = round_steps(steps).view(*weight.shape[:2], 1)
-    return coded(search_codes(weight / steps, levels, guide.feedback if guide else None, states), steps)
+    feedback = guide.feedback if guide else torch.eye(weight.size(2), device=weight.device).expand(len(weight), -1, -1)
+    finer = -3 * feedback.diagonal(dim1=1, dim2=2).log2()
+    finer = (finer - finer.mean(1, keepdim=True)).round().clamp(-32, 32)
+    scale = 2 ** (finer / 3)[:, None]
+    weight, steps = weight * scale, steps.view(*weight.shape[:2], 1)
+    if guide:  # no row is clipped
+        steps = steps.maximum(weight.abs().amax(-1, keepdim=True) / 120)
+    steps = round_steps(steps)
+    return coded(search_codes(weight / steps, levels, feedback * scale, states), steps, finer)
 
 
 def tcq_decode(arrays: Arrays, shape: tuple[int, ...], states: int = 8) -> Tensor:
@@ -2618,7 +2623,7 @@ def tcq_decode(arrays: Arrays, shape: tuple[int, ...], states: int = 8) -> Tenso
     for j, code in enumerate(codes.t().contiguous()):
         values[:, j] = code + odd[state] / 2
         state = following[state, code & 1]
-    return (values * torch.from_numpy(arrays["scale"]).float()[:, None]).view(shape)
+    return rescaled(values, arrays, shape)
 
 
 QUANTIZERS = {
@@ -2901,46 +2906,51 @@ CODECS = {
     "zstd": Codec(functools.partial(zstandard.compress, level=22), zstandard.decompress),
     "lzma": Codec(functools.partial(lzma.compress, preset=9 | lzma.PRESET_EXTREME), lzma.decompress)}
 SIDE_CODECS = {**dict(zip(CODECS, CODECS)), "rans": "brotli"}  # of float16 values: an order-0 coder sees no repeats
-ARTIFACT_MAGIC = b"PGOLF\x00\x00\x02"  # the last byte is the version
+ARTIFACT_MAGIC = b"PGOLF\x00\x00\x03"  # the last byte is the version
 
 
-def shuffle_bytes(data: bytes, stride: int) -> bytes:
-    """All first bytes of the elements, then all second ones: neighbors become alike."""
-    return np.frombuffer(data, np.uint8).reshape(-1, stride).T.tobytes()
-
-
-def unshuffle_bytes(data: bytes, stride: int) -> bytes:
-    """The inverse of shuffle_bytes."""
-    return np.frombuffer(data, np.uint8).reshape(stride, -1).T.tobytes()
-
-
-ROW_CLASSES = 32
+CLASSES = 32
 FINEST, COARSEST = -1.0, 6.0  # powers of 2 by which fit_artifact multiplies steps
 
 
-def row_classes(codes: np.ndarray) -> np.ndarray:
+def row_classes(codes: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Codes (rows, columns) -> (rows,) uint8: the size of their root mean square in thirds of a power of 2.
 
-    Rows of one class, of all tensors, share a stream: their codes have nearly one distribution, so an order-0 coder
-    needs fewer bits for them apart than together, by more than the classes cost.
+    columns (n, columns) int8: thirds of a power of 2 by which the columns of n matrices are larger than they were.
     """
-    size = np.square(codes.astype(np.float32)).mean(1)
-    return np.clip(np.rint(1.5 * np.log2(size + 0.01)) + 10, 0, ROW_CLASSES - 1).astype(np.uint8)
+    values = codes.reshape(len(columns), -1, codes.shape[1]) * np.exp2(columns / -3).astype(np.float32)[:, None]
+    size = np.square(values).mean(2).reshape(-1)
+    return np.clip(np.rint(1.5 * np.log2(size + 0.01)) + 10, 0, CLASSES - 1).astype(np.uint8)
+
+
+def by_class(rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Classes of rows, sizes of columns (n, columns) -> (order that sorts the codes by class, codes of each class).
+
+    Codes of one class, of all tensors, share a stream: they have nearly one distribution, so an order-0 coder needs
+    fewer bits for them apart than together, by more than the classes cost.
+    """
+    classes = rows.reshape(len(columns), -1, 1).astype(np.int16) + columns[:, None]
+    classes = np.clip(classes, 0, CLASSES - 1).astype(np.uint8).reshape(-1)
+    return np.argsort(classes, kind="stable"), np.bincount(classes, minlength=CLASSES)
 
 
 def pack_artifact(config: Config, quantized: Mapping[str, tuple[str, Arrays]], info: Mapping[str, Any]) -> bytes:
-    """Quantized tensors -> the artifact's bytes: streams for each class of rows, the classes, float16 values."""
-    specs, codes, halves = [], [], []
+    """Quantized tensors -> the artifact's bytes: a stream of codes for each class, the classes, float16 values."""
+    specs, halves, classes = [], [], []
+    groups: list[list[bytes]] = [[] for _ in range(CLASSES)]
     for name, (quantizer, arrays) in quantized.items():
-        specs.append([name, quantizer, {key: [array.dtype.str, *array.shape] for key, array in arrays.items()}])
-        for array in arrays.values():
-            (codes if array.dtype == np.int8 else halves).append(array)
-    classes = [row_classes(array) for array in codes]
-    groups = [b"".join(array[own == c].tobytes() for array, own in zip(codes, classes)) for c in range(ROW_CLASSES)]
+        specs.append([name, quantizer, {key: array.shape for key, array in arrays.items()}])
+        halves += [array.tobytes() for array in arrays.values() if array.dtype == np.float16]
+        if "codes" in arrays:
+            codes, columns = arrays["codes"], arrays["columns"]
+            order, sizes = by_class(rows := row_classes(codes, columns), columns)
+            classes += [columns.tobytes(), rows.tobytes()]
+            for group, part in zip(groups, np.split(codes.reshape(-1)[order], np.cumsum(sizes)[:-1])):
+                group.append(part.tobytes())
     side = CODECS[SIDE_CODECS[config.compressor]].encode
     with ThreadPoolExecutor() as pool:  # the compressors release the interpreter lock
-        streams = [*pool.map(CODECS[config.compressor].encode, groups), side(b"".join(x.tobytes() for x in classes)),
-                   side(shuffle_bytes(b"".join(x.tobytes() for x in halves), 2))]
+        streams = [*pool.map(CODECS[config.compressor].encode, (b"".join(group) for group in groups)),
+                   side(b"".join(classes)), side(np.frombuffer(b"".join(halves), np.uint8).reshape(-1, 2).T.tobytes())]
     header = {"model": model_fields(config), **info, "codec": config.compressor, "tensors": specs,
               "streams": [len(stream) for stream in streams]}
     packed_header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
@@ -2987,21 +2997,22 @@ def unpack_artifact(data: bytes, where: str) -> tuple[dict[str, Any], dict[str, 
     header = json.loads(zlib.decompress(file.read(int.from_bytes(file.read(4), "little"))))
     streams = [file.read(length) for length in header["streams"]]
     side = CODECS[SIDE_CODECS[header["codec"]]].decode
-    halves, classes = io.BytesIO(unshuffle_bytes(side(streams.pop()), 2)), io.BytesIO(side(streams.pop()))
+    halves = io.BytesIO(np.frombuffer(side(streams.pop()), np.uint8).reshape(2, -1).T.tobytes())
+    classes = io.BytesIO(side(streams.pop()))
     with ThreadPoolExecutor() as pool:
         groups = [*map(io.BytesIO, pool.map(CODECS[header["codec"]].decode, streams))]
-    weights: dict[str, list[Tensor]] = {}
-    shapes = param_shapes(artifact_config(header))
+    weights, shapes = {}, param_shapes(artifact_config(header))
     for name, quantizer, specs in header["tensors"]:
         arrays = {}
-        for key, (dtype, *shape) in specs.items():
-            if dtype == np.dtype(np.int8).str:
-                own, arrays[key] = np.frombuffer(classes.read(shape[0]), np.uint8), np.empty(shape, np.int8)
-                for c in np.unique(own):
-                    rows = groups[c].read(np.count_nonzero(own == c) * shape[1])
-                    arrays[key][own == c] = np.frombuffer(rows, np.int8).reshape(-1, shape[1])
+        for key, shape in specs.items():
+            if key == "codes":
+                order, sizes = by_class(np.frombuffer(classes.read(shape[0]), np.uint8), arrays["columns"])
+                codes = np.empty(len(order), np.int8)
+                codes[order] = np.frombuffer(b"".join(map(io.BytesIO.read, groups, sizes.tolist())), np.int8)
+                arrays[key] = codes.reshape(shape)
             else:
-                values = bytearray(halves.read(math.prod(shape) * np.dtype(dtype).itemsize))
+                source, dtype = (classes, np.dtype(np.int8)) if key == "columns" else (halves, np.dtype("<f2"))
+                values = bytearray(source.read(math.prod(shape) * dtype.itemsize))
                 arrays[key] = np.frombuffer(values, dtype).reshape(shape)
         name = name.partition(":")[0]
         weights.setdefault(name, []).append(QUANTIZERS[quantizer].decode(arrays, (-1, *shapes[name][1:])))

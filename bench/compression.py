@@ -44,10 +44,12 @@ METHODS = {  # name -> settings
 
 PUBLISHED = {  # the same, at equal bytes; `lqer` corrects the three matrices with the largest errors, as R0427 does
     **{name: {"matrix_quantizer": name, "embed_quantizer": name, "quant_sensitivity": 0.0}
-       for name in ("absmax", "percentile", "clip_search", "pruned", "stepped", "act_order", "awq_lite")},
-    **{f"gptq and {name}": {"matrix_quantizer": "gptq", "embed_quantizer": "gptq", "quant_sensitivity": 0.0}
+       for name in ("absmax", "percentile", "search", "pruned", "stepped", "gptq_plain", "act_order", "awq_lite")},
+    **{f"act_order and {name}": {"matrix_quantizer": "act_order", "embed_quantizer": "act_order",
+                                 "quant_sensitivity": 0.0}  # the first is R0427
        for name in ("lqer_asym", "lqer_sym", "lqer_weighted")}}
-BOOKS = {"quant_overrides": "*=codebook64,up_proj=codebook48,down_proj=codebook48,[qkv]_proj=codebook80"}
+BOOKS = {"quant_overrides": "*=codebook64_linear,up_proj=codebook48_linear,down_proj=codebook48_linear,"
+                            "[qkv]_proj=codebook80_linear"}
 OWN_SIZE = {  # name -> settings, codec
     "codebooks of #532, huffman": (BOOKS, "huffman"), "codebooks of #532, rans": (BOOKS, "rans"),
     **{f"{name}, {codec}": ({"quant_overrides": f"*={name}"}, codec) for name, codec in (

@@ -24,7 +24,7 @@ import zstandard
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from packers import canonical_codes, code_lengths
-from quantizers import Histogram
+from quantizers import Histogram, first_levels, k_means
 from summary import table
 
 from train_gpt import UserError
@@ -64,9 +64,11 @@ def write_pcll(tensors: Mapping[str, np.ndarray], control: frozenset[str] = froz
         else:
             levels = levels_of(name)
             flat = torch.from_numpy(np.ascontiguousarray(values, np.float32)).flatten()
-            centers, codes = Histogram(flat).kmeans(levels)
-            data, bits, texts = huffman_bits(codes.numpy(), levels)
-            book, text = centers.half().numpy().tobytes(), json.dumps(texts).encode()
+            histogram = Histogram.of(flat)
+            centers, bounds = k_means(histogram, first_levels(histogram, "linear", levels, 0.0), 20)
+            codes = torch.bucketize(flat, torch.tensor(bounds, dtype=torch.float32)).numpy()
+            data, bits, texts = huffman_bits(codes, levels)
+            book, text = np.pad(centers, (0, levels - len(centers)), "edge").tobytes(), json.dumps(texts).encode()
             payload = data + book + text
             entry |= {"type": "codebook_huffman", "data_len": len(data), "cb_len": len(book), "ht_len": len(text),
                       "n_bits": bits, "n_levels": levels, "total_len": len(payload)}

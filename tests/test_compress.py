@@ -35,9 +35,7 @@ from train_gpt import (
     param_shapes,
     quantize,
     read_artifact,
-    shuffle_bytes,
     unpack_artifact,
-    unshuffle_bytes,
 )
 
 SCRIPT = Path(train_gpt.__file__).resolve()
@@ -61,15 +59,6 @@ def decoded(config: Config, weights: dict[str, torch.Tensor]) -> dict[str, torch
 
 
 # --- bytes
-@settings(deadline=None)
-@given(st.integers(1, 5), st.integers(0, 50), st.integers(0, 1000))
-def test_shuffle_is_inverted_and_groups_the_bytes(stride, count, seed):
-    data = np.random.default_rng(seed).bytes(stride * count)
-    shuffled = shuffle_bytes(data, stride)
-    assert unshuffle_bytes(shuffled, stride) == data
-    assert shuffled == b"".join(data[i::stride] for i in range(stride))
-
-
 @pytest.mark.parametrize("codec", CODECS)
 @settings(deadline=None, max_examples=10)
 @given(data=st.one_of(st.binary(max_size=300), st.sampled_from([b"", b"\0", b"\0" * 100_000, bytes(range(256)) * 50])))

@@ -28,7 +28,7 @@ VARIANTS = {  # all techniques of the default; the plainest model
               "MUON_COEFFICIENTS": "quintic", "MATRIX_QUANTIZER": "rtn", "EMBED_QUANTIZER": "rtn", "TARGET_BYTES": 0,
                "LEAKY_RELU_SLOPE": 0, "DOCUMENT_MASK": 0, "GRAD_CLIP_NORM": 0}}
 GOLDEN = {
-    "default": {"losses": [6.44254, 4.21549, 3.57608], "quantized": 3.49294, "sliding": 3.48855},
+    "default": {"losses": [6.44254, 4.21549, 3.57608], "quantized": 3.49538, "sliding": 3.49121},
     "plain": {"losses": [6.44254, 4.19693, 3.61685], "quantized": 3.41506, "sliding": 3.40675},
 }
 

@@ -155,31 +155,6 @@ def test_heads_in_groups_are_matrices_of_their_own():
     assert torch.equal(pair["q_proj"], pair["up_proj"]) and not torch.allclose(pair["q_proj"], bank, atol=0.1)
 
 
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("decay_scale", [1.0, 0.25])
-def test_cautious_decay_shrinks_only_what_the_update_shrinks(after, decay_scale):
-    """Entry by entry, of wide and tall matrices; the signs are those of a step without decay."""
-    results, start = {}, torch.randn(2, 12, 5, generator=generator(3))
-    settings = {"matrix_lr": 0.1, "grad_clip_norm": 0.0, "muon_wd_after": after}
-    for decay in (0.0, 2.0):
-        params = {"up_proj": torch.nn.Parameter(start.clone()), "down_proj": torch.nn.Parameter(start.mT.clone()),
-                  "q_gain": torch.nn.Parameter(torch.ones(2))}
-        config = tiny_config(cautious_wd=decay > 0, muon_wd=decay, **settings)
-        for i, parameter in enumerate(params.values()):
-            parameter.grad = torch.randn(parameter.shape, generator=generator(i))
-        Optimizer(config, single_world(), params).step(torch.tensor(0.0), 0.5, 0.9, decay_scale)
-        results[decay] = params
-    shrunk = []
-    for name, before in (("up_proj", start), ("down_proj", start.mT)):
-        pairs = (x.detach().flatten().tolist() for x in (results[0.0][name], results[2.0][name]))
-        for w, plain, ours in zip(before.flatten().tolist(), *pairs):
-            update = w - plain  # times the learning rate
-            shrunk.append(w * update > 0)
-            factor = 1 - 0.05 * 2.0 * decay_scale * shrunk[-1]
-            assert ours == pytest.approx((w - update) * factor if after else w * factor - update, abs=1e-5)
-    assert 0.2 < sum(shrunk) / len(shrunk) < 0.8
-
-
 # --- state on any number of ranks
 def gather_from(ranks: list[Optimizer], monkeypatch) -> None:
     """Ranks that never communicate collect each other's shares."""
@@ -304,7 +279,7 @@ def test_fp8_is_for_training_alone():
 def test_fp8_is_refused_where_it_cannot_work(monkeypatch):
     config, gpu = tiny_config(fp8_matmul=True, fused_kernels=False), torch.device("cuda")
     assert choose_kernels(tiny_config(), torch.device("cpu")).linear is F.linear
-    with pytest.raises(UserError, match=r"FP8_MATMUL=1 .* cpu has no 8-bit float products; set FP8_MATMUL=0"):
+    with pytest.raises(UserError, match=r"FP8_MATMUL=1 .*\(this is cpu .*set FP8_MATMUL=0"):
         choose_kernels(config, torch.device("cpu"))
     for capability, works in (((8, 0), False), ((8, 9), True), ((9, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, found=capability: found)

@@ -374,7 +374,7 @@ ALL_AT_ONCE = {
     "batch_schedule": "0.5@0.4,1@1", "prefix_loss": 0.2, "mtp_loss": 0.3, "late_qat_threshold": 0.4,
     "qat_embedding": True, "swa_start_frac": 0.5, "swa_every": 1, "ema_decay": 0.9, "warmdown_iters": 8,
     "warmdown_power": 1.5, "wd_taper_start_frac": 0.3, "normuon_beta2": 0.95, "muon_head_group": 1,
-    "cautious_wd": True, "muon_wd_after": True, "train_order": "strided"}
+    "muon_wd_after": True, "train_order": "strided"}
 
 
 @pytest.mark.parametrize("last", [1, 3, 5, 7])
