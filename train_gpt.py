@@ -1094,6 +1094,7 @@ class Kernels(NamedTuple):
 
     linear: Linear = F.linear
     head: Linear = F.linear
+    look_up: Linear = F.embedding  # ids (T,), weight (V, D) -> (T, D)
     leaky2: Callable[..., Tensor] | None = None  # the whole MLP
     rotate_heads: Callable[..., tuple[Tensor, Tensor]] | None = None  # norm, rotation and gain of queries and keys
     names: str = "torch"  # for the log
@@ -1695,7 +1696,7 @@ class GPT(nn.Module):
         a weight per channel. No token is smeared into the first of a segment, nor into BOS (the mask of PR #1855).
         """
         config, keep = self.config, (segments.positions != 0) & (ids[0] != BOS)
-        x = F.embedding(ids[0], self.weight("embedding"))
+        x = self.kernels.look_up(ids[0], self.weight("embedding"))
         if config.bigram_hash_buckets:
             buckets = bigram_buckets(ids[0], segments.positions != 0, config.bigram_hash, config.bigram_hash_buckets)
             pairs = F.linear(F.embedding(buckets, self.weight("bigram_table")), self.weight("bigram_proj")[0])
@@ -2664,7 +2665,17 @@ def calibrate(config: Config, world: World, model: GPT, batches: Iterable[Batch]
         y.register_hook(functools.partial(record, x.detach()))
         return y
 
-    plain = GPT(replace(config, z_loss=0.0), world.dtype, model.attention, Kernels(product, product)).to(world.device)
+    def look_up(ids: Tensor, weight: Tensor) -> Tensor:
+        def record(grad: Tensor) -> None:
+            spread.add_(grad.float().t() @ grad.float())
+            times.add_(torch.bincount(ids, minlength=len(weight)))
+
+        (x := F.embedding(ids, weight)).register_hook(record)
+        return x
+
+    spread, times = torch.zeros_like(hessian[head][0]), torch.zeros_like(gain[head][0])  # what the embedding reads
+    kernels = Kernels(product, product, look_up)
+    plain = GPT(replace(config, z_loss=0.0), world.dtype, model.attention, kernels).to(world.device)
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.requires_grad_(False).looping = model.looping
     plain.embedding.requires_grad_(True)  # so that gradients flow
@@ -2672,9 +2683,14 @@ def calibrate(config: Config, world: World, model: GPT, batches: Iterable[Batch]
         calls = iter(order)
         plain(*batch).sum().backward()
         plain.embedding.grad = None
-    for total in (*hessian.values(), *gain.values(), *count.values()) if world.size > 1 else ():
+    for total in (*hessian.values(), *gain.values(), *count.values(), spread, times) if world.size > 1 else ():
         dist.all_reduce(total)
-    factors = {name: inverse_factor(total / count[name].clamp_min(1)[..., None]) for name, total in hessian.items()}
+    means = {name: total / count[name].clamp_min(1)[..., None] for name, total in hessian.items()}
+    if config.tie_embeddings:
+        before = means[head][0].trace()
+        means[head] += spread / gain[head].sum()
+        gain[head] = (gain[head] * before + times * (spread.trace() / times.sum())) / means[head][0].trace()
+    factors = {name: inverse_factor(mean) for name, mean in means.items()}
     guides = {}
     for name in shapes:
         feedback = factors[source.get(name, name)]
