@@ -509,14 +509,8 @@ class World:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Sums over ranks in float64."""
-        return self.reduce(values, dist.ReduceOp.SUM)
-
-    def max(self, values: Sequence[float]) -> list[float]:
-        return self.reduce(values, dist.ReduceOp.MAX)
-
-    def reduce(self, values: Sequence[float], operation: Any) -> list[float]:
+    def sum(self, values: Sequence[float], operation: Any = dist.ReduceOp.SUM) -> list[float]:
+        """Sums over ranks, or another operation, in float64."""
         buffer = torch.tensor(values, dtype=torch.float64)
         if self.size > 1:
             dist.all_reduce(buffer, operation)
@@ -691,7 +685,6 @@ class TokenStream:
     """Shards in a row, read as if they were one array that repeats for ever."""
 
     def __init__(self, paths: Sequence[Path]):
-        self.paths = list(paths)
         self.shards = [read_shard(path) for path in paths]
         self.offsets = np.cumsum([0, *map(len, self.shards)])
 
@@ -2317,7 +2310,7 @@ class Trainer:
         in_flight = 1 if self.world.device.type == "cuda" else 0
         self.start, pending, interrupted, plain = time.perf_counter() - self.elapsed_seconds, None, False, False
         while self.step < last_step:
-            clock, stops = self.world.sum([self.seconds() * (self.world.rank == 0), stop.received])
+            clock, stops = self.world.sum([(time.perf_counter() - self.start) * (self.world.rank == 0), stop.received])
             if plain:  # nothing but a step since the last look at the clock
                 self.step_seconds = clock - self.elapsed_seconds
             self.elapsed_seconds, interrupted, plain = clock, stops > 0, True
@@ -2338,10 +2331,10 @@ class Trainer:
                 self.settle(pending)
                 self.validate(validate)
         self.settle(pending)
-        self.elapsed_seconds = self.world.share(self.seconds())
+        self.elapsed_seconds = self.world.share(time.perf_counter() - self.start)
         self.log.progress("")
         stop.deferred = False
-        if interrupted or self.world.max([stop.received])[0]:
+        if interrupted or self.world.sum([stop.received])[0]:
             self.save()
             raise Interrupted(self.checkpoint_path)
         if self.step < last_step:
@@ -2359,9 +2352,6 @@ class Trainer:
         part = self.world.size * self.config.micro_batch_tokens
         first, self.tokens = self.tokens // part, self.tokens + count * part
         return [self.loader.micro(first + j, stage.seq_len, stage.auxiliary) for j in range(count)]
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start
 
     def launch(self, loss: Tensor, progress: float) -> Pending:
         """Sends the loss on its way to the host without waiting for it."""
@@ -2381,7 +2371,7 @@ class Trainer:
         self.settled_step, self.last_loss = pending.step, pending.loss.item()
         if not math.isfinite(self.last_loss):
             self.diverged(f"train_loss:{self.last_loss}", pending.step)
-        config, every, seconds = self.config, self.config.train_log_every, self.seconds()
+        config, every, seconds = self.config, self.config.train_log_every, time.perf_counter() - self.start
         text = (f"step:{pending.step}/{config.iterations} train_loss:{self.last_loss:.4f} "
                 f"train_time:{seconds * 1000:.0f}ms step_avg:{seconds * 1000 / pending.step:.2f}ms")
         twentieths = int(training_progress(config, pending.step, seconds) * 20)
@@ -2399,7 +2389,7 @@ class Trainer:
 
     def validate(self, validate: Callable[[], Any]) -> None:
         """Scores the present weights; the clock stands still."""
-        seconds, before = self.seconds(), time.perf_counter()
+        seconds, before = time.perf_counter() - self.start, time.perf_counter()
         self.model.eval()
         score = validate()
         self.model.train()
@@ -2650,6 +2640,7 @@ def calibrate(config: Config, world: World, model: GPT, batches: Iterable[Batch]
                for name, (n, _, columns) in shapes.items() if name not in source}
     gain = {name: torch.zeros(n, rows, device=world.device) for name, (n, rows, _) in shapes.items()}
     count = {name: torch.zeros(n, 1, device=world.device) for name, (n, _, _) in shapes.items()}
+    spread, times = torch.zeros_like(hessian[head]), torch.zeros_like(gain[head])  # of the embedding where it is read
 
     def product(x: Tensor, weight: Tensor) -> Tensor:
         names, layer = next(calls)
@@ -2661,22 +2652,16 @@ def calibrate(config: Config, world: World, model: GPT, batches: Iterable[Batch]
                 gain[name][layer] += part.float().square().sum(0)
                 count[name][layer] += len(x)
 
-        y = F.linear(x, weight)
-        y.register_hook(functools.partial(record, x.detach()))
+        (y := F.linear(x, weight)).register_hook(functools.partial(record, x.detach()))
         return y
 
     def look_up(ids: Tensor, weight: Tensor) -> Tensor:
-        def record(grad: Tensor) -> None:
-            spread.add_(grad.float().t() @ grad.float())
-            times.add_(torch.bincount(ids, minlength=len(weight)))
-
-        (x := F.embedding(ids, weight)).register_hook(record)
+        times.add_(torch.bincount(ids, minlength=len(weight)))
+        (x := F.embedding(ids, weight)).register_hook(lambda g: (spread.add_(g.float().t() @ g.float()), None)[1])
         return x
 
-    spread, times = torch.zeros_like(hessian[head][0]), torch.zeros_like(gain[head][0])  # what the embedding reads
-    kernels = Kernels(product, product, look_up)
-    plain = GPT(replace(config, z_loss=0.0), world.dtype, model.attention, kernels).to(world.device)
-    plain.load_state_dict(model.state_dict(), assign=True)
+    plain = GPT(replace(config, z_loss=0.0), world.dtype, model.attention, Kernels(product, product, look_up))
+    plain.to(world.device).load_state_dict(model.state_dict(), assign=True)
     plain.requires_grad_(False).looping = model.looping
     plain.embedding.requires_grad_(True)  # so that gradients flow
     for batch in batches:
@@ -2687,16 +2672,24 @@ def calibrate(config: Config, world: World, model: GPT, batches: Iterable[Batch]
         dist.all_reduce(total)
     means = {name: total / count[name].clamp_min(1)[..., None] for name, total in hessian.items()}
     if config.tie_embeddings:
-        before = means[head][0].trace()
-        means[head] += spread / gain[head].sum()
-        gain[head] = (gain[head] * before + times * (spread.trace() / times.sum())) / means[head][0].trace()
-    factors = {name: inverse_factor(mean) for name, mean in means.items()}
-    guides = {}
+        means[head], gain[head] = tied(means[head], gain[head], spread, times)
+    factors, guides = {name: inverse_factor(mean) for name, mean in means.items()}, {}
     for name in shapes:
         feedback = factors[source.get(name, name)]
         cost = gain[name].clamp_min(0.01 * gain[name].mean() + 1e-30).log()  # a row that never learns is not free
         guides[name] = Guide(feedback, (cost - 2 * feedback.diagonal(dim1=1, dim2=2).log().mean(1)[:, None])[..., None])
     return guides
+
+
+def tied(hessian: Tensor, gain: Tensor, spread: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    """What errors cost in a matrix that is head and embedding -> (Hessian, squared gradients of rows) of both uses.
+
+    As a head e costs gain x e H e^T in a row; where it is read, `times` times the gradient's mean square along e, which
+    is e spread e^T over the number of tokens. The sum over the rows and, apart from that, over the columns is kept.
+    """
+    both = hessian + spread / gain.sum()
+    reads = times * (spread.diagonal(dim1=1, dim2=2).sum() / times.sum())
+    return both, (gain * hessian.diagonal(dim1=1, dim2=2).sum() + reads) / both.diagonal(dim1=1, dim2=2).sum()
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
@@ -3042,11 +3035,8 @@ def artifact_config(header: Mapping[str, Any], config: Config | None = None) -> 
 
 def read_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Artifact file -> (header, {name: float32 weights})."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"ARTIFACT_PATH={path}: {error.strerror}") from None
-    return unpack_artifact(data, str(path))
+    with naming_path(path, "ARTIFACT_PATH"):
+        return unpack_artifact(path.read_bytes(), str(path))
 
 
 PACKED_START = b"#coding:latin1\nimport lzma,linecache\n"
@@ -3269,9 +3259,8 @@ def preflight(config: Config, log: Log, trainer: Trainer, code_bytes: int) -> No
     for stage, taken in seconds.items():
         log(f"preflight step_seconds:{taken:.4f} share:{shares[stage]:.3f} "
             + " ".join(f"{k}:{v:g}" for k, v in stage._asdict().items()))
-    budget, steps = training_budget_seconds(config), config.iterations
-    if not math.isinf(budget):
-        steps = min(steps, int(budget * sum(share / seconds[stage] for stage, share in shares.items())))
+    budget = training_budget_seconds(config)
+    steps = int(min(config.iterations, budget * sum(share / seconds[stage] for stage, share in shares.items())))
     projected = min(budget, config.iterations * sum(share * seconds[stage] for stage, share in shares.items()))
     log(f"preflight projected_steps:{steps} projected_train_seconds:{projected:.0f} "
         f"peak_memory:{trainer.world.peak_memory_bytes() // 2**20}MiB")
@@ -3355,7 +3344,7 @@ def calibrate_on_training_text(config: Config, trainer: Trainer, dataset: Datase
         return to_device(make_batch(window[:-1], window[1:], segments), world.device)
     guides = calibrate(config, world, trainer.model, map(piece, range(count)))
     world.synchronize()
-    seconds = world.max([time.perf_counter() - start])[0]
+    seconds = world.sum([time.perf_counter() - start], dist.ReduceOp.MAX)[0]
     trainer.log(f"calibration tokens:{count * world.size * tokens} seconds:{seconds:.3f}")
     return guides, seconds
 
@@ -3405,8 +3394,8 @@ def report_result(config: Config, world: World, log: Log, dataset: Dataset, trai
         "version": VERSION, "run_id": config.run_id, "seed": config.seed, "world_size": world.size,
         "device": world.describe(), "torch": torch.__version__, "data_fingerprint": dataset.fingerprint,
         "overrides": config.overrides(), "steps": trainer.step, "train_tokens": trainer.tokens,
-        "train_seconds": round(trainer.elapsed_seconds, 3),
-        "peak_memory_bytes": int(world.max([world.peak_memory_bytes()])[0]), "num_params": trainer.num_params,
+        "train_seconds": round(trainer.elapsed_seconds, 3), "num_params": trainer.num_params,
+        "peak_memory_bytes": int(world.sum([world.peak_memory_bytes()], dist.ReduceOp.MAX)[0]),
         "stages": {name: stage.as_dict() for name, stage in stages.items()}, "official_stage": official,
         "val_loss": score.val_loss, "val_bpb": score.val_bpb, **measured,
         "headroom_bytes": SIZE_LIMIT_BYTES - submission, "fits": fits,

@@ -358,6 +358,33 @@ def calibrated(changes: dict | None = None):
     return model, batches, calibrate(model.config, single_world(), model, batches)
 
 
+def reads_by_hand(model, batches) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> sum of g g^T over tokens, g the gradient of the loss by what a token reads of the embedding; their counts."""
+    spread, times = torch.zeros(32, 32), torch.zeros(64)
+    for ids, targets, segments in batches:
+        rows = model.embedding.detach()[ids[0]].requires_grad_()
+        other = GPT(model.config, kernels=Kernels(look_up=lambda _, __, rows=rows: rows))
+        other.load_state_dict(model.state_dict())
+        other.looping = True
+        other(ids, targets, segments).sum().backward()
+        for token, grad in zip(ids[0].tolist(), rows.grad):
+            spread += torch.outer(grad, grad)
+            times[token] += 1
+    return spread, times
+
+
+def test_errors_of_a_tied_embedding_cost_what_both_its_uses_lose():
+    """Summed over the rows, or over the columns of a row, as the two costs by themselves."""
+    hessian, spread = random_hessian(5)[None], random_hessian(5, seed=9)[None]
+    gain, times = normal(1, 7).square(), normal(1, 7, seed=2).square()
+    both, cost = train_gpt.tied(hessian, gain, spread, times)
+    error = normal(5, seed=3)
+    apart = gain.sum() * (error @ hessian[0] @ error) + error @ spread[0] @ error  # the same error in every row
+    assert float(gain.sum() * (error @ both[0] @ error)) == pytest.approx(float(apart), rel=1e-4)
+    rows = gain[0] * hessian[0].trace() + times[0] / times.sum() * spread[0].trace()  # unit errors, column after column
+    torch.testing.assert_close(cost[0] * both[0].trace(), rows)
+
+
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"attn_gate": "dense", "mlp_activation": "swiglu"}],
                          ids=str)
 def test_calibration_is_the_sum_over_tokens_and_visits(changes):
@@ -370,15 +397,19 @@ def test_calibration_is_the_sum_over_tokens_and_visits(changes):
         assert guide.feedback.shape == (shape[0], shape[2], shape[2]) and guide.log_sensitivity.shape == (*shape[:2], 1)
         assert guide.feedback.isfinite().all() and guide.log_sensitivity.isfinite().all()
     features = torch.cat([model.eval().features(ids, segments).detach() for ids, _, segments in batches])
-    hessian = features.T @ features / len(features)
-    torch.testing.assert_close(guides[head].feedback, inverse_factor(hessian[None]), rtol=1e-3, atol=1e-4)
-    squares = 0
+    hessian, squares = features.T @ features / len(features), torch.zeros(64)
     for ids, targets, segments in batches:  # the gradient of a row's outputs is that of its bias
         x = model.features(ids, segments).detach()
         raw = (x @ model.get_parameter(head).detach().T).requires_grad_()
         cap = model.config.logit_softcap
         torch.nn.functional.cross_entropy(cap * torch.tanh(raw / cap), targets[0], reduction="sum").backward()
-        squares = squares + raw.grad.square().sum(0)
+        squares += raw.grad.square().sum(0)
+    if head == "embedding":  # which is also read: a row for each of its tokens
+        spread, times = reads_by_hand(model, batches)
+        both = hessian + spread / squares.sum()
+        squares = (squares * hessian.trace() + times * spread.trace() / times.sum()) / both.trace()
+        hessian = both
+    torch.testing.assert_close(guides[head].feedback, inverse_factor(hessian[None]), rtol=1e-3, atol=1e-4)
     wanted = squares.clamp_min(0.01 * squares.mean()).log() - 2 * guides[head].feedback.diagonal(
         dim1=1, dim2=2).log().mean()
     torch.testing.assert_close(guides[head].log_sensitivity[0, :, 0], wanted, rtol=1e-3, atol=1e-3)
