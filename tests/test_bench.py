@@ -124,6 +124,26 @@ def test_errors_are_followed_through_the_visits():
     assert [error > 0 for _, error in compression.visit_errors(model, batch, weights, late)] == [False] * 7 + [True]
 
 
+def test_every_published_method_is_a_config(monkeypatch):
+    """And quantizes, packs and unpacks a small model."""
+    for name in ("QUANTIZERS", "CODECS", "SIDE_CODECS", "CHOICES"):
+        monkeypatch.setattr(train_gpt, name, dict(getattr(train_gpt, name)))
+    compression.quantizers.register()
+    compression.packers.register()
+    methods = {name: (changes, "rans") for name, changes in compression.PUBLISHED.items()} | compression.OWN_SIZE
+    assert len(methods) > 15
+    weights = {name: torch.randn(shape, generator=torch.Generator().manual_seed(0))
+               for name, shape in train_gpt.param_shapes(tiny_config()).items()}
+    for name, (changes, codec) in methods.items():
+        config = tiny_config(**changes, compressor=codec, target_bytes=0)
+        if "lqer" in name:
+            config = replace(config, quant_overrides=f"up_proj:1={name.split()[-1]}")
+        data = train_gpt.pack_artifact(config, train_gpt.quantize(config, weights), {})
+        _, decoded = train_gpt.unpack_artifact(data, name)
+        error = (decoded["up_proj"] - weights["up_proj"]).norm() / weights["up_proj"].norm()
+        assert error < (0.6 if "pruned" in name else 0.3), name
+
+
 @pytest.mark.parametrize("arguments, code, complaint", [
     ([], 2, "give a checkpoint, or --predict"), (["a", "--predict"], 2, "give a checkpoint, or --predict"),
     (["/nowhere/a.checkpoint"], 2, "error: ")])
