@@ -86,6 +86,7 @@ class Config:
     checkpoint_every_seconds: float = 0.0  # seconds between checkpoints in training; 0 = only at its end and on signals
     device: str = "auto"  # auto, cuda or cpu
     compile: str = "auto"  # torch.compile: auto (parts on CUDA), 0, whole, or parts (layers share graphs)
+    cuda_graphs: bool = True  # a compiled micro-batch is replayed as one CUDA graph; 0 = kernel by kernel
     attention: str = "auto"  # auto, or one of fa3, fa4, varlen, sdpa
     fused_kernels: bool = True  # Triton kernels in training, where they are faster; 0 = what torch makes
     fp8_matmul: bool = False  # blocks multiply in 8-bit floats, forward, in training
@@ -745,15 +746,16 @@ def make_batch(inputs: np.ndarray, targets: np.ndarray, segments: Segments) -> B
     return Batch(ids, labels, segments)
 
 
-def change_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    """The batch with change(tensor) for each of its tensors."""
-    ids, targets, (boundaries, positions, max_length) = batch
-    return Batch(change(ids), change(targets), Segments(change(boundaries), change(positions), max_length))
+def map_tensors(change: Callable[..., Tensor], batch: Batch, *others: Batch) -> Batch:
+    """The batch with change(tensor, the others' ...) for each of its tensors."""
+    ids, targets, boundaries, positions = (change(*tensors) for tensors in zip(*(
+        (b.ids, b.targets, b.segments.boundaries, b.segments.positions) for b in (batch, *others))))
+    return Batch(ids, targets, Segments(boundaries, positions, batch.segments.max_length))
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Copies the tensors of a batch (pinned ones without waiting)."""
-    return change_tensors(batch, lambda x: x.to(device, non_blocking=True))
+    return map_tensors(lambda x: x.to(device, non_blocking=True), batch)
 
 
 def coprime_stride(rows: int) -> int:
@@ -810,7 +812,7 @@ class TrainLoader:
                             for i in range(1 + further))
         columns = auxiliary_targets(config, targets, self.prefixes) if auxiliary else targets[0]
         batch = make_batch(inputs, columns, make_segments(starts, tokens, seq_len, self.num_segments))
-        return change_tensors(batch, Tensor.pin_memory) if self.world.device.type == "cuda" else batch
+        return map_tensors(Tensor.pin_memory, batch) if self.world.device.type == "cuda" else batch
 
     def micro(self, index: int, seq_len: int, auxiliary: bool) -> Batch:
         """Micro-batch `index` of this rank, with segments of up to seq_len tokens."""
@@ -1078,7 +1080,7 @@ def read_sidecar(val: TokenStream, paths: Sequence[Path], tokenizer: Any) -> np.
 
 
 Linear = Callable[[Tensor, Tensor], Tensor]  # x (T, K), weight (N, K) -> (T, N)
-ROTATED_ROWS = 4  # tokens, and warps, of a program of rotate_heads
+ROTATED_ROWS = MIXED_ROWS = 4  # tokens, and warps, of a program of rotate_heads and of mix_norm
 E4M3_MAX = 448.0
 
 
@@ -1089,7 +1091,8 @@ class Kernels(NamedTuple):
     head: Linear = F.linear
     look_up: Linear = F.embedding  # ids (T,), weight (V, D) -> (T, D)
     leaky2: Callable[..., Tensor] | None = None  # the whole MLP
-    rotate_heads: Callable[..., tuple[Tensor, Tensor]] | None = None  # norm, rotation and gain of queries and keys
+    rotate_heads: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None  # norm, rotation and gain of heads
+    mix_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None  # blend of streams, and its norm
     names: str = "torch"  # for the log
 
 
@@ -1203,75 +1206,80 @@ def load_leaky2() -> Callable[..., Tensor]:
 
 
 def load_rotate_heads_launch() -> Callable[..., None]:
-    """-> launch(qk, gain, cos, sin, q, k, dqk, dgain) of the kernel of load_rotate_heads.
+    """-> launch(qkv, gain, cos, sin, q, k, v, dqkv, dgain) of the kernel of load_rotate_heads.
 
-    Forward, without dqk and dgain, it writes q and k. Backward it reads their gradients there, and writes dqk and, a
-    row for each program, dgain.
+    Forward, without dqkv and dgain, it writes q, k and v. Backward it reads their gradients there, and writes dqkv and,
+    a row for each program, dgain.
     """
     import triton  # pyright: ignore[reportMissingImports]
     import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-    def rotate_heads_kernel(qk, gain, cos, sin, q, k, dqk, dgain, T, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
-                            R: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr):
+    def rotate_heads_kernel(qkv, gain, cos, sin, q, k, v, dqkv, dgain, T, H: tl.constexpr, K: tl.constexpr,
+                            E: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr):
         row, head = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None], tl.arange(0, HEADS)[None, :, None]
         col = tl.arange(0, E)[None, None, :] + 0 * head
-        live, is_q = (row < T) & (head < H + K), head < H
-        at, at_q, at_k = (row * (H + K) + head) * E, (row * H + head) * E, (row * K + head - H) * E
-        turns, pair = live & (col < 2 * R), tl.where(col < R, col + R, col - R)
+        live, is_q, is_v = (row < T) & (head < H + 2 * K), head < H, head >= H + K
+        is_k, at = (head >= H) & (head < H + K), (row * (H + 2 * K) + head) * E + col
+        at_q, at_k, at_v = (row * H + head) * E, (row * K + head - H) * E, (row * K + head - H - K) * E
+        turns, pair = live & (col < 2 * R) & (head < H + K), tl.where(col < R, col + R, col - R)
         angle = row * R + tl.where(col < R, col, col - R)
         c, s = tl.load(cos + angle, turns, 1.0), tl.load(sin + angle, turns, 0.0) * tl.where(col < R, 1.0, -1.0)
-        value = tl.load(qk + at + col, live, 0.0).to(tl.float32)
-        rstd = tl.rsqrt(tl.sum(value * value, 2, keep_dims=True) / E + 1.1920929e-07)
+        value = tl.load(qkv + at, live, 0.0).to(tl.float32)
+        rstd = tl.where(is_v, 1.0, tl.rsqrt(tl.sum(value * value, 2, keep_dims=True) / E + 1.1920929e-07))
         factor = rstd * tl.load(gain + head, is_q, 1.0)
-        if dqk is None:
-            other = tl.load(qk + at + pair, turns, 0.0).to(tl.float32)
+        if dqkv is None:
+            other = tl.load(qkv + at + pair - col, turns, 0.0).to(tl.float32)
             value = (value * c + other * s) * factor
             tl.store(q + at_q + col, value, live & is_q)
-            tl.store(k + at_k + col, value, live & (head >= H))
+            tl.store(k + at_k + col, value, live & is_k)
+            tl.store(v + at_v + col, value, live & is_v)
         else:
             grad = tl.load(q + at_q + col, live & is_q, 0.0).to(tl.float32)
-            grad += tl.load(k + at_k + col, live & (head >= H), 0.0)
+            grad += tl.load(k + at_k + col, live & is_k, 0.0)
+            grad += tl.load(v + at_v + col, live & is_v, 0.0)
             other = tl.load(q + at_q + pair, turns & is_q, 0.0).to(tl.float32)
-            other += tl.load(k + at_k + pair, turns & (head >= H), 0.0)
+            other += tl.load(k + at_k + pair, turns & is_k, 0.0)
             grad = grad * c - other * s  # turned back
-            inner = tl.sum(value * grad, 2, keep_dims=True) * rstd
-            tl.store(dqk + at + col, (grad - value * (inner * rstd / E)) * factor, live)
+            inner = tl.where(is_v, 0.0, tl.sum(value * grad, 2, keep_dims=True) * rstd)
+            tl.store(dqkv + at, (grad - value * (inner * rstd / E)) * factor, live)
             tl.store(dgain + tl.program_id(0) * H + head, tl.sum(inner, 0, keep_dims=True), is_q)
 
     kernel = triton.jit(rotate_heads_kernel)
 
-    def launch(qk: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, *grads: Tensor | None) -> None:
+    def launch(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, v: Tensor,
+               *grads: Tensor | None) -> None:
         (tokens, heads, width), kv = q.shape, k.size(1)
         kernel[(-(-tokens // ROTATED_ROWS),)](
-            qk, gain, cos, sin, q, k, *grads, tokens, heads, kv, width, cos.size(-1), ROTATED_ROWS,
-            triton.next_power_of_2(heads + kv), num_warps=ROTATED_ROWS)
+            qkv, gain, cos, sin, q, k, v, *grads, tokens, heads, kv, width, cos.size(-1), ROTATED_ROWS,
+            triton.next_power_of_2(heads + 2 * kv), num_warps=ROTATED_ROWS)
     return launch
 
 
 @functools.cache
-def load_rotate_heads() -> Callable[..., tuple[Tensor, Tensor]]:
-    """(qk (T, (H + K) E), gain (H,), cos, sin (T, 1, R), E) -> q (T, H, E), k (T, K, E); E is a power of 2.
+def load_rotate_heads() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """(qkv (T, (H + 2 K) E), gain (H,), cos, sin (T, 1, R), E) -> q (T, H, E), k, v (T, K, E); E is a power of 2.
 
-    The RMS norm of each head, its first 2 R channels rotated, q times gain. The backward pass makes the norms again, so
-    each direction reads and writes every tensor once.
+    The RMS norm of each head, its first 2 R channels rotated, q times gain; v as it is, so that one product serves all
+    three. The backward pass makes the norms again: each direction reads and writes every tensor once.
     """
     launch = load_rotate_heads_launch()
 
     @torch.library.custom_op("train_gpt::rotate_heads", mutates_args=())
-    def forward(qk: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        q, k = outputs(qk, gain, cos, sin, width)
-        launch(qk, gain, cos, sin, q, k, None, None)
-        return q, k
+    def forward(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        launch(qkv, gain, cos, sin, *(out := outputs(qkv, gain, cos, sin, width)), None, None)
+        return out
 
     @torch.library.custom_op("train_gpt::rotate_heads_backward", mutates_args=())
-    def backward(dq: Tensor, dk: Tensor, qk: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        dqk, dgain = torch.empty_like(qk), sums(dq)
-        launch(qk, gain, cos, sin, dq.contiguous(), dk.contiguous(), dqk, dgain)
-        return dqk, dgain
+    def backward(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, gain: Tensor, cos: Tensor,
+                 sin: Tensor) -> tuple[Tensor, Tensor]:
+        dqkv, dgain = torch.empty_like(qkv), sums(dq)
+        launch(qkv, gain, cos, sin, dq.contiguous(), dk.contiguous(), dv.contiguous(), dqkv, dgain)
+        return dqkv, dgain
 
-    def outputs(qk: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        heads = len(gain)
-        return qk.new_empty(len(qk), heads, width), qk.new_empty(len(qk), qk.size(1) // width - heads, width)
+    def outputs(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        kv = (qkv.size(1) // width - len(gain)) // 2
+        q, k, v = (qkv.new_empty(len(qkv), heads, width) for heads in (len(gain), kv, kv))
+        return q, k, v
 
     def sums(dq: Tensor) -> Tensor:
         return dq.new_empty(-(-len(dq) // ROTATED_ROWS), dq.size(1), dtype=torch.float32)
@@ -1279,12 +1287,120 @@ def load_rotate_heads() -> Callable[..., tuple[Tensor, Tensor]]:
     def remember(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs[:4])
 
-    def gradient(ctx: Any, dq: Tensor, dk: Tensor):
-        dqk, dgain = backward(dq, dk, *ctx.saved_tensors)
-        return dqk, dgain.sum(0).to(ctx.saved_tensors[1].dtype), None, None, None
+    def gradient(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor):
+        dqkv, dgain = backward(dq, dk, dv, *ctx.saved_tensors)
+        return dqkv, dgain.sum(0).to(ctx.saved_tensors[1].dtype), None, None, None
 
     forward.register_fake(outputs)
-    backward.register_fake(lambda dq, dk, qk, *_: (torch.empty_like(qk), sums(dq)))
+    backward.register_fake(lambda dq, dk, dv, qkv, *_: (torch.empty_like(qkv), sums(dq)))
+    forward.register_autograd(gradient, setup_context=remember)
+    return forward
+
+
+def load_mix_norm_kernels() -> tuple[Any, Any]:
+    """-> (forward, backward) Triton kernels of load_mix_norm."""
+    import triton  # pyright: ignore[reportMissingImports]
+    import triton.language as tl  # pyright: ignore[reportMissingImports]
+
+    @triton.jit
+    def blend(a, b, c, mix, at, col, inside, live, D: tl.constexpr):
+        # -> the streams and their weights, (ROWS, BD) and (1, BD) in float32; the blend as bfloat16 holds it
+        b, c = tl.load(b + at, live, 0.0).to(tl.float32), tl.load(c + at, live, 0.0).to(tl.float32)
+        wb, wc = tl.load(mix + D + col, inside, 0.0), tl.load(mix + 2 * D + col, inside, 0.0)
+        mixed, wa = b * wb + c * wc, wb
+        if a is not None:
+            a, wa = tl.load(a + at, live, 0.0).to(tl.float32), tl.load(mix + col, inside, 0.0)
+            mixed += a * wa
+        mixed = mixed.to(tl.bfloat16).to(tl.float32)
+        return a, b, c, wa, wb, wc, mixed, tl.rsqrt(tl.sum(mixed * mixed, 1, keep_dims=True) / D + 1.1920929e-07)
+
+    def mix_norm_kernel(a, b, c, mix, scale, mixed_out, out, start, T, D: tl.constexpr, W: tl.constexpr,
+                        ROWS: tl.constexpr, BD: tl.constexpr):
+        row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, BD)[None, :]
+        at, inside = row * D + col, col < D
+        live = (row < T) & inside
+        parts = blend(a, b, c, mix, at, col, inside, live, D)
+        normed = parts[6] * (parts[7] * tl.load(scale))
+        tl.store(mixed_out + at, parts[6], live)
+        tl.store(out + at, normed, live)
+        tl.store(start + row * W + col, normed, (row < T) & (col < W))
+
+    def mix_norm_backward_kernel(a, b, c, mix, scale, dmixed, dout, dstart, da, db, dc, dmix, T, D: tl.constexpr,
+                                 W: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr):
+        col, inside = tl.arange(0, BD)[None, :], tl.arange(0, BD)[None, :] < D
+        sum_a, sum_b, sum_c = (tl.zeros((ROWS, BD), tl.float32), tl.zeros((ROWS, BD), tl.float32),
+                               tl.zeros((ROWS, BD), tl.float32))
+        factor = tl.load(scale)
+        for first in tl.range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
+            row = first + tl.arange(0, ROWS)[:, None]
+            at, live = row * D + col, (row < T) & inside
+            x, y, z, wx, wy, wz, mixed, rstd = blend(a, b, c, mix, at, col, inside, live, D)
+            grad = tl.load(dout + at, live, 0.0).to(tl.float32)
+            grad = (grad + tl.load(dstart + row * W + col, (row < T) & (col < W), 0.0)) * (factor * rstd)
+            mean = tl.sum(grad * mixed, 1, keep_dims=True) / D
+            grad = tl.load(dmixed + at, live, 0.0).to(tl.float32) + grad - mixed * (mean * rstd * rstd)
+            tl.store(db + at, grad * wy, live)
+            tl.store(dc + at, grad * wz, live)
+            sum_b += grad * y
+            sum_c += grad * z
+            if a is not None:
+                tl.store(da + at, grad * wx, live)
+                sum_a += grad * x
+        place = dmix + tl.program_id(0) * 3 * D + col
+        tl.store(place, tl.sum(sum_a, 0, keep_dims=True), inside)
+        tl.store(place + D, tl.sum(sum_b, 0, keep_dims=True), inside)
+        tl.store(place + 2 * D, tl.sum(sum_c, 0, keep_dims=True), inside)
+
+    return triton.jit(mix_norm_kernel), triton.jit(mix_norm_backward_kernel)
+
+
+@functools.cache
+def load_mix_norm() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """(a or None, b, c (T, D), mix (3, D), scale (), W) -> mix[0] a + mix[1] b + mix[2] c, its RMS norm times scale,
+    and the first W channels of that, in bfloat16.
+
+    The sums over tokens for the gradient of mix are made where the streams' own gradients are: nothing is read twice.
+    """
+    forward_kernel, backward_kernel = load_mix_norm_kernels()
+
+    def launch(kernel: Any, programs: int, b: Tensor, mix: Tensor, window: int, *arguments: Any) -> None:
+        tokens, width = b.shape
+        kernel[(programs,)](*arguments, tokens, width, window, MIXED_ROWS, 1 << (width - 1).bit_length(),
+                            num_warps=MIXED_ROWS)
+
+    @torch.library.custom_op("train_gpt::mix_norm", mutates_args=())
+    def forward(a: Tensor | None, b: Tensor, c: Tensor, mix: Tensor, scale: Tensor,
+                window: int) -> tuple[Tensor, Tensor, Tensor]:
+        mixed, out, start = outputs(a, b, c, mix, scale, window)
+        launch(forward_kernel, -(-len(b) // MIXED_ROWS), b, mix, window, a, b, c, mix, scale, mixed, out, start)
+        return mixed, out, start
+
+    @torch.library.custom_op("train_gpt::mix_norm_backward", mutates_args=())
+    def backward(a: Tensor | None, b: Tensor, c: Tensor, mix: Tensor, scale: Tensor, dmixed: Tensor, dout: Tensor,
+                 dstart: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        da, db, dc, dmix = gradients(a, b, c)
+        grads = dmixed.contiguous(), dout.contiguous(), dstart.contiguous()
+        launch(backward_kernel, len(dmix), b, mix, dstart.size(1), a, b, c, mix, scale, *grads, da, db, dc, dmix)
+        return da, db, dc, dmix
+
+    def outputs(a: Tensor | None, b: Tensor, c: Tensor, mix: Tensor, scale: Tensor,
+                window: int) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.empty_like(b), torch.empty_like(b), b.new_empty(len(b), window)
+
+    def gradients(a: Tensor | None, b: Tensor, c: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        programs = min(-(-len(b) // MIXED_ROWS), 1056)  # 8 for each multiprocessor of a Hopper GPU
+        da = torch.empty_like(b) if a is not None else b.new_empty(0)
+        return da, torch.empty_like(b), torch.empty_like(c), b.new_empty(programs, 3, b.size(1), dtype=torch.float32)
+
+    def remember(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[:5])
+
+    def gradient(ctx: Any, dmixed: Tensor, dout: Tensor, dstart: Tensor):
+        da, db, dc, dmix = backward(*ctx.saved_tensors, dmixed, dout, dstart)
+        return da if ctx.saved_tensors[0] is not None else None, db, dc, dmix.sum(0), None, None
+
+    forward.register_fake(outputs)
+    backward.register_fake(gradients)
     forward.register_autograd(gradient, setup_context=remember)
     return forward
 
@@ -1304,6 +1420,7 @@ def choose_kernels(config: Config, device: torch.device) -> Kernels:
     try:
         if not config.head_dim & (config.head_dim - 1):
             kernels = kernels._replace(rotate_heads=load_rotate_heads(), names=f"{kernels.names}+rotate_heads")
+        kernels = kernels._replace(mix_norm=load_mix_norm(), names=f"{kernels.names}+mix_norm")
         if config.mlp_activation == "leaky2" and not (config.projection_norm or odd or config.fp8_matmul):
             kernels = kernels._replace(leaky2=load_leaky2(), names=f"{kernels.names}+leaky2")
     except (ImportError, AttributeError) as error:
@@ -1609,6 +1726,7 @@ SKIP_ROLES, GLOBAL_ROLES = {"skip_weight", "skip_gate"}, {  # a row per skip; on
     "smear_gate", "smear_scale", "static_smear", "softcap_scale"}
 CONSTANTS = {"attn_scale": 1.0, "mlp_scale": 1.0, "skip_weight": 1.0, "lane_resid": 1.1, "lane_mix": 1.0,
              "value_mix": 0.5, "xsa_strength": 1.0, "attn_gate_bias": 4.0, "static_smear": 3.0, "bigram_scale": 0.05}
+SCALES = {"out_proj": "attn_scale", "down_proj": "mlp_scale"}  # of the outputs of these matrices, a row each
 MATRICES = {"q_proj", "k_proj", "v_proj", "up_proj", "embed_in", "embed_out", "q_adapter_in", "v_adapter_in"}
 FakeQuantize = Callable[[str, int, Tensor], Tensor]  # (parameter, layer or -1, weights) -> as the artifact gives them
 
@@ -1701,28 +1819,27 @@ class GPT(nn.Module):
             x = torch.lerp(shift(x, keep), x, self.weight("static_smear").sigmoid())
         return norm(F.linear(x, self.weight("embed_in")[0]) if config.embed_dim else x)
 
-    def attend(self, w: dict[str, Tensor], n: Tensor, angles: tuple[Tensor, Tensor], segments: Segments,
-               exclude: bool, first_value: Tensor | None) -> tuple[Tensor, Tensor]:
+    def attend(self, w: Mapping[str, Tensor], n: Tensor, start: Tensor, angles: tuple[Tensor, Tensor],
+               segments: Segments, exclude: bool, first_value: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weights w of a layer, its normalized input n (T, D) -> attention's output (T, D), values (T, K, E).
 
-        exclude = XSA; first_value = the first layer's values, for the value residual (arXiv:2410.17897).
+        start = the first channels of n; exclude = XSA; first_value = the first layer's values, for the value residual
+        (arXiv:2410.17897).
         """
         config = self.config
-        kernels = self.kernels if self.training else PLAIN
-        qk, v = kernels.linear(n, torch.cat((w["q_proj"], w["k_proj"]))), kernels.linear(n, w["v_proj"])
+        kernels, heads = self.kernels if self.training else PLAIN, (config.num_heads, config.num_kv_heads)
+        qkv = kernels.linear(n, torch.cat((w["q_proj"], w["k_proj"], w["v_proj"])))
         if "q_adapter_in" in w:
-            more = F.linear(F.linear(n, w["q_adapter_in"]), w["q_adapter_out"])
-            qk = qk + F.pad(more, (0, qk.size(1) - more.size(1)))
-            v = v + F.linear(F.linear(n, w["v_adapter_in"]), w["v_adapter_out"])
-        v = v.unflatten(-1, (-1, config.head_dim))
+            q, v = (F.linear(F.linear(n, w[f"{x}_adapter_in"]), w[f"{x}_adapter_out"]) for x in "qv")
+            qkv = qkv + torch.cat((q, torch.zeros_like(v), v), -1)
+        if kernels.rotate_heads:
+            q, k, v = kernels.rotate_heads(qkv, w["q_gain"], *angles, config.head_dim)
+        else:
+            qk, v = qkv.unflatten(-1, (-1, config.head_dim)).split([sum(heads), heads[1]], 1)
+            q, k = rotary(norm(qk), *angles).split(heads, 1)
+            q = q * w["q_gain"][:, None]
         if "value_mix" in w and first_value is not None:
             v = w["value_mix"][0] * first_value + w["value_mix"][1] * v
-        if kernels.rotate_heads:
-            q, k = kernels.rotate_heads(qk, w["q_gain"], *angles, config.head_dim)
-        else:
-            q, k = rotary(norm(qk.unflatten(-1, (-1, config.head_dim))), *angles).split(
-                [config.num_heads, config.num_kv_heads], 1)
-            q = q * w["q_gain"][:, None]
         if config.key_offset:
             plain = k[..., config.rope_dims:]
             k = torch.cat((k[..., :config.rope_dims], shift(plain, segments.positions != 0)), -1)
@@ -1731,12 +1848,12 @@ class GPT(nn.Module):
             y = exclusive(y, v, w.get("xsa_strength"))
         if "attn_gate" in w:
             inner = config.sparse_attn_gate_scale if config.attn_gate == "sparse" else 1.0
-            gate = F.linear(n[:, :w["attn_gate"].size(1)], w["attn_gate"], w.get("attn_gate_bias"))
+            gate = F.linear(n if config.attn_gate == "dense" else start, w["attn_gate"], w.get("attn_gate_bias"))
             y = y * ((inner * gate).sigmoid() * (2 if config.attn_gate == "output" else 1))[:, :, None]
         y = y.flatten(1).to(self.dtype)
         return kernels.linear(norm(y) if config.projection_norm else y, w["out_proj"]), v
 
-    def feed_forward(self, w: dict[str, Tensor], n: Tensor) -> Tensor:
+    def feed_forward(self, w: Mapping[str, Tensor], n: Tensor) -> Tensor:
         """Weights w of a layer, its normalized input n (T, D) -> the MLP's output (T, D)."""
         config, kernels = self.config, self.kernels if self.training else PLAIN
         if kernels.leaky2:
@@ -1744,30 +1861,44 @@ class GPT(nn.Module):
         hidden = ACTIVATIONS[config.mlp_activation](kernels.linear(n, w["up_proj"]), config.leaky_relu_slope)
         return kernels.linear(norm(hidden) if config.projection_norm else hidden, w["down_proj"])
 
-    def block(self, w: Mapping[str, Tensor], lanes: tuple[Tensor, Tensor], skipped: Tensor | None, x0: Tensor,
+    def mix_norm(self, skipped: Tensor | None, x: Tensor, x0: Tensor, mix: Tensor,
+                 scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Streams (T, D), their weights mix (3, D) -> their blend, its norm, and the norm's first channels."""
+        window, kernel = self.config.gate_window, (self.kernels if self.training else PLAIN).mix_norm
+        if kernel:
+            return kernel(skipped, x, x0, mix, scale, window)
+        mixed = mix[1] * x + mix[2] * x0 if skipped is None else mix[0] * skipped + mix[1] * x + mix[2] * x0
+        n = norm(mixed := mixed.to(self.dtype), scale)
+        return mixed, n, n[:, :window]
+
+    def block(self, w: dict[str, Tensor], lanes: tuple[Tensor, Tensor], skipped: Tensor | None, x0: Tensor,
               angles: tuple[Tensor, Tensor], segments: Segments, exclude: bool, parallel: bool,
               first_value: Tensor | None) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Weights w of a visit and the lanes, (T, D) each -> the lanes behind it, and its values (T, K, E).
 
-        There is one stream in both lanes until the first parallel block.
+        There is one stream in both lanes until the first parallel block. Scales of outputs go into their matrices.
         """
-        config, x, mlp_lane = self.config, *lanes
-        scale, w = w["ln_scale"], {name: value.to(self.dtype) for name, value in w.items()}
+        config, x, mlp_lane, scale, resid = self.config, *lanes, w["ln_scale"], w["resid_mix"]
+        mix, w = torch.stack((0 * resid[0], *resid)), w | {m: w[s][:, None] * w[m] for m, s in SCALES.items()}
         if skipped is not None:
-            skipped = w["skip_weight"] * skipped
-            x = torch.lerp(skipped, x, w["skip_gate"].sigmoid()) if config.skip_gates_enabled else x + skipped
+            gate = w["skip_gate"].sigmoid() if config.skip_gates_enabled else None
+            blend = (w["skip_weight"], torch.ones_like(resid[0])) if gate is None else (
+                (1 - gate) * w["skip_weight"], gate)
+            if parallel or "mean_smear" in w:
+                x, skipped = (blend[0] * skipped + blend[1] * x).to(self.dtype), None
+            else:
+                mix = torch.stack((resid[0] * blend[0], resid[0] * blend[1], resid[1]))
+        w = {name: value.to(self.dtype) for name, value in w.items()}
         if "mean_smear" in w:
             x = torch.lerp(x, segment_mean(x, segments.positions).to(self.dtype), w["mean_smear"].tanh())
-        mixed = w["resid_mix"][0] * x + w["resid_mix"][1] * x0
-        attn_in = norm(mixed, scale)
-        attn_out, v = self.attend(w, attn_in, angles, segments, exclude, first_value)
-        attn_out = w["attn_scale"] * attn_out
+        mixed, attn_in, start = self.mix_norm(skipped, x, x0, mix, scale)
+        attn_out, v = self.attend(w, attn_in, start, angles, segments, exclude, first_value)
         if not parallel:
             x = mixed + attn_out
-            x = x + w["mlp_scale"] * self.feed_forward(w, attn_in if config.gptj_block else norm(x, scale))
+            x = x + self.feed_forward(w, attn_in if config.gptj_block else norm(x, scale))
             return (x, x), v
         # both sublayers read the old lanes; each lane keeps a share of itself and takes some of both outputs
-        mlp_out = w["mlp_scale"] * self.feed_forward(w, norm(mlp_lane, scale))
+        mlp_out = self.feed_forward(w, norm(mlp_lane, scale))
         stay, share = w["lane_resid"], w["lane_mix"]
         return (stay[0] * x + share[0, 0] * attn_out + share[1, 0] * mlp_out,
                 stay[1] * mlp_lane + share[0, 1] * attn_out + share[1, 1] * mlp_out), v
@@ -2000,7 +2131,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, loss: Tensor, lr_scale: float, momentum: float, decay_scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Updates the parameters from their gradients, which it frees. -> (loss averaged over ranks, gradient norm)."""
+        """Updates the parameters from their gradients, which it zeroes. -> (loss averaged over ranks, gradient norm)."""
         small = [p.grad for p in self.adam_params if p.grad is not None]
         buffer = torch.cat([loss.reshape(1), *(grad.reshape(-1) for grad in small)]) if self.world.size > 1 else None
         started = [] if buffer is None else [dist.all_reduce(buffer, async_op=True)]
@@ -2029,8 +2160,7 @@ class Optimizer:
             if work:
                 work.wait()
             self.apply(group, packed, lr_scale, decay_scale)
-        for parameter in self.params.values():
-            parameter.grad = None
+        torch._foreach_zero_([p.grad for p in self.params.values() if p.grad is not None])
         return loss.reshape(()), norm
 
     def clip(self, own: list[Tensor], small: list[Tensor]) -> Tensor:
@@ -2210,6 +2340,14 @@ class Pending(NamedTuple):
     done: Any  # CUDA event or None
 
 
+class Recorded(NamedTuple):
+    """A micro-batch's forward and backward pass as one launch."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: Batch  # where it reads
+    loss: Tensor  # where it writes
+
+
 class Trainer:
     """Model, optimizer and averages, and the loop over steps."""
 
@@ -2231,6 +2369,9 @@ class Trainer:
         self.loader = TrainLoader(config, world, dataset.train, self.num_segments, dataset.prefixes)
         self.averages = {name: p.detach().clone() for name, p in self.params.items()} if config.ema_decay else {}
         self.snapshots, self.num_snapshots = {}, 0  # their sum, by parameter (SWA)
+        self.column_weights = torch.ones(1 + len(auxiliary_weights(config)), device=world.device)  # of losses in a step
+        self.graphs: dict[Stage, Recorded] = {}
+        self.graph_pool: Any = None
         self.step, self.elapsed_seconds, self.saved_seconds, self.finished = 0, 0.0, 0.0, False
         self.tokens = 0  # of the training stream used so far, by all ranks
         self.last_loss, self.settled_step, self.logged_twentieths = math.nan, 0, 0
@@ -2245,11 +2386,10 @@ class Trainer:
         config, step = self.config, self.step
         total = torch.zeros((), device=self.world.device)
         weights = [weight * aux_multiplier(config, progress) for weight in auxiliary_weights(config)]
+        for slot, weight in zip(self.column_weights, [1.0, *weights]):
+            slot.fill_(weight / len(micro_batches))
         for batch in micro_batches:
-            nats = self.forward(*batch)
-            loss, *others = nats.view(len(nats), -1).mean(0) / len(micro_batches)  # of each column of targets
-            total += loss.detach()
-            sum((weight * other for weight, other in zip(weights, others)), loss).backward()
+            total += self.micro_step(batch)
         loss, _ = self.optimizer.step(total, lr_multiplier(config, progress, step), muon_momentum(config, step),
                                       decay_multiplier(config, progress))
         if self.averages:
@@ -2257,6 +2397,31 @@ class Trainer:
                 torch._foreach_lerp_(list(self.averages.values()), list(self.params.values()),
                                      ema_share(config.ema_decay, step + 1))
         return loss
+
+    def micro_step(self, batch: Batch) -> Tensor:
+        """Forward and backward, gradients added up, by the stage's CUDA graph if it has one -> share of the loss."""
+        if recorded := self.graphs.get(self.stage._replace(batch_share=1.0)):
+            map_tensors(Tensor.copy_, recorded.inputs, batch)
+            recorded.graph.replay()
+            return recorded.loss
+        nats = self.forward(*batch)
+        columns = nats.view(len(nats), -1).mean(0)  # of targets
+        columns = columns * self.column_weights[:len(columns)]
+        columns.sum().backward()
+        return columns[0].detach()
+
+    def capture(self, batch: Batch) -> None:
+        """Records micro_step on batches of this shape as a CUDA graph of the present stage; it must have run before.
+
+        All graphs share memory, and gradients stay where they are: the optimizer zeroes them in place.
+        """
+        if not (self.config.cuda_graphs and self.compiled):
+            return
+        graph, inputs = torch.cuda.CUDAGraph(), map_tensors(torch.clone, batch)
+        with torch.cuda.graph(graph, self.graph_pool, capture_error_mode="thread_local"):
+            loss = self.micro_step(inputs)
+        self.graph_pool = graph.pool()
+        self.graphs[self.stage._replace(batch_share=1.0)] = Recorded(graph, inputs, loss)
 
     def enter(self, stage: Stage) -> None:
         """Switches the model to the graph of a stage."""
@@ -2295,6 +2460,7 @@ class Trainer:
                 self.train_step([batch] * config.accumulation_steps(self.world.size, stage.batch_share), 0.0)
                 self.world.synchronize()
                 seconds[stage] = time.perf_counter() - start
+            self.capture(batch)
         self.enter(stage_at(config, 0.0, 0))
         self.model.init_weights(config.seed)
         self.optimizer.reset()
@@ -2622,7 +2788,7 @@ QUANTIZERS = {
     "tcq": Quantizer(functools.partial(search_encode, 8), tcq_decode), "fp16": Quantizer(fp16_encode, fp16_decode)}
 
 
-BLOCK_PRODUCTS = (("q_proj", "k_proj"), ("v_proj",), ("out_proj",), ("up_proj",), ("down_proj",))  # in order
+BLOCK_PRODUCTS = (("q_proj", "k_proj", "v_proj"), ("out_proj",), ("up_proj",), ("down_proj",))  # in order
 
 
 def calibrate(config: Config, world: World, model: GPT, batches: Iterable[Batch]) -> dict[str, Guide]:
@@ -2670,6 +2836,8 @@ def calibrate(config: Config, world: World, model: GPT, batches: Iterable[Batch]
         plain.embedding.grad = None
     for total in (*hessian.values(), *gain.values(), *count.values(), spread, times) if world.size > 1 else ():
         dist.all_reduce(total)
+    for name, scale in SCALES.items():  # the products' outputs have it already
+        gain[name] *= getattr(model, scale).detach().square()
     means = {name: total / count[name].clamp_min(1)[..., None] for name, total in hessian.items()}
     if config.tie_embeddings:
         means[head], gain[head] = tied(means[head], gain[head], spread, times)
@@ -3323,6 +3491,7 @@ def train(config: Config, trainer: Trainer, evaluator: Evaluator, stop: StopRequ
     if not trainer.finished:
         trainer.run(stop, lambda: evaluator.score(trainer.forward, config.eval_seq_len))
     trainer.loader.close()
+    trainer.graphs.clear()
     trainer.log(f"peak_memory:{trainer.world.peak_memory_bytes() // 2**20}MiB steps:{trainer.step} "
                 f"train_seconds:{trainer.elapsed_seconds:.3f}")
     return compile_seconds

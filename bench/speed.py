@@ -102,11 +102,12 @@ def measure_stage(trainer: Trainer, stage: Stage, repeats: int) -> dict[str, flo
     start = time.perf_counter()
     for _ in range(3):
         trainer.train_step([batch], 0.0)
+    trainer.capture(batch)
     world.synchronize()
     compiling = time.perf_counter() - start
 
     def backward() -> None:
-        trainer.forward(*batch).mean().backward()
+        trainer.micro_step(batch)
 
     def optimize() -> None:
         trainer.optimizer.step(torch.zeros((), device=world.device), 1.0, config.muon_momentum)

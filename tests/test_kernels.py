@@ -10,6 +10,7 @@ from train_gpt import (
     choose_kernels,
     load_leaky2,
     load_leaky2_product,
+    load_mix_norm,
     load_rotate_heads,
     norm,
     rotary,
@@ -72,23 +73,49 @@ def test_leaky2_keeps_the_sign_and_nothing_else_of_what_it_squares():
     (98304, 8, 4, 64, 8), (1001, 3, 1, 32, 4), (1, 8, 8, 128, 64), (77, 6, 2, 16, 0), (50, 1, 1, 64, 5)])
 def test_rotate_heads_is_its_plain_form(tokens, heads, kv, width, pairs):
     torch.manual_seed(0)
-    qk, gain = draw(tokens, (heads + kv) * width), torch.randn(heads).cuda()
+    qkv, gain = draw(tokens, (heads + 2 * kv) * width), torch.randn(heads).cuda()
     frequencies = 1e4 ** -(torch.arange(pairs) / max(pairs, 1))
     cos, sin = (x.cuda() for x in rotary_angles(torch.arange(tokens) % 2048, frequencies))
-    ours, exact = ([qk.clone().requires_grad_(), gain.clone().requires_grad_()],
-                   [qk.float().requires_grad_(), gain.clone().requires_grad_()])
+    ours, exact = ([qkv.clone().requires_grad_(), gain.clone().requires_grad_()],
+                   [qkv.float().requires_grad_(), gain.clone().requires_grad_()])
 
-    def twin(qk, gain):
-        q, k = rotary(norm(qk.unflatten(-1, (-1, width))), cos, sin).split([heads, kv], 1)
-        return q * gain[:, None], k
+    def twin(qkv, gain):
+        qk, v = qkv.unflatten(-1, (-1, width)).split([heads + kv, kv], 1)
+        q, k = rotary(norm(qk), cos, sin).split([heads, kv], 1)
+        return q * gain[:, None], k, v
 
     fused = torch.compile(load_rotate_heads(), dynamic=False)
     out, wanted = fused(*ours, cos, sin, width), twin(*exact)
-    grads = draw(tokens, heads, width), draw(tokens, kv, width)
+    grads = [draw(tokens, count, width) for count in (heads, kv, kv)]
     torch.autograd.backward(out, grads)
     torch.autograd.backward(wanted, [grad.float() for grad in grads])
     for a, b in zip((*out, ours[0].grad, ours[1].grad), (*wanted, exact[0].grad, exact[1].grad)):
         assert a.shape == b.shape and error(a, b) < 4e-3
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("tokens, width, window", [(98304, 512, 12), (1001, 100, 7), (1, 16, 16), (7777, 48, 1)])
+@pytest.mark.parametrize("skip", [False, True])
+def test_mix_norm_is_its_plain_form(tokens, width, window, skip):
+    torch.manual_seed(0)
+    streams, mix, scale = [draw(tokens, width) for _ in range(3)], torch.randn(3, width).cuda(), torch.tensor(0.7).cuda()
+    ours = [*(x.clone().requires_grad_() for x in streams), mix.clone().requires_grad_()]
+    exact = [*(x.float().requires_grad_() for x in streams), mix.clone().requires_grad_()]
+
+    def twin(a, b, c, mix):
+        mixed = mix[1] * b + mix[2] * c + (0 if a is None else mix[0] * a)
+        return mixed, norm(mixed, scale), norm(mixed, scale)[:, :window]
+
+    if not skip:
+        ours[0] = exact[0] = None
+    fused = torch.compile(load_mix_norm(), dynamic=False)
+    out, wanted = fused(*ours, scale, window), twin(*exact)
+    grads = draw(tokens, width), draw(tokens, width), draw(tokens, window)
+    torch.autograd.backward(out, grads)
+    torch.autograd.backward(wanted, [grad.float() for grad in grads])
+    for a, b in zip((*out, *(x.grad for x in ours if x is not None)), (*wanted, *(x.grad for x in exact if x is not None))):
+        assert a.shape == b.shape and error(a, b) < 6e-3
 
 
 @pytest.mark.parametrize("changes", [{}, {"fused_kernels": False}, {"mlp_activation": "swiglu"}])
@@ -99,11 +126,11 @@ def test_a_cpu_uses_plain_torch(changes):
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize("changes, names", [
-    ({}, "torch+rotate_heads+leaky2"), ({"fused_kernels": False}, "torch"),
-    ({"mlp_activation": "swiglu"}, "torch+rotate_heads"), ({"mlp_hidden": 40}, "torch+rotate_heads"),
-    ({"projection_norm": True}, "torch+rotate_heads"),
-    ({"model_dim": 192, "num_heads": 4, "mlp_mult": 2.0}, "torch+leaky2"),
-    ({"fp8_matmul": True, "num_kv_heads": 2}, "fp8+rotate_heads")])
+    ({}, "torch+rotate_heads+mix_norm+leaky2"), ({"fused_kernels": False}, "torch"),
+    ({"mlp_activation": "swiglu"}, "torch+rotate_heads+mix_norm"), ({"mlp_hidden": 40}, "torch+rotate_heads+mix_norm"),
+    ({"projection_norm": True}, "torch+rotate_heads+mix_norm"),
+    ({"model_dim": 192, "num_heads": 4, "mlp_mult": 2.0}, "torch+mix_norm+leaky2"),
+    ({"fp8_matmul": True, "num_kv_heads": 2}, "fp8+rotate_heads+mix_norm")])
 def test_settings_choose_the_kernels(changes, names):
     assert choose_kernels(tiny_config(**changes), torch.device("cuda")).names == names
 

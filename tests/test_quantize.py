@@ -430,17 +430,18 @@ def test_calibration_of_blocks_is_the_sum_over_visits():
     for batch in batches:
         model(*batch).sum().backward()
     layers = [visit.layer for visit in model.plans[1]] * len(batches)
-    assert len(kept) == 5 * len(layers) and layers.count(1) == 2 * len(batches)  # which is looped
-    for place, names in enumerate((("q_proj", "k_proj"), ("v_proj",), ("out_proj",), ("up_proj",), ("down_proj",))):
+    assert len(kept) == 4 * len(layers) and layers.count(1) == 2 * len(batches)  # which is looped
+    for place, names in enumerate((("q_proj", "k_proj", "v_proj"), ("out_proj",), ("up_proj",), ("down_proj",))):
         gains: dict[str, list[torch.Tensor]] = {name: [] for name in names}
         for layer in range(4):
-            calls = [kept[5 * i + place] for i, visited in enumerate(layers) if visited == layer]
+            calls = [kept[4 * i + place] for i, visited in enumerate(layers) if visited == layer]
             inputs = torch.cat([x for x, _ in calls])
             gradients = torch.cat([y.grad for _, y in calls if y.grad is not None])
             feedback = inverse_factor((inputs.T @ inputs / len(inputs))[None])[0]
             for name, part in zip(names, gradients.split([model.get_parameter(name).size(1) for name in names], 1)):
                 torch.testing.assert_close(guides[name].feedback[layer], feedback, rtol=2e-3, atol=2e-3)
-                gains[name].append(part.square().sum(0))
+                scale = {"out_proj": model.attn_scale, "down_proj": model.mlp_scale}.get(name)  # is in the product
+                gains[name].append(part.square().sum(0) * (1 if scale is None else scale[layer].detach().square()))
         for name in names:
             gain, feedback = torch.stack(gains[name]), guides[name].feedback
             wanted = gain.clamp_min(0.01 * gain.mean()).log()
