@@ -143,6 +143,7 @@ class Config:
     qk_gain_init: float = 5.0  # start of the learned gain on normalized queries
     xsa_last_n: int = 11  # layers, from the end, with exclusive self attention; 0 = off
     xsa_learned: bool = False  # its strength is learned per head, from 1
+    mudd_hidden: int = 0  # before the head, earlier streams are added by weights that a network this wide makes; 0 = off
     skip_gates_enabled: bool = True  # U-Net skips are gated blends; 0 = weighted sums
     num_loops: int = 2  # extra passes over layers LOOP_START..LOOP_END; 0 = no depth recurrence
     loop_start: int = 3  # first looped layer
@@ -1080,7 +1081,7 @@ def read_sidecar(val: TokenStream, paths: Sequence[Path], tokenizer: Any) -> np.
 
 
 Linear = Callable[[Tensor, Tensor], Tensor]  # x (T, K), weight (N, K) -> (T, N)
-ROTATED_ROWS = MIXED_ROWS = 4  # tokens, and warps, of a program of rotate_heads and of mix_norm
+HEAD_ROWS, MIXED_ROWS = 4, 1  # tokens, and warps, of a program of kernels that work on heads, and of mix_norm
 E4M3_MAX = 448.0
 
 
@@ -1091,8 +1092,9 @@ class Kernels(NamedTuple):
     head: Linear = F.linear
     look_up: Linear = F.embedding  # ids (T,), weight (V, D) -> (T, D)
     leaky2: Callable[..., Tensor] | None = None  # the whole MLP
-    rotate_heads: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None  # norm, rotation and gain of heads
+    rotate_heads: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None  # norm, rotation, gain of heads
     mix_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None  # blend of streams, and its norm
+    exclude_gate: Callable[..., Tensor] | None = None  # exclusive self attention and the sparse gate
     names: str = "torch"  # for the log
 
 
@@ -1171,6 +1173,41 @@ def load_leaky2_product() -> Callable[..., Tensor]:
     return launch
 
 
+def differentiable(name: str, forward: tuple[str, Any, Any], backward: tuple[str, Any, Any],
+                   keep: Callable[..., Sequence[Any]], finish: Callable[..., Any]) -> Any:
+    """A torch operator that compiles, from (schema, function, function that makes empty outputs) of both directions.
+
+    backward takes what keep(inputs, outputs) kept, the outputs' gradients, and numbers among the inputs; the inputs'
+    gradients are finish(kept, the outputs' gradients, what backward gave).
+    """
+    operators = []
+    for suffix, (schema, function, empty) in (("", forward), ("_backward", backward)):
+        operator = torch.library.custom_op(f"train_gpt::{name}{suffix}", function, mutates_args=(), schema=schema)
+        operator.register_fake(empty)
+        operators.append(operator)
+
+    def remember(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*keep(inputs, output))
+        ctx.numbers = [x for x in inputs if isinstance(x, int | float)]
+        ctx.set_materialize_grads(False)  # outputs that nobody differentiates would get zeros
+
+    def gradient(ctx: Any, *grads: Tensor | None):
+        given = [None if grad is None else grad.contiguous() for grad in grads]
+        return finish(ctx.saved_tensors, given, operators[1](*ctx.saved_tensors, *given, *ctx.numbers))
+
+    operators[0].register_autograd(gradient, setup_context=remember)
+    return operators[0]
+
+
+def written(launch: Callable[..., None], empty: Callable[..., Any]) -> Callable[..., Any]:
+    """-> a function of inputs that makes empty outputs and has launch(*inputs, *outputs) write them."""
+    def function(*inputs: Any) -> Any:
+        outputs = empty(*inputs)
+        launch(*inputs, *((outputs,) if isinstance(outputs, Tensor) else outputs))
+        return outputs
+    return function
+
+
 @functools.cache
 def load_leaky2() -> Callable[..., Tensor]:
     """(n (T, D), up (F, D), down (D, F), slope) -> leaky_relu(n up^T, slope)^2 down^T (T, D), in bfloat16, on Hopper.
@@ -1179,48 +1216,37 @@ def load_leaky2() -> Callable[..., Tensor]:
     """
     launch = load_leaky2_product()
 
-    @torch.library.custom_op("train_gpt::leaky2", mutates_args=())
     def forward(n: Tensor, up: Tensor, down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
         post = launch(n, up, slope)
         return F.linear(post, down), post
 
-    @torch.library.custom_op("train_gpt::leaky2_backward", mutates_args=())
-    def backward(dout: Tensor, down: Tensor, post: Tensor, slope: float) -> Tensor:
-        return launch(dout, down, slope, post)
+    def finish(kept: Sequence[Tensor], grads: Sequence[Tensor], dpre: Tensor):
+        n, up, _, post = kept
+        return dpre @ up, dpre.T @ n, grads[0].T @ post, None
 
-    def remember(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[:3], output[1])
-        ctx.slope = inputs[3]
-        ctx.set_materialize_grads(False)  # or the engine fills a (T, F) of zeros for post
-
-    def gradient(ctx: Any, dout: Tensor, _: Any):
-        n, up, down, post = ctx.saved_tensors
-        ddown = dout.T @ post
-        dpre = backward(dout, down, post, ctx.slope)
-        return dpre @ up, dpre.T @ n, ddown, None
-
-    forward.register_fake(lambda n, up, down, slope: (torch.empty_like(n), n.new_empty(n.size(0), up.size(0))))
-    backward.register_fake(lambda dout, down, post, slope: torch.empty_like(post))
-    forward.register_autograd(gradient, setup_context=remember)
-    return lambda n, up, down, slope: forward(n, up, down, slope)[0]
+    operator = differentiable(
+        "leaky2", ("(Tensor n, Tensor up, Tensor down, float slope) -> (Tensor, Tensor)", forward,
+                   lambda n, up, *_: (torch.empty_like(n), n.new_empty(len(n), len(up)))),
+        ("(Tensor n, Tensor up, Tensor down, Tensor post, Tensor dout, Tensor? dpost, float slope) -> Tensor",
+         lambda _, __, down, post, dout, ___, slope: launch(dout, down, slope, post),
+         lambda n, up, down, post, *_: torch.empty_like(post)),
+        lambda inputs, outputs: (*inputs[:3], outputs[1]), finish)
+    return lambda *inputs: operator(*inputs)[0]
 
 
-def load_rotate_heads_launch() -> Callable[..., None]:
-    """-> launch(qkv, gain, cos, sin, q, k, v, dqkv, dgain) of the kernel of load_rotate_heads.
-
-    Forward, without dqkv and dgain, it writes q, k and v. Backward it reads their gradients there, and writes dqkv and,
-    a row for each program, dgain.
-    """
+def load_rotate_heads_kernel() -> Any:
+    """-> the Triton kernel of load_rotate_heads. Forward, without dqkv and dgain, it writes q, k, v and own. Backward
+    it reads their gradients there, and writes dqkv and, a row for each program, dgain."""
     import triton  # pyright: ignore[reportMissingImports]
     import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-    def rotate_heads_kernel(qkv, gain, cos, sin, q, k, v, dqkv, dgain, T, H: tl.constexpr, K: tl.constexpr,
+    def rotate_heads_kernel(qkv, gain, cos, sin, q, k, v, own, dqkv, dgain, T, H: tl.constexpr, K: tl.constexpr,
                             E: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr):
         row, head = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None], tl.arange(0, HEADS)[None, :, None]
         col = tl.arange(0, E)[None, None, :] + 0 * head
         live, is_q, is_v = (row < T) & (head < H + 2 * K), head < H, head >= H + K
-        is_k, at = (head >= H) & (head < H + K), (row * (H + 2 * K) + head) * E + col
-        at_q, at_k, at_v = (row * H + head) * E, (row * K + head - H) * E, (row * K + head - H - K) * E
+        is_k, at, at_q = (head >= H) & (head < H + K), (row * (H + 2 * K) + head) * E + col, (row * H + head) * E
+        shared = tl.where(is_v, head - H - K, head - H)  # which of the K heads
         turns, pair = live & (col < 2 * R) & (head < H + K), tl.where(col < R, col + R, col - R)
         angle = row * R + tl.where(col < R, col, col - R)
         c, s = tl.load(cos + angle, turns, 1.0), tl.load(sin + angle, turns, 0.0) * tl.where(col < R, 1.0, -1.0)
@@ -1231,70 +1257,131 @@ def load_rotate_heads_launch() -> Callable[..., None]:
             other = tl.load(qkv + at + pair - col, turns, 0.0).to(tl.float32)
             value = (value * c + other * s) * factor
             tl.store(q + at_q + col, value, live & is_q)
-            tl.store(k + at_k + col, value, live & is_k)
-            tl.store(v + at_v + col, value, live & is_v)
+            tl.store(own + (row * K + shared) * E + col, value, live & is_v)
+            for g in tl.static_range(H // K):
+                place = (row * H + shared * (H // K) + g) * E + col
+                tl.store(k + place, value, live & is_k)
+                tl.store(v + place, value, live & is_v)
         else:
             grad = tl.load(q + at_q + col, live & is_q, 0.0).to(tl.float32)
-            grad += tl.load(k + at_k + col, live & is_k, 0.0)
-            grad += tl.load(v + at_v + col, live & is_v, 0.0)
+            grad += tl.load(own + (row * K + shared) * E + col, live & is_v, 0.0)
             other = tl.load(q + at_q + pair, turns & is_q, 0.0).to(tl.float32)
-            other += tl.load(k + at_k + pair, turns & is_k, 0.0)
+            for g in tl.static_range(H // K):
+                place = (row * H + shared * (H // K) + g) * E
+                grad += tl.load(k + place + col, live & is_k, 0.0)
+                grad += tl.load(v + place + col, live & is_v, 0.0)
+                other += tl.load(k + place + pair, turns & is_k, 0.0)
             grad = grad * c - other * s  # turned back
             inner = tl.where(is_v, 0.0, tl.sum(value * grad, 2, keep_dims=True) * rstd)
             tl.store(dqkv + at, (grad - value * (inner * rstd / E)) * factor, live)
             tl.store(dgain + tl.program_id(0) * H + head, tl.sum(inner, 0, keep_dims=True), is_q)
 
-    kernel = triton.jit(rotate_heads_kernel)
-
-    def launch(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, v: Tensor,
-               *grads: Tensor | None) -> None:
-        (tokens, heads, width), kv = q.shape, k.size(1)
-        kernel[(-(-tokens // ROTATED_ROWS),)](
-            qkv, gain, cos, sin, q, k, v, *grads, tokens, heads, kv, width, cos.size(-1), ROTATED_ROWS,
-            triton.next_power_of_2(heads + 2 * kv), num_warps=ROTATED_ROWS)
-    return launch
+    return triton.jit(rotate_heads_kernel)
 
 
 @functools.cache
-def load_rotate_heads() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """(qkv (T, (H + 2 K) E), gain (H,), cos, sin (T, 1, R), E) -> q (T, H, E), k, v (T, K, E); E is a power of 2.
+def load_rotate_heads() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """(qkv (T, (H + 2 K) E), gain (H,), cos, sin (T, 1, R), E) -> q, k, v (T, H, E), own v (T, K, E); E a power of 2.
 
-    The RMS norm of each head, its first 2 R channels rotated, q times gain; v as it is, so that one product serves all
-    three. The backward pass makes the norms again: each direction reads and writes every tensor once.
+    The RMS norm of each head, its first 2 R channels rotated, q times gain. k and v are repeated for the query heads
+    that share them: attention's backward pass is faster that way than with sums over heads of its own. Each direction
+    reads and writes every tensor once; the backward pass makes the norms again.
     """
-    launch = load_rotate_heads_launch()
+    kernel = load_rotate_heads_kernel()
 
-    @torch.library.custom_op("train_gpt::rotate_heads", mutates_args=())
-    def forward(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        launch(qkv, gain, cos, sin, *(out := outputs(qkv, gain, cos, sin, width)), None, None)
-        return out
+    def launch(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> None:
+        q, k, v, own, *grads = (x for x in rest if isinstance(x, Tensor))
+        (tokens, heads, width), kv = q.shape, own.size(1)
+        kernel[(-(-tokens // HEAD_ROWS),)](
+            qkv, gain, cos, sin, q, k, v, own, *(grads or (None, None)), tokens, heads, kv, width, cos.size(-1),
+            HEAD_ROWS, 1 << (heads + 2 * kv - 1).bit_length(), num_warps=HEAD_ROWS)
 
-    @torch.library.custom_op("train_gpt::rotate_heads_backward", mutates_args=())
-    def backward(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, gain: Tensor, cos: Tensor,
-                 sin: Tensor) -> tuple[Tensor, Tensor]:
-        dqkv, dgain = torch.empty_like(qkv), sums(dq)
-        launch(qkv, gain, cos, sin, dq.contiguous(), dk.contiguous(), dv.contiguous(), dqkv, dgain)
-        return dqkv, dgain
+    def outputs(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, width: int) -> tuple[Tensor, ...]:
+        heads = len(gain)
+        return tuple(qkv.new_empty(len(qkv), count, width)
+                     for count in (heads, heads, heads, (qkv.size(1) // width - heads) // 2))
 
-    def outputs(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        kv = (qkv.size(1) // width - len(gain)) // 2
-        q, k, v = (qkv.new_empty(len(qkv), heads, width) for heads in (len(gain), kv, kv))
-        return q, k, v
+    def gradients(qkv: Tensor, gain: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        return torch.empty_like(qkv), qkv.new_empty(-(-len(qkv) // HEAD_ROWS), len(gain), dtype=torch.float32)
 
-    def sums(dq: Tensor) -> Tensor:
-        return dq.new_empty(-(-len(dq) // ROTATED_ROWS), dq.size(1), dtype=torch.float32)
+    four = "Tensor qkv, Tensor gain, Tensor cos, Tensor sin"
+    return differentiable(
+        "rotate_heads", (f"({four}, int width) -> (Tensor, Tensor, Tensor, Tensor)", written(launch, outputs), outputs),
+        (f"({four}, Tensor dq, Tensor dk, Tensor dv, Tensor down, int width) -> (Tensor, Tensor)",
+         written(launch, gradients), gradients),
+        lambda inputs, _: inputs[:4],
+        lambda kept, _, found: (found[0], found[1].sum(0).to(kept[1].dtype), None, None, None))
 
-    def remember(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[:4])
 
-    def gradient(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor):
-        dqkv, dgain = backward(dq, dk, dv, *ctx.saved_tensors)
-        return dqkv, dgain.sum(0).to(ctx.saved_tensors[1].dtype), None, None, None
+def load_exclude_gate_kernel() -> Any:
+    """-> the Triton kernel of load_exclude_gate. Forward, without dy and what follows, `out` is written; backward it is
+    the gradient that comes in; dgate has a row for each program."""
+    import triton  # pyright: ignore[reportMissingImports]
+    import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-    forward.register_fake(outputs)
-    backward.register_fake(lambda dq, dk, dv, qkv, *_: (torch.empty_like(qkv), sums(dq)))
-    forward.register_autograd(gradient, setup_context=remember)
-    return forward
+    def exclude_gate_kernel(y, v, start, gate, out, dy, dv, dstart, dgate, inner, T, H: tl.constexpr, K: tl.constexpr,
+                            E: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, KP: tl.constexpr, WP: tl.constexpr):
+        row, kv = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None], tl.arange(0, KP)[None, :, None]
+        col, window = tl.arange(0, E)[None, None, :], tl.arange(0, WP)[None, None, :]
+        live, opens = (row < T) & (kv < K), (row < T) & (window < W)
+        own = tl.load(v + (row * K + kv) * E + col, live, 0.0).to(tl.float32)
+        size = tl.maximum(tl.sum(own * own, 2, keep_dims=True), 1e-24)
+        first = tl.load(start + row * W + window, opens, 0.0).to(tl.float32)
+        down, dfirst = tl.zeros((ROWS, KP, E), tl.float32), tl.zeros((ROWS, 1, WP), tl.float32)
+        for g in tl.static_range(H // K):
+            head = kv * (H // K) + g
+            at, weight_at = (row * H + head) * E + col, head * W + window
+            x = tl.load(y + at, live, 0.0).to(tl.float32)
+            weight = tl.load(gate + weight_at, (kv < K) & (window < W), 0.0).to(tl.float32)
+            opened = tl.sigmoid(inner * tl.sum(first * weight, 2, keep_dims=True))
+            share = tl.sum(x * own, 2, keep_dims=True) / size
+            rest = x - share * own
+            if dy is None:
+                tl.store(out + at, opened * rest, live)
+            else:
+                grad = tl.load(out + at, live, 0.0).to(tl.float32)
+                turn = tl.sum(grad * rest, 2, keep_dims=True) * opened * (1 - opened) * inner  # gradient of the logit
+                grad *= opened
+                back = tl.sum(grad * own, 2, keep_dims=True) / size
+                tl.store(dy + at, grad - back * own, live)
+                down -= share * grad + back * (rest - share * own)
+                dfirst += tl.sum(turn * weight, 1, keep_dims=True)
+                tl.store(dgate + tl.program_id(0) * H * W + weight_at, tl.sum(turn * first, 0, keep_dims=True),
+                         (kv < K) & (window < W))
+        if dy is not None:
+            tl.store(dv + (row * K + kv) * E + col, down, live)
+            tl.store(dstart + row * W + window, dfirst, opens)
+
+    return triton.jit(exclude_gate_kernel)
+
+
+@functools.cache
+def load_exclude_gate() -> Callable[..., Tensor]:
+    """(y (T, H, E), v (T, K, E), start (T, W), gate (H, W), c) -> exclusive(y, v) times sigmoid(c start gate^T), as
+    (T, H E); E is a power of 2. Each direction reads and writes every tensor once."""
+    kernel = load_exclude_gate_kernel()
+
+    def launch(y: Tensor, v: Tensor, start: Tensor, gate: Tensor, *rest: Any) -> None:
+        (inner,), (out, *grads) = ([x for x in rest if isinstance(x, kind)] for kind in (float, Tensor))
+        (tokens, heads, width), kv, window = y.shape, v.size(1), start.size(1)
+        kernel[(-(-tokens // HEAD_ROWS),)](
+            y, v, start, gate, out, *(grads or [None] * 4), inner, tokens, heads, kv, width, window, HEAD_ROWS,
+            1 << (kv - 1).bit_length(), 1 << (window - 1).bit_length(), num_warps=HEAD_ROWS)
+
+    def output(y: Tensor, *_: Any) -> Tensor:
+        return y.new_empty(len(y), y.size(1) * y.size(2))
+
+    def gradients(y: Tensor, v: Tensor, start: Tensor, gate: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        sums = y.new_empty(-(-len(y) // HEAD_ROWS), *gate.shape, dtype=torch.float32)
+        return torch.empty_like(y), torch.empty_like(v), torch.empty_like(start), sums
+
+    four = "Tensor y, Tensor v, Tensor start, Tensor gate"
+    return differentiable(
+        "exclude_gate", (f"({four}, float inner) -> Tensor", written(launch, output), output),
+        (f"({four}, Tensor dout, float inner) -> (Tensor, Tensor, Tensor, Tensor)", written(launch, gradients),
+         gradients),
+        lambda inputs, _: inputs[:4],
+        lambda kept, _, found: (*found[:3], found[3].sum(0).to(kept[3].dtype), None))
 
 
 def load_mix_norm_kernels() -> tuple[Any, Any]:
@@ -1307,12 +1394,12 @@ def load_mix_norm_kernels() -> tuple[Any, Any]:
         # -> the streams and their weights, (ROWS, BD) and (1, BD) in float32; the blend as bfloat16 holds it
         b, c = tl.load(b + at, live, 0.0).to(tl.float32), tl.load(c + at, live, 0.0).to(tl.float32)
         wb, wc = tl.load(mix + D + col, inside, 0.0), tl.load(mix + 2 * D + col, inside, 0.0)
-        mixed, wa = b * wb + c * wc, wb
+        mixed, first, wa = b * wb + c * wc, b, wb
         if a is not None:
-            a, wa = tl.load(a + at, live, 0.0).to(tl.float32), tl.load(mix + col, inside, 0.0)
-            mixed += a * wa
+            first, wa = tl.load(a + at, live, 0.0).to(tl.float32), tl.load(mix + col, inside, 0.0)
+            mixed += first * wa
         mixed = mixed.to(tl.bfloat16).to(tl.float32)
-        return a, b, c, wa, wb, wc, mixed, tl.rsqrt(tl.sum(mixed * mixed, 1, keep_dims=True) / D + 1.1920929e-07)
+        return first, b, c, wa, wb, wc, mixed, tl.rsqrt(tl.sum(mixed * mixed, 1, keep_dims=True) / D + 1.1920929e-07)
 
     def mix_norm_kernel(a, b, c, mix, scale, mixed_out, out, start, T, D: tl.constexpr, W: tl.constexpr,
                         ROWS: tl.constexpr, BD: tl.constexpr):
@@ -1338,7 +1425,9 @@ def load_mix_norm_kernels() -> tuple[Any, Any]:
             grad = tl.load(dout + at, live, 0.0).to(tl.float32)
             grad = (grad + tl.load(dstart + row * W + col, (row < T) & (col < W), 0.0)) * (factor * rstd)
             mean = tl.sum(grad * mixed, 1, keep_dims=True) / D
-            grad = tl.load(dmixed + at, live, 0.0).to(tl.float32) + grad - mixed * (mean * rstd * rstd)
+            grad -= mixed * (mean * rstd * rstd)
+            if dmixed is not None:
+                grad += tl.load(dmixed + at, live, 0.0).to(tl.float32)
             tl.store(db + at, grad * wy, live)
             tl.store(dc + at, grad * wz, live)
             sum_b += grad * y
@@ -1363,46 +1452,32 @@ def load_mix_norm() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """
     forward_kernel, backward_kernel = load_mix_norm_kernels()
 
-    def launch(kernel: Any, programs: int, b: Tensor, mix: Tensor, window: int, *arguments: Any) -> None:
-        tokens, width = b.shape
-        kernel[(programs,)](*arguments, tokens, width, window, MIXED_ROWS, 1 << (width - 1).bit_length(),
+    def run(kernel: Any, programs: int, b: Tensor, window: int, *arguments: Any) -> None:
+        kernel[(programs,)](*arguments, *b.shape, window, MIXED_ROWS, 1 << (b.size(1) - 1).bit_length(),
                             num_warps=MIXED_ROWS)
 
-    @torch.library.custom_op("train_gpt::mix_norm", mutates_args=())
-    def forward(a: Tensor | None, b: Tensor, c: Tensor, mix: Tensor, scale: Tensor,
-                window: int) -> tuple[Tensor, Tensor, Tensor]:
-        mixed, out, start = outputs(a, b, c, mix, scale, window)
-        launch(forward_kernel, -(-len(b) // MIXED_ROWS), b, mix, window, a, b, c, mix, scale, mixed, out, start)
-        return mixed, out, start
+    def launch(a: Tensor | None, b: Tensor, c: Tensor, mix: Tensor, scale: Tensor, window: int, *out: Tensor) -> None:
+        run(forward_kernel, -(-len(b) // MIXED_ROWS), b, window, a, b, c, mix, scale, *out)
 
-    @torch.library.custom_op("train_gpt::mix_norm_backward", mutates_args=())
-    def backward(a: Tensor | None, b: Tensor, c: Tensor, mix: Tensor, scale: Tensor, dmixed: Tensor, dout: Tensor,
-                 dstart: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        da, db, dc, dmix = gradients(a, b, c)
-        grads = dmixed.contiguous(), dout.contiguous(), dstart.contiguous()
-        launch(backward_kernel, len(dmix), b, mix, dstart.size(1), a, b, c, mix, scale, *grads, da, db, dc, dmix)
-        return da, db, dc, dmix
+    def launch_backward(a: Tensor | None, b: Tensor, c: Tensor, mix: Tensor, scale: Tensor, dmixed: Any,
+                        dout: Tensor, dstart: Tensor, window: int, *grads: Tensor) -> None:
+        run(backward_kernel, len(grads[3]), b, window, a, b, c, mix, scale, dmixed, dout, dstart, *grads)
 
-    def outputs(a: Tensor | None, b: Tensor, c: Tensor, mix: Tensor, scale: Tensor,
-                window: int) -> tuple[Tensor, Tensor, Tensor]:
+    def outputs(a: Tensor | None, b: Tensor, c: Tensor, mix: Tensor, scale: Tensor, window: int) -> tuple[Tensor, ...]:
         return torch.empty_like(b), torch.empty_like(b), b.new_empty(len(b), window)
 
-    def gradients(a: Tensor | None, b: Tensor, c: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def gradients(a: Tensor | None, b: Tensor, c: Tensor, *_: Any) -> tuple[Tensor, ...]:
         programs = min(-(-len(b) // MIXED_ROWS), 1056)  # 8 for each multiprocessor of a Hopper GPU
         da = torch.empty_like(b) if a is not None else b.new_empty(0)
         return da, torch.empty_like(b), torch.empty_like(c), b.new_empty(programs, 3, b.size(1), dtype=torch.float32)
 
-    def remember(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[:5])
-
-    def gradient(ctx: Any, dmixed: Tensor, dout: Tensor, dstart: Tensor):
-        da, db, dc, dmix = backward(*ctx.saved_tensors, dmixed, dout, dstart)
-        return da if ctx.saved_tensors[0] is not None else None, db, dc, dmix.sum(0), None, None
-
-    forward.register_fake(outputs)
-    backward.register_fake(gradients)
-    forward.register_autograd(gradient, setup_context=remember)
-    return forward
+    five = "Tensor? a, Tensor b, Tensor c, Tensor mix, Tensor scale"
+    return differentiable(
+        "mix_norm", (f"({five}, int window) -> (Tensor, Tensor, Tensor)", written(launch, outputs), outputs),
+        (f"({five}, Tensor? dmixed, Tensor dout, Tensor dstart, int window) -> (Tensor, Tensor, Tensor, Tensor)",
+         written(launch_backward, gradients), gradients),
+        lambda inputs, _: inputs[:5],
+        lambda kept, _, found: (found[0] if kept[0] is not None else None, *found[1:3], found[3].sum(0), None, None))
 
 
 def choose_kernels(config: Config, device: torch.device) -> Kernels:
@@ -1418,8 +1493,10 @@ def choose_kernels(config: Config, device: torch.device) -> Kernels:
     if not config.fused_kernels or major != 9:
         return kernels
     try:
-        if not config.head_dim & (config.head_dim - 1):
+        if not (config.head_dim & (config.head_dim - 1) or config.value_residual):
             kernels = kernels._replace(rotate_heads=load_rotate_heads(), names=f"{kernels.names}+rotate_heads")
+            if config.attn_gate == "sparse" and config.sparse_attn_gate_scale and not config.xsa_learned:
+                kernels = kernels._replace(exclude_gate=load_exclude_gate(), names=f"{kernels.names}+exclude_gate")
         kernels = kernels._replace(mix_norm=load_mix_norm(), names=f"{kernels.names}+mix_norm")
         if config.mlp_activation == "leaky2" and not (config.projection_norm or odd or config.fp8_matmul):
             kernels = kernels._replace(leaky2=load_leaky2(), names=f"{kernels.names}+leaky2")
@@ -1577,32 +1654,25 @@ def load_fa4() -> Attention:
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd  # pyright: ignore[reportMissingImports]
     warnings.filterwarnings("ignore", "Argument aux_data")  # harmless, but long
 
-    @torch.library.custom_op("train_gpt::fa4", mutates_args=())
     def forward(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
         y, lse = _flash_attn_fwd(q, k, v, cu_seqlens_q=boundaries, cu_seqlens_k=boundaries, max_seqlen_q=max_length,
                                  max_seqlen_k=max_length, causal=True, return_lse=True)[:2]
         return y, lse
 
-    @torch.library.custom_op("train_gpt::fa4_backward", mutates_args=())
-    def backward(q: Tensor, k: Tensor, v: Tensor, y: Tensor, dy: Tensor, lse: Tensor, boundaries: Tensor,
+    def backward(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, y: Tensor, lse: Tensor, dy: Tensor, _: Any,
                  max_length: int) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = _flash_attn_bwd(q, k, v, y, dy, lse, q.size(-1) ** -0.5, True, cu_seqlens_q=boundaries,
                                      cu_seqlens_k=boundaries, max_seqlen_q=max_length, max_seqlen_k=max_length)[:3]
         return dq, dk, dv
 
-    def remember(ctx: Any, inputs: Any, output: Any) -> None:
-        q, k, v, boundaries, ctx.max_length = inputs
-        ctx.save_for_backward(q, k, v, boundaries, *output)
-
-    def gradient(ctx: Any, dy: Tensor, dlse: Tensor):
-        q, k, v, boundaries, y, lse = ctx.saved_tensors
-        return *backward(q, k, v, y, dy.contiguous(), lse, boundaries, ctx.max_length), None, None
-
-    forward.register_fake(lambda q, k, v, boundaries, max_length: (
-        torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)))
-    backward.register_fake(lambda q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
-    forward.register_autograd(gradient, setup_context=remember)
-    return lambda q, k, v, segments: forward(q, k, v, segments.boundaries, segments.max_length)[0]
+    four = "Tensor q, Tensor k, Tensor v, Tensor boundaries"
+    operator = differentiable(
+        "fa4", (f"({four}, int max_length) -> (Tensor, Tensor)", forward,
+                lambda q, *_: (torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32))),
+        (f"({four}, Tensor y, Tensor lse, Tensor dy, Tensor? dlse, int max_length) -> (Tensor, Tensor, Tensor)", backward,
+         lambda q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))),
+        lambda inputs, outputs: (*inputs[:4], *outputs), lambda kept, _, found: (*found, None, None))
+    return lambda q, k, v, segments: operator(q, k, v, segments.boundaries, segments.max_length)[0]
 
 
 # name -> (loader, oldest compute capability, None = any device); in order of preference
@@ -1713,6 +1783,7 @@ def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         "skip_gate": (rows * config.skip_gates_enabled, width),
         "attn_gate": (layers * gated, heads, window), "attn_gate_bias": (layers * (config.attn_gate == "dense"), heads),
         "xsa_strength": (config.xsa_last_n * config.xsa_learned, heads),
+        "mudd_in": (config.mudd_hidden, width), "mudd_out": (3 * bool(config.mudd_hidden), config.mudd_hidden),
         "value_mix": (behind * config.value_residual, 2), "lane_resid": (lanes, 2), "lane_mix": (lanes, 2, 2),
         "smear_gate": (smear == "input", config.gate_window), "smear_scale": (smear == "input",),
         "static_smear": (embed * (smear == "static"),), "mean_smear": (layers * (smear == "mean"), width),
@@ -1723,7 +1794,7 @@ def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 Forward = Callable[..., Tensor]  # a GPT or its compiled form: (ids, targets, segments) -> nats
 SKIP_ROLES, GLOBAL_ROLES = {"skip_weight", "skip_gate"}, {  # a row per skip; one for the whole model; else per layer
     "embedding", "head", "vocab_bias", "embed_in", "embed_out", "bigram_table", "bigram_proj", "bigram_scale",
-    "smear_gate", "smear_scale", "static_smear", "softcap_scale"}
+    "smear_gate", "smear_scale", "static_smear", "softcap_scale", "mudd_in", "mudd_out"}
 CONSTANTS = {"attn_scale": 1.0, "mlp_scale": 1.0, "skip_weight": 1.0, "lane_resid": 1.1, "lane_mix": 1.0,
              "value_mix": 0.5, "xsa_strength": 1.0, "attn_gate_bias": 4.0, "static_smear": 3.0, "bigram_scale": 0.05}
 SCALES = {"out_proj": "attn_scale", "down_proj": "mlp_scale"}  # of the outputs of these matrices, a row each
@@ -1770,6 +1841,8 @@ class GPT(nn.Module):
                     value = u * (sigma[0] * torch.arange(1, len(sigma) + 1) ** -0.5) @ v
             elif name == "bigram_table":
                 value.normal_(0.0, 0.01, generator=generator)
+            elif name == "mudd_in":
+                value.uniform_(-(value.size(-1) ** -0.5), value.size(-1) ** -0.5, generator=generator)
             elif name in MATRICES and (config.matrix_init == "uniform" or "adapter" in name):
                 value.uniform_(-(value.size(-1) ** -0.5), value.size(-1) ** -0.5, generator=generator)
             elif name in MATRICES:
@@ -1833,25 +1906,29 @@ class GPT(nn.Module):
             q, v = (F.linear(F.linear(n, w[f"{x}_adapter_in"]), w[f"{x}_adapter_out"]) for x in "qv")
             qkv = qkv + torch.cat((q, torch.zeros_like(v), v), -1)
         if kernels.rotate_heads:
-            q, k, v = kernels.rotate_heads(qkv, w["q_gain"], *angles, config.head_dim)
+            q, k, v, own = kernels.rotate_heads(qkv, w["q_gain"], *angles, config.head_dim)
         else:
             qk, v = qkv.unflatten(-1, (-1, config.head_dim)).split([sum(heads), heads[1]], 1)
             q, k = rotary(norm(qk), *angles).split(heads, 1)
             q = q * w["q_gain"][:, None]
-        if "value_mix" in w and first_value is not None:
-            v = w["value_mix"][0] * first_value + w["value_mix"][1] * v
+            if "value_mix" in w and first_value is not None:
+                v = w["value_mix"][0] * first_value + w["value_mix"][1] * v
+            own = v
         if config.key_offset:
             plain = k[..., config.rope_dims:]
             k = torch.cat((k[..., :config.rope_dims], shift(plain, segments.positions != 0)), -1)
         y = self.attention(q, k, v, segments)
+        if exclude and kernels.exclude_gate:
+            y = kernels.exclude_gate(y, own, start, w["attn_gate"], config.sparse_attn_gate_scale)
+            return kernels.linear(norm(y) if config.projection_norm else y, w["out_proj"]), own
         if exclude:
-            y = exclusive(y, v, w.get("xsa_strength"))
+            y = exclusive(y, own, w.get("xsa_strength"))
         if "attn_gate" in w:
             inner = config.sparse_attn_gate_scale if config.attn_gate == "sparse" else 1.0
             gate = F.linear(n if config.attn_gate == "dense" else start, w["attn_gate"], w.get("attn_gate_bias"))
             y = y * ((inner * gate).sigmoid() * (2 if config.attn_gate == "output" else 1))[:, :, None]
         y = y.flatten(1).to(self.dtype)
-        return kernels.linear(norm(y) if config.projection_norm else y, w["out_proj"]), v
+        return kernels.linear(norm(y) if config.projection_norm else y, w["out_proj"]), own
 
     def feed_forward(self, w: Mapping[str, Tensor], n: Tensor) -> Tensor:
         """Weights w of a layer, its normalized input n (T, D) -> the MLP's output (T, D)."""
@@ -1871,14 +1948,15 @@ class GPT(nn.Module):
         n = norm(mixed := mixed.to(self.dtype), scale)
         return mixed, n, n[:, :window]
 
-    def block(self, w: dict[str, Tensor], lanes: tuple[Tensor, Tensor], skipped: Tensor | None, x0: Tensor,
+    def block(self, w: dict[str, Tensor], lanes: Sequence[Tensor], skipped: Tensor | None, x0: Tensor,
               angles: tuple[Tensor, Tensor], segments: Segments, exclude: bool, parallel: bool,
-              first_value: Tensor | None) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Weights w of a visit and the lanes, (T, D) each -> the lanes behind it, and its values (T, K, E).
+              first_value: Tensor | None) -> tuple[Sequence[Tensor], Tensor | None]:
+        """Weights w of a visit and the lanes, (T, D) each -> the lanes behind it; its values (T, K, E) if any layer
+        takes the first one's.
 
-        There is one stream in both lanes until the first parallel block. Scales of outputs go into their matrices.
+        There is one lane until the first parallel block. Scales of outputs go into their matrices.
         """
-        config, x, mlp_lane, scale, resid = self.config, *lanes, w["ln_scale"], w["resid_mix"]
+        config, x, mlp_lane, scale, resid = self.config, lanes[0], lanes[-1], w["ln_scale"], w["resid_mix"]
         mix, w = torch.stack((0 * resid[0], *resid)), w | {m: w[s][:, None] * w[m] for m, s in SCALES.items()}
         if skipped is not None:
             gate = w["skip_gate"].sigmoid() if config.skip_gates_enabled else None
@@ -1893,10 +1971,10 @@ class GPT(nn.Module):
             x = torch.lerp(x, segment_mean(x, segments.positions).to(self.dtype), w["mean_smear"].tanh())
         mixed, attn_in, start = self.mix_norm(skipped, x, x0, mix, scale)
         attn_out, v = self.attend(w, attn_in, start, angles, segments, exclude, first_value)
+        v = v if config.value_residual else None
         if not parallel:
-            x = mixed + attn_out
-            x = x + self.feed_forward(w, attn_in if config.gptj_block else norm(x, scale))
-            return (x, x), v
+            x = (mixed.float() + attn_out).to(self.dtype)  # not in bfloat16: torch would put it in the product, slower
+            return (x + self.feed_forward(w, attn_in if config.gptj_block else norm(x, scale)),), v
         # both sublayers read the old lanes; each lane keeps a share of itself and takes some of both outputs
         mlp_out = self.feed_forward(w, norm(mlp_lane, scale))
         stay, share = w["lane_resid"], w["lane_mix"]
@@ -1909,20 +1987,26 @@ class GPT(nn.Module):
         banks = {name: p.unbind(0) for name, p in self.named_parameters() if name not in GLOBAL_ROLES}
         cos, sin = (getattr(self, f"{name}_{self.training}")[segments.positions] for name in ("cos", "sin"))
         x0 = self.embed(ids, segments)
-        lanes, kept, first_value = (x0, x0), [], None
+        lanes, kept, first_value, seen = (x0,), [], None, {}
         for visit in self.plans[1 if self.looping else 0]:
             skipped = kept.pop() if visit.skip >= 0 else None
             lanes, v = self.block(self.visit_weights(banks, visit), lanes, skipped, x0, (cos, sin), segments,
                                   visit.layer >= config.num_layers - config.xsa_last_n, is_lane(config, visit.layer),
                                   first_value)
-            first_value = v if config.value_residual and first_value is None else first_value
+            first_value = v if first_value is None else first_value
             if visit.push:
                 kept.append(lanes[0])
-        return self.merge(*lanes)
+            seen.setdefault(visit.layer, lanes[0])
+        sources = [x0, *(seen[i] for i in (config.num_layers // 5, 2 * config.num_layers // 3))]
+        return self.merge(lanes[0], lanes[-1], *(sources if config.mudd_hidden else ()))
 
-    def merge(self, x: Tensor, mlp_lane: Tensor) -> Tensor:
-        """The two lanes (T, D) -> what the head reads (T, D)."""
-        return norm((x + mlp_lane) * 0.5 if self.config.parallel_start_layer else x)
+    def merge(self, x: Tensor, mlp_lane: Tensor, *sources: Tensor) -> Tensor:
+        """The two lanes (T, D) -> what the head reads (T, D). Sources are added by MUDD connections."""
+        x = (x + mlp_lane) * 0.5 if self.config.parallel_start_layer else x
+        if sources:
+            weights = 0.1 * F.linear(F.gelu(F.linear(x, self.weight("mudd_in"))), self.weight("mudd_out"))
+            x = sum((weights[:, i:i + 1] * source for i, source in enumerate(sources)), x)
+        return norm(x)
 
     def logits(self, features: Tensor) -> Tensor:
         """features (T, D) -> softcapped logits (T, V) float32."""
@@ -1949,9 +2033,14 @@ class GPT(nn.Module):
 
     def nats(self, features: Tensor, targets: Tensor) -> Tensor:
         """features (T, D), targets (T,) or (T, C) -> nats, shaped like the targets."""
-        logits = self.logits(features)
-        columns = [F.cross_entropy(logits, column, reduction="none", ignore_index=-1)
-                   for column in targets.view(len(targets), -1).unbind(1)]
+        logits, cap, columns = self.logits(features), self.config.logit_softcap, targets.view(len(targets), -1).unbind(1)
+        if logits.is_cuda and cap <= 30 and self.config.softcap_type != "two_sided":
+            # no exponential vanishes, and no place is looked up: one pass each way, once this is compiled
+            total, places = (logits - cap).exp().sum(-1).log() + cap, torch.arange(logits.size(1), device=logits.device)
+            columns = [torch.where(column < 0, 0.0, total) - torch.where(places == column[:, None], logits, 0.0).sum(-1)
+                       for column in columns]
+        else:
+            columns = [F.cross_entropy(logits, column, reduction="none", ignore_index=-1) for column in columns]
         if self.config.z_loss and self.training:
             columns[0] = columns[0] + self.config.z_loss * logits.logsumexp(-1).square()
         return columns[0] if targets.dim() == 1 else torch.stack(columns, 1)
@@ -1995,7 +2084,7 @@ PARAM_TABLE = {
                      "q_adapter_out", "v_adapter_in", "v_adapter_out"), ATTN),
     "up_proj": MLP, "down_proj": MLP,
     **dict.fromkeys(("q_gain", "attn_scale", "mlp_scale", "resid_mix", "skip_weight", "skip_gate", "attn_gate",
-                     "attn_gate_bias", "xsa_strength", "value_mix", "lane_resid", "lane_mix", "smear_gate",
+                     "attn_gate_bias", "mudd_in", "mudd_out", "xsa_strength", "value_mix", "lane_resid", "lane_mix", "smear_gate",
                      "smear_scale", "static_smear", "mean_smear", "bigram_scale", "softcap_scale",
                      "vocab_bias"), SMALL),
 }
@@ -2131,7 +2220,8 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, loss: Tensor, lr_scale: float, momentum: float, decay_scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Updates the parameters from their gradients, which it zeroes. -> (loss averaged over ranks, gradient norm)."""
+        """Updates the parameters from their gradients, then zeroes them -> (loss averaged over ranks, gradients' norm).
+        """
         small = [p.grad for p in self.adam_params if p.grad is not None]
         buffer = torch.cat([loss.reshape(1), *(grad.reshape(-1) for grad in small)]) if self.world.size > 1 else None
         started = [] if buffer is None else [dist.all_reduce(buffer, async_op=True)]
@@ -2317,7 +2407,7 @@ MODEL_FIELDS = (
     "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_hidden", "mlp_activation",
     "leaky_relu_slope", "projection_norm", "tie_embeddings", "embed_dim", "vocab_bias", "logit_softcap", "softcap_type",
     "rope_base", "rope_dims", "rope_scaling", "rope_stretch", "train_seq_len", "key_offset", "value_residual",
-    "ln_scale", "xsa_last_n", "xsa_learned", "skip_gates_enabled", "num_loops", "loop_start", "loop_end",
+    "ln_scale", "xsa_last_n", "xsa_learned", "mudd_hidden", "skip_gates_enabled", "num_loops", "loop_start", "loop_end",
     "depth_lora_rank", "parallel_start_layer", "gptj_block", "attn_gate", "sparse_attn_gate_scale", "gate_window",
     "smear_gate", "bigram_hash_buckets", "bigram_hash_dim", "bigram_hash", "document_mask")
 
@@ -2415,7 +2505,7 @@ class Trainer:
 
         All graphs share memory, and gradients stay where they are: the optimizer zeroes them in place.
         """
-        if not (self.config.cuda_graphs and self.compiled):
+        if not (self.config.cuda_graphs and self.compiled) or self.stage._replace(batch_share=1.0) in self.graphs:
             return
         graph, inputs = torch.cuda.CUDAGraph(), map_tensors(torch.clone, batch)
         with torch.cuda.graph(graph, self.graph_pool, capture_error_mode="thread_local"):

@@ -1,20 +1,33 @@
 """Section 4, kernels: each against plain torch in float32 on the same rounded inputs, forward and backward."""
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import tiny_config
 
 from train_gpt import (
+    BOS,
+    GPT,
     PLAIN,
+    Config,
     UserError,
+    attention_sdpa,
+    choose_attention,
     choose_kernels,
+    compile_model,
+    cut_segments,
+    exclusive,
+    load_exclude_gate,
     load_leaky2,
     load_leaky2_product,
     load_mix_norm,
     load_rotate_heads,
+    make_batch,
+    make_segments,
     norm,
     rotary,
     rotary_angles,
+    to_device,
 )
 
 CPU = torch.device("cpu")
@@ -70,7 +83,7 @@ def test_leaky2_keeps_the_sign_and_nothing_else_of_what_it_squares():
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize("tokens, heads, kv, width, pairs", [
-    (98304, 8, 4, 64, 8), (1001, 3, 1, 32, 4), (1, 8, 8, 128, 64), (77, 6, 2, 16, 0), (50, 1, 1, 64, 5)])
+    (98304, 8, 4, 64, 8), (1001, 3, 1, 32, 4), (1, 8, 8, 128, 64), (77, 6, 3, 16, 0), (50, 1, 1, 64, 5)])
 def test_rotate_heads_is_its_plain_form(tokens, heads, kv, width, pairs):
     torch.manual_seed(0)
     qkv, gain = draw(tokens, (heads + 2 * kv) * width), torch.randn(heads).cuda()
@@ -82,11 +95,11 @@ def test_rotate_heads_is_its_plain_form(tokens, heads, kv, width, pairs):
     def twin(qkv, gain):
         qk, v = qkv.unflatten(-1, (-1, width)).split([heads + kv, kv], 1)
         q, k = rotary(norm(qk), cos, sin).split([heads, kv], 1)
-        return q * gain[:, None], k, v
+        return q * gain[:, None], *(x.repeat_interleave(heads // kv, 1) for x in (k, v)), v
 
     fused = torch.compile(load_rotate_heads(), dynamic=False)
     out, wanted = fused(*ours, cos, sin, width), twin(*exact)
-    grads = [draw(tokens, count, width) for count in (heads, kv, kv)]
+    grads = [draw(tokens, count, width) for count in (heads, heads, heads, kv)]
     torch.autograd.backward(out, grads)
     torch.autograd.backward(wanted, [grad.float() for grad in grads])
     for a, b in zip((*out, ours[0].grad, ours[1].grad), (*wanted, exact[0].grad, exact[1].grad)):
@@ -95,11 +108,32 @@ def test_rotate_heads_is_its_plain_form(tokens, heads, kv, width, pairs):
 
 @pytest.mark.gpu
 @gpu
+@pytest.mark.parametrize("tokens, heads, kv, width, window", [
+    (98304, 8, 4, 64, 12), (1001, 3, 1, 32, 4), (1, 8, 8, 128, 16), (77, 6, 3, 16, 1)])
+def test_exclude_gate_is_its_plain_form(tokens, heads, kv, width, window):
+    torch.manual_seed(0)
+    inputs = [draw(tokens, heads, width), draw(tokens, kv, width), draw(tokens, window), draw(heads, window)]
+    ours, exact = [x.clone().requires_grad_() for x in inputs], [x.float().requires_grad_() for x in inputs]
+
+    def twin(y, v, start, gate):
+        return (exclusive(y, v) * (0.5 * start @ gate.T).sigmoid()[:, :, None]).flatten(1)
+
+    out, wanted = torch.compile(load_exclude_gate(), dynamic=False)(*ours, 0.5), twin(*exact)
+    grad = draw(tokens, heads * width)
+    out.backward(grad)
+    wanted.backward(grad.float())
+    for a, b in zip((out, *(x.grad for x in ours)), (wanted, *(x.grad for x in exact))):
+        assert a.shape == b.shape and error(a, b) < 6e-3
+
+
+@pytest.mark.gpu
+@gpu
 @pytest.mark.parametrize("tokens, width, window", [(98304, 512, 12), (1001, 100, 7), (1, 16, 16), (7777, 48, 1)])
 @pytest.mark.parametrize("skip", [False, True])
 def test_mix_norm_is_its_plain_form(tokens, width, window, skip):
     torch.manual_seed(0)
-    streams, mix, scale = [draw(tokens, width) for _ in range(3)], torch.randn(3, width).cuda(), torch.tensor(0.7).cuda()
+    streams, mix = [draw(tokens, width) for _ in range(3)], torch.randn(3, width).cuda()
+    scale = torch.tensor(0.7).cuda()
     ours = [*(x.clone().requires_grad_() for x in streams), mix.clone().requires_grad_()]
     exact = [*(x.float().requires_grad_() for x in streams), mix.clone().requires_grad_()]
 
@@ -114,8 +148,40 @@ def test_mix_norm_is_its_plain_form(tokens, width, window, skip):
     grads = draw(tokens, width), draw(tokens, width), draw(tokens, window)
     torch.autograd.backward(out, grads)
     torch.autograd.backward(wanted, [grad.float() for grad in grads])
-    for a, b in zip((*out, *(x.grad for x in ours if x is not None)), (*wanted, *(x.grad for x in exact if x is not None))):
+    ours, exact = ([x.grad for x in inputs if x is not None] for inputs in (ours, exact))
+    for a, b in zip((*out, *ours), (*wanted, *exact)):
         assert a.shape == b.shape and error(a, b) < 6e-3
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("looping", [False, True])
+def test_the_model_with_kernels_has_the_gradients_of_the_plain_one(looping):
+    """In bfloat16, against float32: no worse than bfloat16 is without kernels."""
+    config = Config()
+    tokens = np.random.default_rng(0).integers(2, config.vocab_size, 8193)
+    tokens[::300] = BOS
+    segments = make_segments(cut_segments(tokens[:-1], 2048, True), 8192, 2048, 64)
+    batch = to_device(make_batch(tokens[:-1], tokens[1:], segments), torch.device("cuda"))
+    attention = choose_attention("auto", torch.device("cuda"))[1]
+    forms = {"exact": (torch.float32, attention_sdpa, PLAIN), "plain": (torch.bfloat16, attention, PLAIN),
+             "fused": (torch.bfloat16, attention, choose_kernels(config, torch.device("cuda")))}
+    grads = {}
+    for form, (dtype, attend, kernels) in forms.items():
+        model = GPT(config, dtype, attend, kernels)
+        model.init_weights(0)
+        random = torch.Generator().manual_seed(1)
+        with torch.no_grad():  # no output is zero
+            for p in model.parameters():
+                p.add_(torch.randn(p.shape, generator=random), alpha=0.02 if p.dim() == 3 else 0.1)
+        model.cuda().looping = looping
+        nats = compile_model(model, "parts" if form == "fused" else "")(*batch)
+        nats.mean().backward()
+        grads[form] = {"nats": nats.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+    for name, exact in grads["exact"].items():
+        plain, fused = (error(grads[form][name], exact) for form in ("plain", "fused"))
+        print(f"{name:14} plain {plain:.2e} fused {fused:.2e}")
+        assert fused < 1.2 * plain + 1e-3, (name, plain, fused)
 
 
 @pytest.mark.parametrize("changes", [{}, {"fused_kernels": False}, {"mlp_activation": "swiglu"}])
@@ -126,11 +192,14 @@ def test_a_cpu_uses_plain_torch(changes):
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize("changes, names", [
-    ({}, "torch+rotate_heads+mix_norm+leaky2"), ({"fused_kernels": False}, "torch"),
-    ({"mlp_activation": "swiglu"}, "torch+rotate_heads+mix_norm"), ({"mlp_hidden": 40}, "torch+rotate_heads+mix_norm"),
-    ({"projection_norm": True}, "torch+rotate_heads+mix_norm"),
+    ({}, "torch+rotate_heads+exclude_gate+mix_norm+leaky2"), ({"fused_kernels": False}, "torch"),
+    ({"attn_gate": "dense"}, "torch+rotate_heads+mix_norm+leaky2"),
+    ({"value_residual": True}, "torch+mix_norm+leaky2"),
+    ({"mlp_activation": "swiglu"}, "torch+rotate_heads+exclude_gate+mix_norm"),
+    ({"mlp_hidden": 40}, "torch+rotate_heads+exclude_gate+mix_norm"),
+    ({"projection_norm": True}, "torch+rotate_heads+exclude_gate+mix_norm"),
     ({"model_dim": 192, "num_heads": 4, "mlp_mult": 2.0}, "torch+mix_norm+leaky2"),
-    ({"fp8_matmul": True, "num_kv_heads": 2}, "fp8+rotate_heads+mix_norm")])
+    ({"fp8_matmul": True, "num_kv_heads": 2}, "fp8+rotate_heads+exclude_gate+mix_norm")])
 def test_settings_choose_the_kernels(changes, names):
     assert choose_kernels(tiny_config(**changes), torch.device("cuda")).names == names
 
