@@ -143,7 +143,7 @@ class Config:
     qk_gain_init: float = 5.0  # start of the learned gain on normalized queries
     xsa_last_n: int = 11  # layers, from the end, with exclusive self attention; 0 = off
     xsa_learned: bool = False  # its strength is learned per head, from 1
-    mudd_hidden: int = 0  # before the head, earlier streams are added by weights that a network this wide makes; 0 = off
+    mudd_hidden: int = 0  # MUDD connections: earlier streams reach the head, weighed by a network this wide; 0 = off
     skip_gates_enabled: bool = True  # U-Net skips are gated blends; 0 = weighted sums
     num_loops: int = 2  # extra passes over layers LOOP_START..LOOP_END; 0 = no depth recurrence
     loop_start: int = 3  # first looped layer
@@ -1182,7 +1182,7 @@ def differentiable(name: str, forward: tuple[str, Any, Any], backward: tuple[str
     """
     operators = []
     for suffix, (schema, function, empty) in (("", forward), ("_backward", backward)):
-        operator = torch.library.custom_op(f"train_gpt::{name}{suffix}", function, mutates_args=(), schema=schema)
+        operator: Any = torch.library.custom_op(f"train_gpt::{name}{suffix}", function, mutates_args=(), schema=schema)
         operator.register_fake(empty)
         operators.append(operator)
 
@@ -1669,8 +1669,8 @@ def load_fa4() -> Attention:
     operator = differentiable(
         "fa4", (f"({four}, int max_length) -> (Tensor, Tensor)", forward,
                 lambda q, *_: (torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32))),
-        (f"({four}, Tensor y, Tensor lse, Tensor dy, Tensor? dlse, int max_length) -> (Tensor, Tensor, Tensor)", backward,
-         lambda q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))),
+        (f"({four}, Tensor y, Tensor lse, Tensor dy, Tensor? dlse, int max_length) -> (Tensor, Tensor, Tensor)",
+         backward, lambda q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))),
         lambda inputs, outputs: (*inputs[:4], *outputs), lambda kept, _, found: (*found, None, None))
     return lambda q, k, v, segments: operator(q, k, v, segments.boundaries, segments.max_length)[0]
 
@@ -1841,9 +1841,7 @@ class GPT(nn.Module):
                     value = u * (sigma[0] * torch.arange(1, len(sigma) + 1) ** -0.5) @ v
             elif name == "bigram_table":
                 value.normal_(0.0, 0.01, generator=generator)
-            elif name == "mudd_in":
-                value.uniform_(-(value.size(-1) ** -0.5), value.size(-1) ** -0.5, generator=generator)
-            elif name in MATRICES and (config.matrix_init == "uniform" or "adapter" in name):
+            elif name == "mudd_in" or (name in MATRICES and (config.matrix_init == "uniform" or "adapter" in name)):
                 value.uniform_(-(value.size(-1) ** -0.5), value.size(-1) ** -0.5, generator=generator)
             elif name in MATRICES:
                 for matrix in value:
@@ -2033,7 +2031,8 @@ class GPT(nn.Module):
 
     def nats(self, features: Tensor, targets: Tensor) -> Tensor:
         """features (T, D), targets (T,) or (T, C) -> nats, shaped like the targets."""
-        logits, cap, columns = self.logits(features), self.config.logit_softcap, targets.view(len(targets), -1).unbind(1)
+        logits, cap = self.logits(features), self.config.logit_softcap
+        columns: Iterable[Tensor] = targets.view(len(targets), -1).unbind(1)
         if logits.is_cuda and cap <= 30 and self.config.softcap_type != "two_sided":
             # no exponential vanishes, and no place is looked up: one pass each way, once this is compiled
             total, places = (logits - cap).exp().sum(-1).log() + cap, torch.arange(logits.size(1), device=logits.device)
@@ -2084,8 +2083,8 @@ PARAM_TABLE = {
                      "q_adapter_out", "v_adapter_in", "v_adapter_out"), ATTN),
     "up_proj": MLP, "down_proj": MLP,
     **dict.fromkeys(("q_gain", "attn_scale", "mlp_scale", "resid_mix", "skip_weight", "skip_gate", "attn_gate",
-                     "attn_gate_bias", "mudd_in", "mudd_out", "xsa_strength", "value_mix", "lane_resid", "lane_mix", "smear_gate",
-                     "smear_scale", "static_smear", "mean_smear", "bigram_scale", "softcap_scale",
+                     "attn_gate_bias", "mudd_in", "mudd_out", "xsa_strength", "value_mix", "lane_resid", "lane_mix",
+                     "smear_gate", "smear_scale", "static_smear", "mean_smear", "bigram_scale", "softcap_scale",
                      "vocab_bias"), SMALL),
 }
 
@@ -2220,8 +2219,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, loss: Tensor, lr_scale: float, momentum: float, decay_scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Updates the parameters from their gradients, then zeroes them -> (loss averaged over ranks, gradients' norm).
-        """
+        """Updates the parameters from their gradients, which it zeroes -> (loss averaged over ranks, their norm)."""
         small = [p.grad for p in self.adam_params if p.grad is not None]
         buffer = torch.cat([loss.reshape(1), *(grad.reshape(-1) for grad in small)]) if self.world.size > 1 else None
         started = [] if buffer is None else [dist.all_reduce(buffer, async_op=True)]

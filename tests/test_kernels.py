@@ -161,7 +161,7 @@ def test_the_model_with_kernels_has_the_gradients_of_the_plain_one(looping):
     config = Config()
     tokens = np.random.default_rng(0).integers(2, config.vocab_size, 8193)
     tokens[::300] = BOS
-    segments = make_segments(cut_segments(tokens[:-1], 2048, True), 8192, 2048, 64)
+    segments = make_segments(cut_segments(tokens[:-1], 512, True), 8192, 512, 32)
     batch = to_device(make_batch(tokens[:-1], tokens[1:], segments), torch.device("cuda"))
     attention = choose_attention("auto", torch.device("cuda"))[1]
     forms = {"exact": (torch.float32, attention_sdpa, PLAIN), "plain": (torch.bfloat16, attention, PLAIN),
