@@ -213,7 +213,32 @@ class Config:
     # --- evaluation
     eval_seq_len: int = 2048  # tokens of the longest context
     eval_stride: int = 64  # tokens between sliding windows
-    eval_mode: str = "sliding"  # stage that is the score: packed (each token once, cheap) or sliding
+    eval_mode: str = "sliding"  # stage that is the score: packed (each token once, cheap), sliding or adapted
+    eval_budget_seconds: float = 600.0  # of evaluation: adaptation, never scoring, is cut where it would take longer
+    # --- test-time training, of EVAL_MODE=adapted
+    ttt_strategy: str = "documents"  # documents: adapters for each, started anew; stream: all weights, text in a row
+    ttt_order: str = "stream"  # in which documents are scored, where anything is carried over: stream, or length
+    ttt_batch_size: int = 64  # documents side by side
+    ttt_chunk_size: int = 48  # tokens that are scored before the adapters learn from them
+    ttt_chunk_schedule: str = ""  # the same for documents up to some length, as 8@256,24@2000
+    ttt_targets: str = "q,k,v,out,mlp,head"  # what has adapters
+    ttt_lora_rank: int = 80  # of the adapters
+    ttt_lora_alpha: float = 144.0  # adapters are scaled by this / TTT_LORA_RANK
+    ttt_lora_lr: float = 1e-4  # of the adapters' optimizer
+    ttt_optimizer: str = "adamw"  # adamw or sgd, of adapters, and of the weights where TTT_STRATEGY=stream
+    ttt_weight_decay: float = 0.5  # of adamw
+    ttt_beta1: float = 0.0  # of adamw
+    ttt_beta2: float = 0.99  # of adamw
+    ttt_warm_start_a: bool = False  # the inner matrices of adapters go on to the next documents in their place
+    phased_ttt_num_phases: int = 1  # times that all weights learn from the scored prefix; 0 = never
+    phased_ttt_prefix_docs: int = 2500  # documents of the prefix
+    global_ttt_lr: float = 0.001  # of the weights
+    global_ttt_momentum: float = 0.9  # of sgd
+    global_ttt_epochs: int = 1  # over each chunk
+    global_ttt_chunk_tokens: int = 32768  # tokens of a step over all ranks; 0 = a document, where TTT_STRATEGY=stream
+    global_ttt_grad_clip: float = 1.0  # global norm; 0 = off
+    ttt_freeze_blocks: int = 0  # first layers whose weights stay as they are
+    ttt_unsafe_multi_epoch: int = 0  # epochs over the text before it is scored: shows what is not legal (PR #532)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> tuple["Config", list[str]]:
@@ -259,6 +284,7 @@ class Config:
                 yield value in CHOICES[f.name], f"{name}={value}: must be one of {', '.join(CHOICES[f.name])}"
         yield from self.model_checks()
         yield from self.training_checks()
+        yield from self.ttt_checks()
 
     def model_checks(self) -> Iterator[tuple[bool, str]]:
         yield self.model_dim % self.num_heads == 0, \
@@ -326,6 +352,20 @@ class Config:
         yield self.muon_backend_steps <= most, \
             f"MUON_BACKEND_STEPS={self.muon_backend_steps}: at most {most}, MUON_COEFFICIENTS={self.muon_coefficients}"
 
+    def ttt_checks(self) -> Iterator[tuple[bool, str]]:
+        targets = self.ttt_targets.split(",")
+        yield len({*targets} & {*TTT_TARGETS}) == len(targets), \
+            f"TTT_TARGETS={self.ttt_targets}: must name some of {','.join(TTT_TARGETS)}, each once"
+        for chunk, longest in parse_schedule("TTT_CHUNK_SCHEDULE", self.ttt_chunk_schedule):
+            yield chunk > 0 and longest > 0 and chunk.is_integer(), \
+                f"TTT_CHUNK_SCHEDULE={self.ttt_chunk_schedule}: needs whole tokens above 0, as 8@256,24@2000"
+        yield self.ttt_freeze_blocks <= self.num_layers, \
+            f"TTT_FREEZE_BLOCKS={self.ttt_freeze_blocks}: there are NUM_LAYERS={self.num_layers}"
+        yield self.global_ttt_chunk_tokens > 0 or self.ttt_strategy == "stream", \
+            f"GLOBAL_TTT_CHUNK_TOKENS=0 TTT_STRATEGY={self.ttt_strategy}: documents as chunks are for stream"
+        yield not self.ttt_unsafe_multi_epoch or self.ttt_strategy == "stream", \
+            f"TTT_UNSAFE_MULTI_EPOCH={self.ttt_unsafe_multi_epoch} TTT_STRATEGY={self.ttt_strategy}: is for stream"
+
     def overrides(self) -> dict[str, Any]:
         """{variable: value} of the settings that differ from the defaults."""
         return {f.name.upper(): getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
@@ -372,17 +412,20 @@ CHOICES = {
     "rope_scaling": ("none", "ntk", "yarn"), "attn_gate": ("sparse", "dense", "output"),
     "smear_gate": ("off", "input", "static", "mean"), "bigram_hash": ("92821", "36313", "1000003", "31"),
     "matrix_quantizer": ("tcq", "gptq", "rtn", "fp16"), "embed_quantizer": ("tcq", "gptq", "rtn", "fp16"),
-    "compressor": ("rans", "brotli", "zstd", "lzma", "zlib"), "eval_mode": ("packed", "sliding"),
+    "compressor": ("rans", "brotli", "zstd", "lzma", "zlib"), "eval_mode": ("packed", "sliding", "adapted"),
+    "ttt_strategy": ("documents", "stream"), "ttt_order": ("stream", "length"), "ttt_optimizer": ("adamw", "sgd"),
 }
 POSITIVE = {"train_seq_len", "iterations", "train_batch_tokens", "micro_batch_tokens", "val_batch_tokens", "num_layers",
             "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "logit_softcap", "rope_base", "gate_window",
             "vocab_size", "muon_backend_steps", "adam_eps", "attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas",
             "eval_seq_len", "eval_stride", "bigram_hash_dim", "swa_every", "warmdown_power",
-            "gptq_calibration_batches"}
+            "gptq_calibration_batches", "ttt_batch_size", "ttt_chunk_size", "ttt_lora_rank", "ttt_lora_alpha",
+            "eval_budget_seconds"}
 FRACTIONS = {"enable_looping_at", "warmdown_frac", "min_lr", "leaky_relu_slope", "muon_momentum",
              "muon_momentum_warmup_start", "ema_decay", "beta1", "beta2", "normuon_beta2", "wd_taper_start_frac",
              "swa_start_frac", "aux_loss_until", "qat_start", "late_qat_threshold", "quant_sensitivity"}
-DECAYS = {"ema_decay", "beta1", "beta2", "normuon_beta2"}
+DECAYS = {"ema_decay", "beta1", "beta2", "normuon_beta2", "ttt_beta1", "ttt_beta2", "global_ttt_momentum"}
+TTT_TARGETS = ("q", "k", "v", "out", "mlp", "head")
 FAMILY_WORDS = {"TTT", "EMA", "SWA", "GPTQ", "LQER", "MUON", "LOOP", "LOOPS", "LOOPING", "ROPE", "XSA", "QAT", "SMEAR",
                 "SMEARGATE", "LORA", "WARMDOWN", "BIGRAM", "SOFTCAP"}
 NOT_OURS = {"COMPILER"}  # close to a field, but everybody's
@@ -1178,7 +1221,7 @@ def differentiable(name: str, forward: tuple[str, Any, Any], backward: tuple[str
     """A torch operator that compiles, from (schema, function, function that makes empty outputs) of both directions.
 
     backward takes what keep(inputs, outputs) kept, the outputs' gradients, and numbers among the inputs; the inputs'
-    gradients are finish(kept, the outputs' gradients, what backward gave).
+    gradients are finish(kept, the outputs' gradients, what backward gave, which inputs need one).
     """
     operators = []
     for suffix, (schema, function, empty) in (("", forward), ("_backward", backward)):
@@ -1193,7 +1236,8 @@ def differentiable(name: str, forward: tuple[str, Any, Any], backward: tuple[str
 
     def gradient(ctx: Any, *grads: Tensor | None):
         given = [None if grad is None else grad.contiguous() for grad in grads]
-        return finish(ctx.saved_tensors, given, operators[1](*ctx.saved_tensors, *given, *ctx.numbers))
+        found = operators[1](*ctx.saved_tensors, *given, *ctx.numbers)
+        return finish(ctx.saved_tensors, given, found, ctx.needs_input_grad)
 
     operators[0].register_autograd(gradient, setup_context=remember)
     return operators[0]
@@ -1220,9 +1264,9 @@ def load_leaky2() -> Callable[..., Tensor]:
         post = launch(n, up, slope)
         return F.linear(post, down), post
 
-    def finish(kept: Sequence[Tensor], grads: Sequence[Tensor], dpre: Tensor):
+    def finish(kept: Sequence[Tensor], grads: Sequence[Tensor], dpre: Tensor, needed: Sequence[bool]):
         n, up, _, post = kept
-        return dpre @ up, dpre.T @ n, grads[0].T @ post, None
+        return dpre @ up, dpre.T @ n if needed[1] else None, grads[0].T @ post if needed[2] else None, None
 
     operator = differentiable(
         "leaky2", ("(Tensor n, Tensor up, Tensor down, float slope) -> (Tensor, Tensor)", forward,
@@ -1310,7 +1354,7 @@ def load_rotate_heads() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
         (f"({four}, Tensor dq, Tensor dk, Tensor dv, Tensor down, int width) -> (Tensor, Tensor)",
          written(launch, gradients), gradients),
         lambda inputs, _: inputs[:4],
-        lambda kept, _, found: (found[0], found[1].sum(0).to(kept[1].dtype), None, None, None))
+        lambda kept, _, found, __: (found[0], found[1].sum(0).to(kept[1].dtype), None, None, None))
 
 
 def load_exclude_gate_kernel() -> Any:
@@ -1381,7 +1425,7 @@ def load_exclude_gate() -> Callable[..., Tensor]:
         (f"({four}, Tensor dout, float inner) -> (Tensor, Tensor, Tensor, Tensor)", written(launch, gradients),
          gradients),
         lambda inputs, _: inputs[:4],
-        lambda kept, _, found: (*found[:3], found[3].sum(0).to(kept[3].dtype), None))
+        lambda kept, _, found, __: (*found[:3], found[3].sum(0).to(kept[3].dtype), None))
 
 
 def load_mix_norm_kernels() -> tuple[Any, Any]:
@@ -1475,9 +1519,8 @@ def load_mix_norm() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     return differentiable(
         "mix_norm", (f"({five}, int window) -> (Tensor, Tensor, Tensor)", written(launch, outputs), outputs),
         (f"({five}, Tensor? dmixed, Tensor dout, Tensor dstart, int window) -> (Tensor, Tensor, Tensor, Tensor)",
-         written(launch_backward, gradients), gradients),
-        lambda inputs, _: inputs[:5],
-        lambda kept, _, found: (found[0] if kept[0] is not None else None, *found[1:3], found[3].sum(0), None, None))
+         written(launch_backward, gradients), gradients), lambda inputs, _: inputs[:5],
+        lambda kept, _, found, __: (None if kept[0] is None else found[0], *found[1:3], found[3].sum(0), None, None))
 
 
 def choose_kernels(config: Config, device: torch.device) -> Kernels:
@@ -1591,6 +1634,20 @@ def bigram_buckets(ids: Tensor, keep: Tensor, kind: str, buckets: int) -> Tensor
     return (int(kind) * previous + ids) % buckets
 
 
+def low_rank(x: Tensor, w: Mapping[str, Tensor], target: str) -> Tensor | None:
+    """x (T, in) -> (T, out), what the adapters of `target` in w add to it, if there are any.
+
+    TARGET_adapter_in, _out (R, in), (out, R) belong to the model, for each visit of a looped layer. TARGET_document_in,
+    _out (docs, R, in), (docs, out, R) belong to the documents whose rows, of equal length, make up x.
+    """
+    parts = []
+    for kind in ("adapter", "document"):
+        if (a := w.get(f"{target}_{kind}_in")) is not None:
+            rows = x.view(len(a) if a.dim() > 2 else 1, -1, x.size(-1))
+            parts.append((rows @ a.mT @ w[f"{target}_{kind}_out"].mT).flatten(0, 1))
+    return sum(parts[1:], parts[0]) if parts else None
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "leaky2": lambda x, slope: F.leaky_relu(x, slope).square(),
     "swiglu": lambda x, slope: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]}
@@ -1671,7 +1728,7 @@ def load_fa4() -> Attention:
                 lambda q, *_: (torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32))),
         (f"({four}, Tensor y, Tensor lse, Tensor dy, Tensor? dlse, int max_length) -> (Tensor, Tensor, Tensor)",
          backward, lambda q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))),
-        lambda inputs, outputs: (*inputs[:4], *outputs), lambda kept, _, found: (*found, None, None))
+        lambda inputs, outputs: (*inputs[:4], *outputs), lambda kept, _, found, __: (*found, None, None))
     return lambda q, k, v, segments: operator(q, k, v, segments.boundaries, segments.max_length)[0]
 
 
@@ -1816,7 +1873,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.dtype, self.attention, self.kernels = config, dtype, attention, kernels
         self.plans = (visit_plan(config, False), visit_plan(config, True))
-        self.looping = False
+        self.looping, self.fused = False, False
         self.fake_quantize: FakeQuantize | None = None  # in training; set by the trainer when QAT starts
         for name, shape in param_shapes(config).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
@@ -1826,6 +1883,11 @@ class GPT(nn.Module):
                 self.register_buffer(f"{name}_{training}", table, persistent=False)
         depth = torch.arange(1, config.num_layers + 1, dtype=torch.float32)
         self.register_buffer("ln_scale", depth ** -0.5 if config.ln_scale else torch.ones_like(depth), persistent=False)
+
+    @property
+    def active_kernels(self) -> Kernels:
+        """Those of training, there and where `fused` says so; plain torch in other scoring."""
+        return self.kernels if self.training or self.fused else PLAIN
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -1898,11 +1960,13 @@ class GPT(nn.Module):
         (arXiv:2410.17897).
         """
         config = self.config
-        kernels, heads = self.kernels if self.training else PLAIN, (config.num_heads, config.num_kv_heads)
+        kernels, heads = self.active_kernels, (config.num_heads, config.num_kv_heads)
         qkv = kernels.linear(n, torch.cat((w["q_proj"], w["k_proj"], w["v_proj"])))
-        if "q_adapter_in" in w:
-            q, v = (F.linear(F.linear(n, w[f"{x}_adapter_in"]), w[f"{x}_adapter_out"]) for x in "qv")
-            qkv = qkv + torch.cat((q, torch.zeros_like(v), v), -1)
+        more = [low_rank(n, w, target) for target in "qkv"]
+        if any(part is not None for part in more):
+            widths = (config.model_dim, *[config.head_dim * config.num_kv_heads] * 2)
+            qkv = qkv + torch.cat([n.new_zeros(len(n), width) if part is None else part
+                                   for part, width in zip(more, widths)], -1)
         if kernels.rotate_heads:
             q, k, v, own = kernels.rotate_heads(qkv, w["q_gain"], *angles, config.head_dim)
         else:
@@ -1918,28 +1982,31 @@ class GPT(nn.Module):
         y = self.attention(q, k, v, segments)
         if exclude and kernels.exclude_gate:
             y = kernels.exclude_gate(y, own, start, w["attn_gate"], config.sparse_attn_gate_scale)
-            return kernels.linear(norm(y) if config.projection_norm else y, w["out_proj"]), own
-        if exclude:
-            y = exclusive(y, own, w.get("xsa_strength"))
-        if "attn_gate" in w:
-            inner = config.sparse_attn_gate_scale if config.attn_gate == "sparse" else 1.0
-            gate = F.linear(n if config.attn_gate == "dense" else start, w["attn_gate"], w.get("attn_gate_bias"))
-            y = y * ((inner * gate).sigmoid() * (2 if config.attn_gate == "output" else 1))[:, :, None]
-        y = y.flatten(1).to(self.dtype)
-        return kernels.linear(norm(y) if config.projection_norm else y, w["out_proj"]), own
+        else:
+            y = exclusive(y, own, w.get("xsa_strength")) if exclude else y
+            if "attn_gate" in w:
+                inner = config.sparse_attn_gate_scale if config.attn_gate == "sparse" else 1.0
+                gate = F.linear(n if config.attn_gate == "dense" else start, w["attn_gate"], w.get("attn_gate_bias"))
+                y = y * ((inner * gate).sigmoid() * (2 if config.attn_gate == "output" else 1))[:, :, None]
+            y = y.flatten(1).to(self.dtype)
+        out, more = kernels.linear(norm(y) if config.projection_norm else y, w["out_proj"]), low_rank(n, w, "out")
+        return out if more is None else out + w["attn_scale"] * more, own
 
     def feed_forward(self, w: Mapping[str, Tensor], n: Tensor) -> Tensor:
         """Weights w of a layer, its normalized input n (T, D) -> the MLP's output (T, D)."""
-        config, kernels = self.config, self.kernels if self.training else PLAIN
+        config, kernels = self.config, self.active_kernels
         if kernels.leaky2:
-            return kernels.leaky2(n, w["up_proj"], w["down_proj"], config.leaky_relu_slope)
-        hidden = ACTIVATIONS[config.mlp_activation](kernels.linear(n, w["up_proj"]), config.leaky_relu_slope)
-        return kernels.linear(norm(hidden) if config.projection_norm else hidden, w["down_proj"])
+            out = kernels.leaky2(n, w["up_proj"], w["down_proj"], config.leaky_relu_slope)
+        else:
+            hidden = ACTIVATIONS[config.mlp_activation](kernels.linear(n, w["up_proj"]), config.leaky_relu_slope)
+            out = kernels.linear(norm(hidden) if config.projection_norm else hidden, w["down_proj"])
+        more = low_rank(n, w, "mlp")
+        return out if more is None else out + w["mlp_scale"] * more
 
     def mix_norm(self, skipped: Tensor | None, x: Tensor, x0: Tensor, mix: Tensor,
                  scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Streams (T, D), their weights mix (3, D) -> their blend, its norm, and the norm's first channels."""
-        window, kernel = self.config.gate_window, (self.kernels if self.training else PLAIN).mix_norm
+        window, kernel = self.config.gate_window, self.active_kernels.mix_norm
         if kernel:
             return kernel(skipped, x, x0, mix, scale, window)
         mixed = mix[1] * x + mix[2] * x0 if skipped is None else mix[0] * skipped + mix[1] * x + mix[2] * x0
@@ -1979,16 +2046,20 @@ class GPT(nn.Module):
         return (stay[0] * x + share[0, 0] * attn_out + share[1, 0] * mlp_out,
                 stay[1] * mlp_lane + share[0, 1] * attn_out + share[1, 1] * mlp_out), v
 
-    def features(self, ids: Tensor, segments: Segments) -> Tensor:
+    def features(self, ids: Tensor, segments: Segments, adapters: Mapping[str, Tensor] | None = None) -> Tensor:
         """ids (1, T) -> (T, D), normalized: what the head reads."""
         config = self.config
         banks = {name: p.unbind(0) for name, p in self.named_parameters() if name not in GLOBAL_ROLES}
         cos, sin = (getattr(self, f"{name}_{self.training}")[segments.positions] for name in ("cos", "sin"))
         x0 = self.embed(ids, segments)
         lanes, kept, first_value, seen = (x0,), [], None, {}
-        for visit in self.plans[1 if self.looping else 0]:
-            skipped = kept.pop() if visit.skip >= 0 else None
-            lanes, v = self.block(self.visit_weights(banks, visit), lanes, skipped, x0, (cos, sin), segments,
+        for place, visit in enumerate(self.plans[1 if self.looping else 0]):
+            skipped, weights = kept.pop() if visit.skip >= 0 else None, self.visit_weights(banks, visit)
+            for name, value in (adapters or {}).items():
+                target, end = name.split("_")
+                if target != "head":
+                    weights[f"{target}_document_{end}"] = value[:, place]
+            lanes, v = self.block(weights, lanes, skipped, x0, (cos, sin), segments,
                                   visit.layer >= config.num_layers - config.xsa_last_n, is_lane(config, visit.layer),
                                   first_value)
             first_value = v if first_value is None else first_value
@@ -2006,13 +2077,14 @@ class GPT(nn.Module):
             x = sum((weights[:, i:i + 1] * source for i, source in enumerate(sources)), x)
         return norm(x)
 
-    def logits(self, features: Tensor) -> Tensor:
+    def logits(self, features: Tensor, adapters: Mapping[str, Tensor] | None = None) -> Tensor:
         """features (T, D) -> softcapped logits (T, V) float32."""
         cap, kind = self.config.logit_softcap, self.config.softcap_type
         if self.config.embed_dim:
             features = F.linear(features, self.weight("embed_out")[0])
-        multiply = self.kernels.head if self.training else F.linear
-        logits = multiply(features, self.weight("embedding" if self.config.tie_embeddings else "head")).float()
+        head = self.weight("embedding" if self.config.tie_embeddings else "head")
+        logits, more = self.active_kernels.head(features, head), low_rank(features, adapters or {}, "head")
+        logits = (logits if more is None else logits + more).float()
         if self.config.vocab_bias:
             logits = logits + self.vocab_bias
         if kind == "two_sided":  # learned on a log scale, so that a step of the optimizer is a share of the cap
@@ -2022,16 +2094,22 @@ class GPT(nn.Module):
             return cap * poly5(logits / cap)
         return cap * (2 * (logits * (2 / cap)).sigmoid() - 1)  # tanh, of cheaper instructions
 
-    def forward(self, ids: Tensor, targets: Tensor, segments: Segments) -> Tensor:
+    def forward(self, ids: Tensor, targets: Tensor, segments: Segments,
+                adapters: Mapping[str, Tensor] | None = None, rows: Tensor | None = None) -> Tensor:
         """ids (1, T), targets (1, T) or (1, T, C) -> nats (T,) or (T, C) float32, from one pass over the logits.
 
-        A target of -1 has 0 nats. In training the first column includes the z-loss.
+        A target of -1 has 0 nats. In training the first column includes the z-loss. adapters: TARGET_in, TARGET_out
+        (docs, visits, ...) of documents, see low_rank; the head's have one visit. rows (N,): the tokens whose targets
+        these are; no others reach the head.
         """
-        return self.nats(self.features(ids, segments), targets[0])
+        features = self.features(ids, segments, adapters)
+        head = {f"head_document_{end}": adapters[f"head_{end}"][:, 0].to(self.dtype) for end in ("in", "out")} \
+            if adapters and "head_in" in adapters else None
+        return self.nats(features if rows is None else features[rows], targets[0], head)
 
-    def nats(self, features: Tensor, targets: Tensor) -> Tensor:
+    def nats(self, features: Tensor, targets: Tensor, adapters: Mapping[str, Tensor] | None = None) -> Tensor:
         """features (T, D), targets (T,) or (T, C) -> nats, shaped like the targets."""
-        logits, cap = self.logits(features), self.config.logit_softcap
+        logits, cap = self.logits(features, adapters), self.config.logit_softcap
         columns: Iterable[Tensor] = targets.view(len(targets), -1).unbind(1)
         if logits.is_cuda and cap <= 30 and self.config.softcap_type != "two_sided":
             # no exponential vanishes, and no place is looked up: one pass each way, once this is compiled
@@ -3392,6 +3470,29 @@ def free_memory_bytes(world: World) -> float:
     return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") / world.size
 
 
+class Ledger:
+    """Nats of every target, and how often each was scored: the one place where scores of a stage are kept."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset, self.start = dataset, time.perf_counter()
+        self.nats, self.times = np.zeros(len(dataset.val_bytes)), np.zeros(len(dataset.val_bytes), np.uint8)
+
+    def add(self, place: np.ndarray, nats: np.ndarray) -> None:
+        """place, nats: any equal shape; targets that are -1 are nobody's."""
+        scored = place >= 0
+        np.add.at(self.times, place[scored], 1)
+        self.nats[place[scored]] = nats[scored]
+
+    def score(self, world: World) -> Score:
+        """The sum over all ranks. AssertionError where a target was scored twice or never, or a byte counted so."""
+        mine = self.times == 1
+        sums = [self.nats.sum(), self.times.sum(), (self.times > 1).sum(), self.dataset.val_bytes[mine].sum()]
+        nats, tokens, twice, count_bytes = world.sum(sums)
+        assert tokens == len(self.times) and not twice and count_bytes == self.dataset.val_bytes.sum(), \
+            f"{tokens:.0f} scores of {len(self.times)} targets, {twice:.0f} repeated, {count_bytes:.0f} bytes"
+        return Score(nats, int(tokens), int(count_bytes), time.perf_counter() - self.start)
+
+
 class Evaluator:
     """Scores the validation tokens with any weights; every rank takes its share of the windows."""
 
@@ -3422,22 +3523,28 @@ class Evaluator:
         segments = make_segments(starts, len(window), self.config.eval_seq_len, num_segments)
         return make_batch(window, targets, segments), place
 
-    def score_stage(self, stage: str, forward: Forward, stride: int) -> None:
-        """Scores and keeps one stage of the pipeline."""
-        self.stages[stage] = score = self.score(forward, stride)
+    def keep(self, stage: str, score: Score) -> None:
+        """Keeps and logs the score of one stage of the pipeline. UserError where it is no number."""
+        self.stages[stage] = score
         if not math.isfinite(score.nats):
             raise UserError(f"final_{stage}: {score.nats} nats: training diverged; lower MATRIX_LR, TIED_EMBED_LR or "
                             "SCALAR_LR")
         self.log(f"final_{stage}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f} "
                  f"eval_time:{score.seconds * 1000:.0f}ms")
 
-    @torch.no_grad()
+    def rows(self, stride: int) -> np.ndarray:
+        """Windows over all validation targets -> (W, 3), see score_windows."""
+        return score_windows(self.dataset.val_tokens[:-1], self.config.eval_seq_len, stride, self.config.document_mask)
+
     def score(self, forward: Forward, stride: int) -> Score:
         """forward = a GPT or its compiled form -> Score of all targets, summed in float64 over all ranks."""
-        start, dataset, world = time.perf_counter(), self.dataset, self.world
-        rows = score_windows(dataset.val_tokens[:-1], self.config.eval_seq_len, stride, self.config.document_mask)
-        mine = rows[world.rank::world.size]
-        nats, tokens, count_bytes = 0.0, 0, 0
+        ledger = Ledger(self.dataset)
+        self.score_rows(forward, self.rows(stride)[self.world.rank::self.world.size], ledger)
+        return ledger.score(self.world)
+
+    @torch.no_grad()
+    def score_rows(self, forward: Forward, mine: np.ndarray, ledger: Ledger) -> None:
+        """Scores windows (W, 3) into the ledger, as many at once as the memory holds."""
         while len(mine):
             groups = batch_windows(mine, self.batch_tokens)
             fillers = self.batch_tokens // self.config.eval_seq_len + 2
@@ -3445,23 +3552,284 @@ class Evaluator:
             try:
                 for group in groups:
                     batch, place = self.build(group, self.batch_tokens, bound)
-                    result = forward(*to_device(batch, world.device)).cpu().double().numpy()
-                    scored = place >= 0
-                    nats += float(result[scored].sum())
-                    tokens += int(scored.sum())
-                    count_bytes += int(dataset.val_bytes[place[scored]].sum())
+                    ledger.add(place, forward(*to_device(batch, self.world.device)).cpu().double().numpy())
                     mine = mine[len(group):]
-                    self.log.progress(f"evaluate stride:{stride} windows_left:{len(mine)}")
+                    self.log.progress(f"evaluate windows_left:{len(mine)}")
             except torch.OutOfMemoryError:
                 if self.batch_tokens <= self.config.eval_seq_len:
                     raise
                 self.batch_tokens = max(self.batch_tokens // 2, self.config.eval_seq_len)
-                print(f"rank {world.rank}: out of memory, now scores {self.batch_tokens} tokens at once", flush=True)
+                print(f"rank {self.world.rank}: out of memory, now scores {self.batch_tokens} tokens at once",
+                      flush=True)
                 gc.collect()
         self.log.progress("")
-        nats, tokens, count_bytes = world.sum([nats, tokens, count_bytes])
-        assert int(tokens) == len(dataset.val_tokens) - 1 and int(count_bytes) == int(dataset.val_bytes.sum())
-        return Score(nats, int(tokens), int(count_bytes), time.perf_counter() - start)
+
+
+# ====================================================================================================================
+# 12. test-time training: the text in chunks; each is scored, and only then adapters, or all weights, learn from it.
+#     In: a model made of the artifact alone, the validation text. Out: the score. What is learned from is what score
+#     returned, with its graph: nothing is run twice, and nothing can be learned from a token that has no score yet.
+# ====================================================================================================================
+
+
+class Group(NamedTuple):
+    """Documents that are scored side by side, chunk by chunk."""
+
+    documents: tuple[int, ...]
+    chunk: int  # tokens
+    steps: int
+    tokens: int  # through the model, for the plan
+
+
+def row_width(end: int, seq_len: int) -> int:
+    """Tokens of the rows that hold the first `end` tokens of documents: one of three widths, so that shapes are few."""
+    return next(width for width in (-(-seq_len // 4), -(-seq_len // 2), seq_len) if width >= min(end, seq_len))
+
+
+def chunk_size(config: Config, length: int) -> int:
+    """Tokens of a chunk where the longest document has `length`."""
+    parts = parse_schedule("TTT_CHUNK_SCHEDULE", config.ttt_chunk_schedule)
+    return next((int(chunk) for chunk, longest in parts if length <= longest), config.ttt_chunk_size)
+
+
+def plan_groups(config: Config, lengths: np.ndarray, documents: Sequence[int], ranks: int) -> list[list[Group]]:
+    """Lengths of all documents, those of a phase -> the groups of each rank, the longest first.
+
+    Documents that carry nothing over may be scored in any order without changing a score. Long ones come in smaller
+    groups, so that ranks share them.
+    """
+    in_a_row, seq_len, groups = config.ttt_warm_start_a and config.ttt_order == "stream", config.eval_seq_len, []
+    order = list(documents) if in_a_row else sorted(documents, key=lambda i: (-int(lengths[i]), i))
+    while order:
+        small = int(lengths[order[0]]) > 2 * seq_len and not in_a_row
+        size = max(config.ttt_batch_size // 8, 1) if small else config.ttt_batch_size
+        members, order = tuple(order[:size]), order[size:]
+        longest = int(lengths[list(members)].max())
+        chunk = chunk_size(config, longest)
+        ends = range(chunk, longest + chunk, chunk)
+        groups.append(Group(members, chunk, len(ends), size * sum(row_width(end, seq_len) for end in ends)))
+    shares, loads = [[] for _ in range(ranks)], [0] * ranks
+    for group in groups if in_a_row else sorted(groups, key=lambda group: -group.tokens):
+        rank = loads.index(min(loads))
+        shares[rank].append(group)
+        loads[rank] += group.tokens
+    return shares
+
+
+class Chunk(NamedTuple):
+    """A chunk of each document of a group."""
+
+    batch: Batch  # the rows, and (1, B x C) targets
+    rows: Tensor  # (B x C,) the targets' tokens in the batch
+    place: np.ndarray  # (B x C,) the targets in the text, -1 = none
+    weights: Tensor  # (B x C,) of their nats in what is learned from them
+
+
+class TestTimeTrainer:
+    """Scores the validation text with weights that learn from what was scored."""
+
+    def __init__(self, config: Config, evaluator: Evaluator, model: GPT, started: float):
+        self.config, self.world, self.evaluator, self.model = config, evaluator.world, evaluator, model
+        self.dataset, self.ledger = evaluator.dataset, Ledger(evaluator.dataset)
+        self.deadline = started + config.eval_budget_seconds
+        self.bounds = document_bounds(self.dataset.val_tokens[:-1])
+        self.lengths = np.diff(self.bounds)
+        self.scored_chunks = self.learned_chunks = self.skipped_groups = 0
+        self.adapters: dict[int, tuple[dict[str, Tensor], torch.optim.Optimizer]] = {}
+        model.requires_grad_(False).fused = True
+
+    def run(self) -> Score:
+        """-> the score of all targets."""
+        config = self.config
+        if config.ttt_strategy == "stream":
+            self.run_stream()
+            return self.ledger.score(self.world)
+        everything = np.argsort(-self.lengths, kind="stable").tolist() if config.ttt_order == "length" \
+            else list(range(len(self.lengths)))
+        prefix, phases = min(config.phased_ttt_prefix_docs, len(everything)), config.phased_ttt_num_phases
+        ends = sorted({prefix * (phase + 1) // phases for phase in range(phases)} - {0, len(everything)})
+        for first, last in zip([0, *ends], [*ends, len(everything)]):
+            self.score_documents(everything[first:last])
+            if last < len(everything):
+                rows = np.concatenate([self.windows_of(document) for document in everything[:last]])
+                self.learn_stream(batch_windows(rows, config.global_ttt_chunk_tokens))
+        return self.ledger.score(self.world)
+
+    # --- adapters of documents
+    def score_documents(self, documents: Sequence[int]) -> None:
+        """Scores documents, each with adapters of its own that learn from chunk to chunk."""
+        shares = plan_groups(self.config, self.lengths, documents, self.world.size)
+        done, start = 0, time.perf_counter()
+        for group in shares[self.world.rank]:
+            elapsed = time.perf_counter() - start
+            if done and time.perf_counter() + elapsed / done * group.tokens > self.deadline:
+                self.skipped_groups += 1
+                rows = np.concatenate([self.windows_of(document) for document in group.documents])
+                self.evaluator.score_rows(self.model, rows, self.ledger)
+                continue
+            self.score_group(group)
+            done += group.tokens
+            self.evaluator.log.progress(f"adapt tokens:{done} seconds:{elapsed:.0f}")
+
+    def score_group(self, group: Group) -> None:
+        """score, then adapt, chunk by chunk."""
+        adapters, optimizer = self.fresh_adapters(len(group.documents))
+        kept = []
+        for step in range(group.steps):
+            chunk = self.chunk(group, step)
+            scored = self.score(chunk, adapters)
+            kept.append((chunk.place, scored.detach()))
+            self.scored_chunks += 1
+            if step + 1 < group.steps:
+                self.adapt(scored, chunk.weights, optimizer)
+        for place, nats in kept:
+            self.ledger.add(place, nats.cpu().double().numpy())
+
+    def score(self, chunk: Chunk, adapters: Mapping[str, Tensor]) -> Tensor:
+        """-> nats (B x C,) with their graph."""
+        return self.model(*chunk.batch, adapters, chunk.rows)
+
+    def adapt(self, scored: Tensor, weights: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """One step of the optimizer on nats that stand in the ledger. A document whose nats are no numbers rests."""
+        assert self.learned_chunks < self.scored_chunks
+        (scored.nan_to_num(0, 0, 0) * weights).sum().backward()
+        for settings in optimizer.param_groups:
+            for parameter in settings["params"]:
+                parameter.grad.nan_to_num_(0, 0, 0)
+        optimizer.step()
+        optimizer.zero_grad()
+        self.learned_chunks += 1
+
+    def fresh_adapters(self, documents: int) -> tuple[dict[str, Tensor], torch.optim.Optimizer]:
+        """-> adapters that add nothing yet, TARGET_in (docs, visits, R, in) and TARGET_out, and their optimizer.
+
+        Every document starts with the same ones: its score does not depend on its place or its neighbors.
+        """
+        config, (known, optimizer) = self.config, self.adapters.get(documents, ({}, None))
+        if optimizer is None:
+            width, kv, visits = \
+                config.model_dim, config.num_kv_heads * config.head_dim, len(self.model.plans[self.model.looping])
+            sizes = {"q": (visits, width, width), "k": (visits, width, kv), "v": (visits, width, kv),
+                     "out": (visits, width, width), "mlp": (visits, width, width),
+                     "head": (1, config.embed_dim or width, config.vocab_size)}
+            for target in config.ttt_targets.split(","):
+                visits, inputs, outputs = sizes[target]
+                for end, shape in (("in", (config.ttt_lora_rank, inputs)), ("out", (outputs, config.ttt_lora_rank))):
+                    known[f"{target}_{end}"] = torch.zeros(documents, visits, *shape, device=self.world.device,
+                                                           requires_grad=True)
+            scale = config.ttt_lora_alpha / config.ttt_lora_rank  # is inside TARGET_out: its steps are that much longer
+            power, lr = 2 if config.ttt_optimizer == "sgd" else 1, config.ttt_lora_lr
+            outer = [value for name, value in known.items() if name.endswith("_out")]
+            inner = [value for name, value in known.items() if name.endswith("_in")]
+            optimizer = self.make_optimizer([{"params": inner}, {"params": outer, "lr": lr * scale ** power}], lr)
+            if config.ttt_optimizer == "adamw":
+                optimizer.param_groups[1]["weight_decay"] /= scale
+        generator = torch.Generator(self.world.device).manual_seed(config.seed)
+        with torch.no_grad():
+            for name, value in known.items():
+                if name.endswith("_out"):
+                    value.zero_()
+                elif documents not in self.adapters or not config.ttt_warm_start_a:  # the same for all documents
+                    value[:1].uniform_(-(value.size(-1) ** -0.5), value.size(-1) ** -0.5, generator=generator)
+                    value.copy_(value[:1].clone().expand_as(value))
+        optimizer.state.clear()
+        self.adapters[documents] = known, optimizer
+        return known, optimizer
+
+    def chunk(self, group: Group, step: int) -> Chunk:
+        """Chunk `step` of each document, with as much before it as a row holds."""
+        config, tokens, documents = self.config, self.dataset.val_tokens, list(group.documents)
+        starts, lengths = self.bounds[documents, None], self.lengths[documents, None]
+        first, most = step * group.chunk, config.eval_seq_len
+        width = row_width(first + group.chunk, most) if len(documents) == config.ttt_batch_size else most
+        ends = np.minimum(first + group.chunk, lengths)
+        begins = np.maximum(ends - most, 0)
+        seen, scored = begins + np.arange(width), first + np.arange(group.chunk)
+        ids = np.where(seen < ends, tokens[starts + np.minimum(seen, lengths - 1)], 0)
+        valid = scored < lengths
+        place = np.where(valid, starts + np.minimum(scored, lengths - 1), -1)
+        rows = np.where(valid, np.arange(len(documents))[:, None] * width + scored - begins, 0)
+        weights = valid / np.maximum(valid.sum(1, keepdims=True), 1) * (ends < lengths)
+        segments = make_segments(np.arange(len(documents)) * width, ids.size, width, 0)
+        batch = make_batch(ids.ravel(), np.where(valid, tokens[place + 1].astype(np.int64), -1).ravel(), segments)
+        device = self.world.device
+        return Chunk(to_device(batch, device), torch.from_numpy(rows.ravel()).to(device), place.ravel(),
+                     torch.from_numpy(weights.ravel()).float().to(device))
+
+    # --- all weights
+    def windows_of(self, document: int) -> np.ndarray:
+        """-> (W, 3) rows without overlap over a document's targets."""
+        rows = windows(int(self.lengths[document]), self.config.eval_seq_len, self.config.eval_seq_len)
+        return np.array(rows, np.int64) + self.bounds[document]
+
+    def run_stream(self) -> None:
+        """Scores windows of a chunk of the text, then trains all weights on that chunk, and so on."""
+        config, rows, world = self.config, self.evaluator.rows(self.config.eval_stride), self.world
+        packed = np.concatenate([self.windows_of(document) for document in range(len(self.lengths))])
+        for _ in range(config.ttt_unsafe_multi_epoch):  # not legal: learns from what has no score yet
+            self.learn_stream(batch_windows(packed, config.global_ttt_chunk_tokens or 32768))
+        ends = self.bounds[1:] if not config.global_ttt_chunk_tokens else \
+            np.append(np.arange(config.global_ttt_chunk_tokens, self.bounds[-1], config.global_ttt_chunk_tokens),
+                      self.bounds[-1])
+        optimizer, before = self.weight_optimizer(), 0
+        for i, end in enumerate(ends.tolist()):
+            mine = rows[(rows[:, 2] >= before) & (rows[:, 2] < end)][world.rank::world.size]
+            self.evaluator.score_rows(self.model, mine, self.ledger)
+            if end != ends[-1] and not config.ttt_unsafe_multi_epoch:
+                inside = packed[(packed[:, 0] < end) & (packed[:, 1] > before)]
+                inside = np.stack((inside[:, 0].clip(before), inside[:, 1].clip(max=end), inside[:, 0].clip(before)), 1)
+                for _ in range(config.global_ttt_epochs):
+                    self.learn(inside, optimizer, cosine(i / (len(ends) - 1)))
+            before = end
+
+    def learn_stream(self, chunks: Sequence[np.ndarray]) -> None:
+        """Trains all weights on chunks of windows (W, 3), one after the other."""
+        optimizer = self.weight_optimizer()
+        for i, rows in enumerate(chunks):
+            for _ in range(self.config.global_ttt_epochs):
+                self.learn(rows, optimizer, cosine(i / len(chunks)))
+
+    def learn(self, rows: np.ndarray, optimizer: torch.optim.Optimizer, lr_scale: float) -> None:
+        """One step of all weights on the targets of windows (W, 3), shared out over ranks."""
+        params = [p for settings in optimizer.param_groups for p in settings["params"]]
+        total = int((rows[:, 1] - rows[:, 0]).sum())
+        for p in params:
+            p.requires_grad_(True).grad = torch.zeros_like(p)
+        for group in batch_windows(rows[self.world.rank::self.world.size], self.evaluator.batch_tokens):
+            batch, _ = self.evaluator.build(group, int((group[:, 1] - group[:, 0]).sum()), 0)
+            (self.model(*to_device(batch, self.world.device)).sum() / total).backward()
+        for name, p in self.model.named_parameters():
+            if self.world.size > 1 and p.grad is not None:
+                dist.all_reduce(p.grad)
+            if p.grad is not None and name not in GLOBAL_ROLES | SKIP_ROLES and len(p) == self.config.num_layers:
+                p.grad[:self.config.ttt_freeze_blocks] = 0
+        if self.config.global_ttt_grad_clip:
+            torch.nn.utils.clip_grad_norm_(params, self.config.global_ttt_grad_clip)
+        for settings in optimizer.param_groups:
+            settings["lr"] = settings["base_lr"] * lr_scale
+        if all(bool(p.grad.isfinite().all()) for p in params):  # else the weights stay as they were
+            optimizer.step()
+        self.model.requires_grad_(False)
+
+    def make_optimizer(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        config = self.config
+        if config.ttt_optimizer == "sgd":
+            return torch.optim.SGD(groups, lr, momentum=config.global_ttt_momentum)
+        return torch.optim.AdamW(groups, lr, (config.ttt_beta1, config.ttt_beta2), 1e-10, config.ttt_weight_decay)
+
+    def weight_optimizer(self) -> torch.optim.Optimizer:
+        """Of all weights. adamw has the published factors: output projections 3, the MLP's first matrices 0.5."""
+        config, groups = self.config, []
+        for name, p in self.model.named_parameters():
+            factor = {"out_proj": 3.0, "down_proj": 3.0, "up_proj": 0.5}.get(name, 1.0)
+            lr = config.global_ttt_lr * (factor if config.ttt_optimizer == "adamw" else 1.0)
+            groups.append({"params": [p], "lr": lr, "base_lr": lr})
+        return self.make_optimizer(groups, config.global_ttt_lr)
+
+
+def cosine(progress: float) -> float:
+    """1 at 0, 0 at 1."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 # ====================================================================================================================
@@ -3546,9 +3914,9 @@ def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequ
     evaluator = Evaluator(config, world, log, dataset, compiled)
     compile_seconds = train(config, trainer, evaluator, stop)
     trainer.model.eval()
-    evaluator.score_stage("raw", trainer.forward, config.eval_seq_len)
+    evaluator.keep("raw", evaluator.score(trainer.forward, config.eval_seq_len))
     trainer.use_averages()
-    evaluator.score_stage("averaged", trainer.forward, config.eval_seq_len)
+    evaluator.keep("averaged", evaluator.score(trainer.forward, config.eval_seq_len))
     guides, calibration_seconds = calibrate_on_training_text(config, trainer, dataset)
     if world.rank == 0:
         info = {"looping": trainer.model.looping, "tokenizer_sha256": dataset.tokenizer_sha256}
@@ -3556,10 +3924,18 @@ def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequ
         write_atomic(artifact_path, lambda file: file.write(data), "ARTIFACT_PATH")
 
     start = time.perf_counter()
-    forward, artifact_bytes = reload(config, world, artifact_path, attention, compiled)
-    evaluator.score_stage("quantized", forward, config.eval_seq_len)
+    model, artifact_bytes = reload(config, world, artifact_path, attention)
+    if config.eval_mode == "adapted":  # nothing to compile: the kernels do most of it, and adapters come in many shapes
+        evaluator.compiled, model.fused = "", True
+    forward = compile_model(model, evaluator.compiled)
+    evaluator.keep("quantized", evaluator.score(forward, config.eval_seq_len))
     if config.eval_mode == "sliding":
-        evaluator.score_stage("sliding", forward, config.eval_stride)
+        evaluator.keep("sliding", evaluator.score(forward, config.eval_stride))
+    if config.eval_mode == "adapted":
+        learner = TestTimeTrainer(config, evaluator, model, start)
+        evaluator.keep("adapted", learner.run())
+        log(f"adaptation scored_chunks:{learner.scored_chunks} learned_chunks:{learner.learned_chunks} "
+            f"groups_without:{learner.skipped_groups} legal:{int(not config.ttt_unsafe_multi_epoch)}")
     return report_result(config, world, log, dataset, trainer, evaluator.stages, {
         "compile_seconds": round(compile_seconds, 3), "calibration_seconds": round(calibration_seconds, 3),
         "eval_seconds": round(time.perf_counter() - start, 3),
@@ -3606,13 +3982,15 @@ def calibrate_on_training_text(config: Config, trainer: Trainer, dataset: Datase
     return guides, seconds
 
 
-def reload(config: Config, world: World, path: Path, attention: Attention, compiled: str) -> tuple[Forward, int]:
+def reload(config: Config, world: World, path: Path, attention: Attention) -> tuple[GPT, int]:
     """Artifact file, read by rank 0 -> (model on every rank, made of nothing but the file's bytes; their number)."""
     header, weights, size = None, {}, 0
     if world.rank == 0:
         (header, weights), size = read_artifact(path), path.stat().st_size
     header, size = world.share((header, size))
-    model = GPT(artifact_config(header, config), world.dtype, attention).to(world.device).eval()
+    config = artifact_config(header, config)
+    kernels = choose_kernels(replace(config, fp8_matmul=False), world.device)
+    model = GPT(config, world.dtype, attention, kernels).to(world.device).eval()
     model.looping = header["looping"]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -3620,7 +3998,7 @@ def reload(config: Config, world: World, path: Path, attention: Attention, compi
                 parameter.copy_(weights[name])
             if world.size > 1:
                 dist.broadcast(parameter.detach(), 0)
-    return compile_model(model, compiled), size
+    return model, size
 
 
 def use_compile(config: Config, world: World, attention: str) -> str:
@@ -3656,7 +4034,7 @@ def report_result(config: Config, world: World, log: Log, dataset: Dataset, trai
         "stages": {name: stage.as_dict() for name, stage in stages.items()}, "official_stage": official,
         "val_loss": score.val_loss, "val_bpb": score.val_bpb, **measured,
         "headroom_bytes": SIZE_LIMIT_BYTES - submission, "fits": fits,
-        "legal": fits and in_time and dataset.leaked_documents == 0,
+        "legal": fits and in_time and dataset.leaked_documents == 0 and not config.ttt_unsafe_multi_epoch,
         "audit": {"scored_targets": score.tokens, "targets": len(dataset.val_tokens) - 1, "scored_bytes": score.bytes,
                   "leaked_documents": dataset.leaked_documents, "in_time": in_time}}
     log("result " + json.dumps(result))
