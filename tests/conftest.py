@@ -26,3 +26,12 @@ def corpus_dir() -> Path:
     if not path.is_dir():
         pytest.skip("set TEST_CORPUS_DIR to the proxy corpus")
     return path
+
+
+@pytest.fixture
+def published_model(corpus_dir) -> Path:
+    """The published CaseOps tokenizer, which lies beside the corpus."""
+    path = corpus_dir.parent / "tokenizers" / "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there")
+    return path
