@@ -1,4 +1,5 @@
 """data/caseops.py: against the rules one character at a time, over all short texts, and against published shards."""
+import argparse
 import itertools
 import lzma
 import pydoc_data.topics
@@ -166,6 +167,18 @@ def test_training_tokens_are_the_published_ones(corpus_dir, published):
         if len(got) >= len(wanted):
             break
     assert got[:len(wanted)] == wanted.tolist()
+
+
+def test_fused_operators_save_tokens(corpus_dir):
+    """English text, tokenizers of 8,192 pieces with the published settings, trained on it: 8 % fewer tokens."""
+    texts = [text.decode() for text, _ in prepare.read_file(corpus_dir / "val.jsonl.zst", "text")]
+    tokens = {}
+    for mode in caseops.MODES:
+        config = argparse.Namespace(vocab_size=8192, character_coverage=0.999, like="fineweb", caseops=mode)
+        encoded = [caseops.encode(text, mode) for text in texts]
+        model = prepare.train_tokenizer(encoded, config)
+        tokens[mode] = sum(map(len, sentencepiece.SentencePieceProcessor(model_proto=model).encode(encoded)))
+    assert tokens["fused"] < 0.92 * tokens["plain"]
 
 
 def test_encoding_takes_at_most_a_tenth_of_a_second_for_a_megabyte():

@@ -63,7 +63,7 @@ class Result(NamedTuple):
         return sentencepiece.SentencePieceProcessor(model_proto=self.model.read_bytes())
 
     def shards(self, side: str) -> list[np.ndarray]:
-        return [read_shard(path) for path in sorted(self.folder.glob(f"fineweb_{side}_*.bin"))]
+        return [read_shard(path) for path in sorted(self.folder.glob(f"fineweb_{side}_[0-9]*.bin"))]
 
     def documents(self, side: str) -> list[str]:
         """Decoded texts of all documents, in order."""
