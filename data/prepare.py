@@ -45,6 +45,7 @@ VERSION = 2  # of manifest.json and of everything below that decides the output 
 MAGIC, HEADER_INTS, BOS_ID = 20240520, 256, 1  # shard header: magic, version 1, count, zeros (int32)
 MAX_VOCAB_SIZE = 65_535  # token ids are stored as uint16
 BYTE260 = "byte260"  # the tokenizer whose token is 4 + the byte, in the place of a model file
+CASEOPS, PUBLISHED_CASEOPS = "caseops", "_lossless_caps_caseops_v1_reserved"  # in names: ours, and what it stands for
 FINEWEB_VAL_DOCS = 50_000  # of docs_selected.jsonl, in all published data; 40,000 of them in training is issue 2127
 MIN_VOCAB_SIZE = 4 + 256 + 2  # pad, bos, eos, unk; the bytes; space and newline
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.zst")
@@ -890,7 +891,8 @@ def complete(config: argparse.Namespace, parser: argparse.ArgumentParser) -> arg
 
 def name_like_fineweb(config: argparse.Namespace) -> None:
     """The published names, which are the trainer's defaults where there is one for the kind of data."""
-    model, suffix = given_model(config), {None: "", "plain": "_caseops", "fused": "_caseops_fused"}[config.caseops]
+    model = given_model(config)
+    suffix = {None: "", "plain": f"_{CASEOPS}", "fused": f"_{CASEOPS}_fused"}[config.caseops]
     if model is not None:
         config.vocab_size = load_tokenizer(model, config.tokenizer, config.caseops).vocab_size()
     byte = config.tokenizer == BYTE260

@@ -7,6 +7,8 @@ With manifest.json (data/prepare.py writes it) all counts and hashes are compare
 the tokenizer say of each other is. Reading and judging is the trainer's own (open_dataset of train_gpt.py).
 Exit code: 0 all is well, 2 something is not.
 """
+from __future__ import annotations
+
 import argparse
 import functools
 import hashlib
@@ -16,14 +18,15 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import caseops
 import numpy as np
 import prepare
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_gpt
+if TYPE_CHECKING or __name__ != "__mp_main__":  # a worker does without: torch costs it seconds and 200 MB
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import train_gpt
 
 WINDOW = 32  # tokens of a stretch that is looked up in training: about a hundred characters, a long line
 MIN_DISTINCT = 16  # different tokens in a stretch that is worth looking up: rulers and tables of numbers are not
@@ -121,14 +124,16 @@ def check_manifest(files: Files, report: Report) -> None:
 
 def find_tokenizer(files: Files, option: Path | None) -> Path:
     """--tokenizer, or the manifest's, or the published name, beside the dataset. InputError where there is none."""
-    folder = files.folder.resolve().parent.parent / "tokenizers"
-    size = re.fullmatch(r"fineweb10B_sp(\d+)", files.folder.name)
-    name = files.manifest["tokenizer"]["file"] if files.manifest else f"fineweb_{size[1]}_bpe.model" if size else None
-    path = option or (folder / name if name else None)
-    if path is None or not path.is_file():
-        raise prepare.InputError(f"{path or files.folder}: no tokenizer found; name the one of these shards with "
-                                 "--tokenizer")
-    return path
+    folder, name = files.folder.resolve().parent.parent / "tokenizers", files.folder.name
+    names = [files.manifest["tokenizer"]["file"]] if files.manifest else [f"{name.replace('10B', '')}.model"]  # byte260
+    if not files.manifest and (found := re.fullmatch(r"fineweb10B_sp(\d+)(\w*)", name)):
+        published = found[2].replace(f"_{prepare.CASEOPS}", prepare.PUBLISHED_CASEOPS)
+        names = [f"fineweb_{found[1]}_bpe{suffix}.model" for suffix in (found[2], published)]
+    paths = [option] if option else [folder / name for name in names]
+    for path in paths:
+        if path.is_file():
+            return path
+    raise prepare.InputError(f"{paths[-1]}: no tokenizer found; name the one of these shards with --tokenizer")
 
 
 # ------------------------------------------------------------------------------------------------ documents
@@ -172,18 +177,13 @@ class Reading(NamedTuple):
     strange: bool  # the text would be encoded to other tokens
 
 
-@functools.lru_cache(maxsize=1)
-def cached_table(path: str, sha256: str) -> tuple[np.ndarray, np.ndarray]:
-    return train_gpt.byte_table(prepare.cached_tokenizer(path, sha256))[:2]
-
-
-def read_batch(path: str, sha256: str, mode: str | None, batch: list[np.ndarray]) -> list[Reading]:
-    """Runs in a worker: documents -> texts and what the tokenizer says of them."""
+def read_batch(path: str, sha256: str, count: np.ndarray, space: np.ndarray, mode: str | None,
+               batch: list[np.ndarray]) -> list[Reading]:
+    """Runs in a worker: documents -> texts and what the tokenizer says of them; count, space from byte_table."""
     tokenizer: Any = prepare.cached_tokenizer(path, sha256)
-    count, space = cached_table(path, sha256)
     result = []
     for ids in batch:
-        tokens = ids[int(ids[0] == train_gpt.BOS):].tolist()
+        tokens = ids[int(ids[0] == prepare.BOS_ID):].tolist()
         decoded = tokenizer.decode(tokens)
         text = caseops.decode(decoded, strict=False) if mode else decoded
         size = len(text.encode())
@@ -195,15 +195,14 @@ def read_batch(path: str, sha256: str, mode: str | None, batch: list[np.ndarray]
     return result
 
 
-def find_mode(files: Files, tokenizer: Any, path: Path, sha256: str, val: train_gpt.TokenStream) -> str | None:
+def find_mode(files: Files, tokenizer: Any, val: train_gpt.TokenStream, read: Any) -> str | None:
     """How capitals are written: by the manifest, else as the first documents are encoded to their own tokens."""
     if files.manifest is not None:
         return files.manifest["options"].get("caseops")
     if not files.sidecar or tokenizer.unk_id() in map(tokenizer.piece_to_id, caseops.OPERATORS):
         return None
     sample = [ids for ids, _ in zip(documents(val), range(20))]
-    strange = {mode: sum(found.strange for found in read_batch(str(path), sha256, mode, sample))
-               for mode in caseops.MODES}
+    strange = {mode: sum(found.strange for found in read(mode, sample)) for mode in caseops.MODES}
     return min(strange, key=lambda mode: strange[mode])
 
 
@@ -367,8 +366,8 @@ def verify(folder: Path, option: Path | None, full: bool, workers: int) -> list[
     sizes = None
     if full:
         val = train_gpt.TokenStream(files.val)
-        mode = find_mode(files, tokenizer, path, data.tokenizer_sha256, val)
-        work = functools.partial(read_batch, str(path), data.tokenizer_sha256, mode)
+        read = functools.partial(read_batch, str(path), data.tokenizer_sha256, *train_gpt.byte_table(tokenizer)[:2])
+        work = functools.partial(read, find_mode(files, tokenizer, val, read))
         sizes = check_documents(files, "val", val, work, workers, report)
         check_documents(files, "train", data.train, work, workers, report)
     check_bytes(files, data, tokenizer, sizes, report)

@@ -97,8 +97,9 @@ def test_without_a_manifest_the_shards_speak_for_themselves(copy, kind):
     folder = copy(kind)
     (folder / "manifest.json").unlink()
     model = folder.parent.parent / "tokenizers" / "d.model"
-    assert "no tokenizer found; name the one of these shards with --tokenizer" in fault(folder)
-    code, out, err = check(folder, "--tokenizer", model, "--full")
+    other = model.rename(model.with_name("other.model"))
+    assert f"{model}: no tokenizer found; name the one of these shards with --tokenizer" in fault(folder)
+    code, out, err = check(folder, "--tokenizer", other, "--full")
     assert (code, err) == (0, "") and "note:        " in out and "no manifest.json" in out
     assert "; 0 are encoded to other tokens" in out
 
@@ -191,7 +192,8 @@ def test_a_sidecar_that_counts_wrong(copy, full):
     folder, options = copy("caseops"), ["--full"] * full
     path = folder / "fineweb_val_bytes_000000.bin"
     counts, tokens = read_shard(path), read_shard(folder / "fineweb_val_000000.bin")
-    words = [not tokenizer_of(folder).id_to_piece(token).startswith("\u2581") for token in tokens.tolist()]
+    pieces = [tokenizer_of(folder).id_to_piece(token) for token in range(400)]
+    words = [not pieces[token].startswith("\u2581") for token in tokens.tolist()]
     place = int(np.flatnonzero((counts == 1) & words)[0])
     for value, found in ((2, 1), (0, 1)):
         change(path, place, value)
@@ -200,7 +202,7 @@ def test_a_sidecar_that_counts_wrong(copy, full):
         if full:
             assert "document 0 has " in check(folder, *options)[1]
         assert len(verify.wrong_counts(tokens, read_shard(path), tokenizer_of(folder))) == found
-    signs = [not tokenizer_of(folder).id_to_piece(token).isalpha() for token in tokens.tolist()]
+    signs = [not pieces[token].isalpha() for token in tokens.tolist()]
     write_tokens(path, np.where((counts == 1) & signs, 2, counts))  # letters are what the trainer looks at
     forget_hashes(folder)
     assert "counts do not fit their pieces, first 2 bytes for token" in check(folder)[1]
