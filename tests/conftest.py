@@ -19,6 +19,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(scope="module")
+def no_waiting_for_the_disk():
+    """Runs in this process do not wait for the disk, which kill -9 does not need: hundreds of files are written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
 @pytest.fixture
 def corpus_dir() -> Path:
     """The proxy corpus."""

@@ -21,6 +21,7 @@ from test_prepare import REAL, make, write_jsonl
 
 import train_gpt
 
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 COMMIT, OLD_COMMIT = "a" * 40, "b" * 40
 PUBLISHED = "sp400_lossless_caps_caseops_v1_reserved"
 

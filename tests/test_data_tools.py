@@ -18,6 +18,7 @@ sys.path.insert(0, str(program.ROOT / "bench"))
 import loader
 import sample
 
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 T, A, C, E = caseops.OPERATORS
 WORDS = "The end of the matter is The end that NASA saw in London. " * 30
 

@@ -31,6 +31,7 @@ import prepare  # noqa: E402
 
 import train_gpt  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 SCRIPT = ROOT / "data" / "prepare.py"
 STDLIB = Path(sysconfig.get_path("stdlib"))
 MODULES = ("ast", "bisect", "csv", "heapq", "queue", "sched", "shelve", "textwrap")
@@ -165,14 +166,6 @@ def normalizing_model(path: Path) -> Path:
         unk_id=3, character_coverage=0.99, num_threads=1, minloglevel=2)
     path.write_bytes(model.getvalue())
     return path
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_waiting_for_the_disk():
-    """Runs in this process do not wait for the disk, which kill -9 does not need: hundreds of files are written."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda file: None)
-        yield
 
 
 # --- round trip

@@ -18,6 +18,7 @@ from test_prepare import MARK, ODD, REAL, crashed_at, make, read_shard, refused,
 
 import train_gpt
 
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 T, A, C, E = caseops.OPERATORS
 MODES = pytest.mark.parametrize("mode", caseops.MODES)
 TEXTS = [*REAL[:30], *ODD, f"an {T} of the text {E}", "The NASA  McDonald\n\nAT iPod", REAL[0], f"lost {MARK}", ""]
@@ -69,6 +70,21 @@ def test_the_sidecar_holds_the_bytes_of_each_document(done, mode):
     starts = np.flatnonzero(np.concatenate([read_shard(result.folder / shard["file"]) for shard in shards]) == 1)
     sizes = [part.sum() for part in np.split(np.concatenate(counts), starts[1:])]
     assert sizes == [len(caseops.decode(text, mode).encode()) for text in result.documents("val")]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.one_of(st.text(st.characters(codec="utf-8"), max_size=20),
+                          st.sampled_from([*ODD, *caseops.OPERATORS, MARK, " The", "NASA", "  iPod"]))).map("".join),
+       st.sampled_from(caseops.MODES))
+def test_any_text_survives_with_its_bytes_or_is_dropped(done, text, mode):
+    model, sha256 = str(done[mode].model), done[mode].manifest["tokenizer"]["sha256"]
+    document = prepare.Document(0, 0, Path("x"), text.encode(), counted=True)
+    (tokens, counts, reason), = prepare.encode_batch(model, sha256, mode, True, [document])
+    assert len(counts) == len(tokens) and counts[0] == 0 and counts.dtype == tokens.dtype == np.uint16
+    assert (reason is not None) == (MARK in text)
+    if not reason:
+        assert counts.sum() == len(text.encode())
+        assert caseops.decode(done[mode].tokenizer.decode(tokens[1:].tolist()), mode) == text
 
 
 @MODES

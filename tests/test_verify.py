@@ -21,6 +21,7 @@ from test_prepare import ODD, REAL, ROOT, make, normalizing_model, read_shard, w
 
 import train_gpt
 
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 T, A, C, E = caseops.OPERATORS
 TEXTS = [*REAL[:40], *ODD, f"an {T} of the text {E}{A}", "The NASA  McDonald\n\nAT iPod", *REAL[40:60]]
 KINDS = {"plain": ("--vocab-size", 400), "caseops": ("--vocab-size", 400, "--caseops"),
