@@ -10,6 +10,7 @@ Exit code: 0 all is well, 2 something is not.
 from __future__ import annotations
 
 import argparse
+import array
 import functools
 import hashlib
 import os
@@ -207,9 +208,9 @@ def find_mode(files: Files, tokenizer: Any, val: train_gpt.TokenStream, read: An
 
 
 def check_documents(files: Files, side: str, stream: train_gpt.TokenStream, work: Any, workers: int,
-                    report: Report) -> list[int]:
+                    report: Report) -> array.array[int]:
     """Decodes every document of a side -> bytes of each text. Faults where tables, tokens or manifest say otherwise."""
-    sizes, strange, wrong, first, sha256 = [], 0, 0, "", hashlib.sha256()
+    sizes, strange, wrong, first, sha256 = array.array("q"), 0, 0, "", hashlib.sha256()
     progress, done = prepare.Progress(f"decode {side}", 2 * len(stream)), 0
     for batch, readings in prepare.map_ordered(work, batches(documents(stream)), workers):
         for reading in readings:
@@ -237,7 +238,9 @@ def check_documents(files: Files, side: str, stream: train_gpt.TokenStream, work
 
 # ------------------------------------------------------------------------------------------------ bytes
 def wrong_counts(tokens: np.ndarray, counts: np.ndarray, tokenizer: Any) -> np.ndarray:
-    """Tokens (n,), sidecar (n,) -> places whose count is not that of the piece. Pieces with a space may count more.
+    """Tokens (n + 1,), bytes of those behind the first (n,) -> places of counts that are not those of the pieces.
+
+    Pieces with a space may count more.
 
     Bytes that spell a character count at its last one only, and are left out.
     """
@@ -245,33 +248,32 @@ def wrong_counts(tokens: np.ndarray, counts: np.ndarray, tokenizer: Any) -> np.n
     size = tokenizer.vocab_size()
     byte = np.array([tokenizer.is_byte(i) for i in range(size)])
     operators = [tokenizer.piece_to_id(char) for char in caseops.OPERATORS]
+    before, tokens = tokens[:-1], tokens[1:]
     natural = np.where(silent, 0, count + space)[tokens]
     if tokenizer.unk_id() not in operators:
-        escaped = np.zeros(len(tokens), bool)
-        escaped[1:] = (tokens[:-1] == operators[-1]) & np.isin(tokens[1:], operators)
+        escaped = (before == operators[-1]) & np.isin(tokens, operators)
         natural[np.isin(tokens, operators) & ~escaped] = 0
         natural[escaped & (counts == 0)] = 0  # of ESCAPE ESCAPE only the second one stands for itself
     right = np.where(space[tokens], counts >= natural, counts == natural)
     return np.flatnonzero(~right & ~byte[tokens])
 
 
-def check_bytes(files: Files, data: train_gpt.Dataset, tokenizer: Any, sizes: list[int] | None,
+def check_bytes(files: Files, data: train_gpt.Dataset, tokenizer: Any, sizes: array.array[int] | None,
                 report: Report) -> None:
     """Bytes of the validation text: those that are scored against the manifest, the pieces and the decoded text."""
-    counts = np.concatenate(([0], data.val_bytes))
-    bounds = train_gpt.document_bounds(data.val_tokens)
+    bounds, total = train_gpt.document_bounds(data.val_tokens), int(data.val_bytes.sum())
     source = "sidecar" if files.sidecar else "table of pieces"
-    report.say("bytes", f"{counts.sum():,} of {len(bounds) - 1:,} validation documents by the {source}")
+    report.say("bytes", f"{total:,} of {len(bounds) - 1:,} validation documents by the {source}")
     if files.sidecar:
-        check_sidecar(files, data.val_tokens, counts, tokenizer, report)
+        check_sidecar(files, data, tokenizer, report)
     manifest = files.manifest
     if manifest is not None and (manifest["val"]["documents"] != len(bounds) - 1
-                                 or (files.lossless and manifest["val"]["bytes"] != counts.sum())):
+                                 or (files.lossless and manifest["val"]["bytes"] != total)):
         report.fault(f"{files.folder / 'manifest.json'}: says {manifest['val']['documents']:,} validation documents "
                      f"with {manifest['val']['bytes']:,} bytes; make the data again")
     if sizes is None or not files.sidecar:
         return
-    scored = np.add.reduceat(counts, bounds[:-1])
+    scored = np.add.reduceat(data.val_bytes, np.maximum(bounds[:-1] - 1, 0))  # from BOS, which counts nothing, on
     different = np.flatnonzero(scored != np.array(sizes))
     if len(different) and files.lossless:
         i = int(different[0])
@@ -281,24 +283,31 @@ def check_bytes(files: Files, data: train_gpt.Dataset, tokenizer: Any, sizes: li
                    "space and characters that the tokenizer normalizes")
 
 
-def check_sidecar(files: Files, tokens: np.ndarray, counts: np.ndarray, tokenizer: Any, report: Report) -> None:
-    """The sidecar (n,) of tokens (n,) against their pieces."""
-    wrong = wrong_counts(tokens, counts, tokenizer)
-    if len(wrong) > MAX_WRONG_COUNTS * len(counts):
-        place = int(wrong[0])
-        report.fault(f"{files.sidecar[0]}: {len(wrong):,} counts do not fit their pieces, first {counts[place]} bytes "
-                     f"for token {place} = {tokenizer.id_to_piece(int(tokens[place]))!r}; make it again")
-    elif len(wrong):
-        report.say("bytes", f"{len(wrong):,} counts differ from their pieces: characters that the tokenizer normalizes")
+def check_sidecar(files: Files, data: train_gpt.Dataset, tokenizer: Any, report: Report) -> None:
+    """The sidecar against the pieces, a part at a time; each begins with the token before it, which may be ESCAPE."""
+    wrong, first = 0, ""
+    for start in range(0, len(data.val_bytes), CHUNK_TOKENS):
+        tokens = data.val_tokens[start:start + CHUNK_TOKENS + 1]
+        counts = data.val_bytes[start:start + CHUNK_TOKENS]
+        places = wrong_counts(tokens, counts, tokenizer)
+        if len(places) and not first:
+            place = int(places[0])
+            piece = tokenizer.id_to_piece(int(tokens[place + 1]))
+            first = f"{counts[place]} bytes for token {start + place + 1} = {piece!r}"
+        wrong += len(places)
+    if wrong > MAX_WRONG_COUNTS * len(data.val_bytes):
+        report.fault(f"{files.sidecar[0]}: {wrong:,} counts do not fit their pieces, first {first}; make it again")
+    elif wrong:
+        report.say("bytes", f"{wrong:,} counts differ from their pieces: characters that the tokenizer normalizes")
 
 
 # ------------------------------------------------------------------------------------------------ split
 def window_hashes(ids: np.ndarray) -> np.ndarray:
-    """ids (n,) -> (n - WINDOW + 1,) uint64, one hash of each stretch of WINDOW tokens; by doubling its length."""
+    """ids (..., n) -> (..., n - WINDOW + 1) uint64, a hash of each stretch of WINDOW tokens; by doubling its length."""
     with np.errstate(over="ignore"):
         hashes, factor, length = ids.astype(np.uint64) + np.uint64(1), np.uint64(0x9E3779B97F4A7C15), 1
         while length < WINDOW:
-            hashes = hashes[:-length] * factor + hashes[length:]
+            hashes = hashes[..., :-length] * factor + hashes[..., length:]
             factor, length = factor * factor, 2 * length
         return hashes ^ hashes >> np.uint64(29)
 
@@ -315,9 +324,10 @@ def near_duplicates(data: train_gpt.Dataset) -> list[int]:
     places = np.concatenate(starts)
     if not len(places):
         return []
-    windows = np.sort(np.lib.stride_tricks.sliding_window_view(data.val_tokens, WINDOW)[places], axis=1)
-    worth = (np.diff(windows, axis=1) != 0).sum(axis=1) + 1 >= MIN_DISTINCT
-    owner, wanted = owner[worth], window_hashes(data.val_tokens)[places[worth]]
+    windows, step = np.lib.stride_tricks.sliding_window_view(data.val_tokens, WINDOW), CHUNK_TOKENS // WINDOW
+    parts = [windows[places[i:i + step]] for i in range(0, len(places), step)]
+    worth = np.concatenate([(np.diff(np.sort(part)) != 0).sum(axis=1) + 1 >= MIN_DISTINCT for part in parts])
+    owner, wanted = owner[worth], np.concatenate([window_hashes(part)[:, 0] for part in parts])[worth]
     mask = np.uint64((1 << 24) - 1)
     table, found = np.zeros(1 << 24, bool), []  # most stretches of training end at this table
     table[wanted & mask] = True
