@@ -91,7 +91,7 @@ class Hub:
     """One commit of a dataset repository."""
 
     def __init__(self, repo_id: str, revision: str | None):
-        self.repo_id, self.endpoint = repo_id, os.environ.get("HF_ENDPOINT") or None
+        self.repo_id, self.endpoint = repo_id, os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
         self.api = huggingface_hub.HfApi(endpoint=self.endpoint)
         with telling(f"{repo_id}{f' at {revision}' if revision else ''}"):
             info = self.api.dataset_info(repo_id, revision=revision, timeout=TIMEOUT_SECONDS)

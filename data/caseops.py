@@ -86,6 +86,11 @@ def char_bytes(text: str) -> np.ndarray:
     return count
 
 
+def has_operators(tokenizer: Any) -> bool:
+    """Whether a tokenizer has pieces for the operators, as one for CaseOps text does."""
+    return tokenizer.unk_id() not in map(tokenizer.piece_to_id, OPERATORS)
+
+
 def tokens_and_bytes(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
     """Encoded text -> ids (n,) and bytes of original text (n,) of the tokens, as the published sidecars count them.
 

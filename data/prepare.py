@@ -443,7 +443,7 @@ def load_tokenizer(model: bytes, where: str, mode: str | None = None) -> spm.Sen
     if (count := sum(map(tokenizer.IsByte, range(size)))) != 256:
         raise InputError(f"--tokenizer {where}: has {count} byte pieces: it would lose characters that are not in its "
                          "vocabulary, and their bytes; take one that was trained with byte_fallback")
-    if mode and tokenizer.unk_id() in map(tokenizer.PieceToId, caseops.OPERATORS):
+    if mode and not caseops.has_operators(tokenizer):
         raise InputError(f"--tokenizer {where}: has no pieces for the operators of --caseops {mode}; take a CaseOps "
                          "tokenizer, or leave --caseops away")
     return tokenizer

@@ -53,7 +53,7 @@ def load(argument: str) -> Candidate:
     else:
         raise prepare.InputError(f"tokenizer {path}: no such file; give a SentencePiece model or {prepare.BYTE260}")
     tokenizer: Any = prepare.load_tokenizer(model, path, mode)
-    if mode is None and tokenizer.unk_id() not in map(tokenizer.piece_to_id, caseops.OPERATORS):
+    if mode is None and caseops.has_operators(tokenizer):
         mode = "plain"
     return Candidate(Path(path).stem + (f":{mode}" if mode else ""), tokenizer, mode)
 

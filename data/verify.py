@@ -200,7 +200,7 @@ def find_mode(files: Files, tokenizer: Any, val: train_gpt.TokenStream, read: An
     """How capitals are written: by the manifest, else as the first documents are encoded to their own tokens."""
     if files.manifest is not None:
         return files.manifest["options"].get("caseops")
-    if not files.sidecar or tokenizer.unk_id() in map(tokenizer.piece_to_id, caseops.OPERATORS):
+    if not files.sidecar or not caseops.has_operators(tokenizer):
         return None
     sample = [ids for ids, _ in zip(documents(val), range(20))]
     strange = {mode: sum(found.strange for found in read(mode, sample)) for mode in caseops.MODES}
@@ -250,7 +250,7 @@ def wrong_counts(tokens: np.ndarray, counts: np.ndarray, tokenizer: Any) -> np.n
     operators = [tokenizer.piece_to_id(char) for char in caseops.OPERATORS]
     before, tokens = tokens[:-1], tokens[1:]
     natural = np.where(silent, 0, count + space)[tokens]
-    if tokenizer.unk_id() not in operators:
+    if caseops.has_operators(tokenizer):
         escaped = (before == operators[-1]) & np.isin(tokens, operators)
         natural[np.isin(tokens, operators) & ~escaped] = 0
         natural[escaped & (counts == 0)] = 0  # of ESCAPE ESCAPE only the second one stands for itself

@@ -153,7 +153,7 @@ def hub(remote, monkeypatch):
     for name in ("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MATCHED_FINEWEB_REPO_ID", server.repo_id)
-    monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+    monkeypatch.setenv("HF_ENDPOINT", f"{server.endpoint}/")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # a chunk that is cut is lost

@@ -4,6 +4,7 @@ import io
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import caseops
@@ -17,6 +18,7 @@ from test_prepare import ODD, REAL, make, write_jsonl
 sys.path.insert(0, str(program.ROOT / "bench"))
 import loader
 import sample
+import summary
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 T, A, C, E = caseops.OPERATORS
@@ -146,7 +148,7 @@ def test_samples_of_a_caseops_tokenizer_have_capitals(models, mode, capsys):
     sampler = object.__new__(sample.Sampler)
     sampler.bos, sampler.caseops = 1, mode
     sampler.tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(models[mode]))
-    assert sample.has_operators(sampler.tokenizer)
+    assert caseops.has_operators(sampler.tokenizer)
     text = "The  NASA of iPod\n\nIn X"
     ids = sampler.encode(text)
     assert ids[0] == 1 and sampler.decode(ids) == text
@@ -157,5 +159,16 @@ def test_samples_of_a_caseops_tokenizer_have_capitals(models, mode, capsys):
 
 def test_samples_of_other_tokenizers_are_what_they_decode_to(models):
     model = sentencepiece.SentencePieceProcessor(model_proto=prepare.byte260_model())
-    assert sample.forbidden_ids(model, 1) == [0, 2, 3] and not sample.has_operators(model)
-    assert not sample.has_operators(sentencepiece.SentencePieceProcessor(model_file=str(models["none"])))
+    assert sample.forbidden_ids(model, 1) == [0, 2, 3] and not caseops.has_operators(model)
+    assert not caseops.has_operators(sentencepiece.SentencePieceProcessor(model_file=str(models["none"])))
+
+
+# --- tools/summary.py
+@pytest.mark.parametrize("mode", caseops.MODES)
+def test_compressors_read_the_text_with_its_capitals(mode, tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", [WORDS + str(i) for i in range(9)])
+    made = make(tmp_path, source, "--val-docs", 2, "--vocab-size", 300, "--caseops", mode)
+    size = made.manifest["val"]["bytes"]
+    run = types.SimpleNamespace(settings={"vocab_size": "300"}, fact=lambda name: {"scored_bytes": size})
+    text, transformed = summary.validation_text(run, made.folder, made.model)
+    assert transformed and len(text) == size and text.decode().startswith(WORDS)

@@ -46,11 +46,6 @@ def load_tokenizer(path: Path, header: dict[str, Any], bos: int) -> Any:
     return tokenizer
 
 
-def has_operators(tokenizer: Any) -> bool:
-    """Whether it is a CaseOps tokenizer."""
-    return tokenizer.unk_id() not in map(tokenizer.piece_to_id, caseops.OPERATORS)
-
-
 def forbidden_ids(tokenizer: Any, bos: int) -> list[int]:
     """Ids that are no text and do not end the document."""
     return [i for i in range(tokenizer.vocab_size()) if i != bos
@@ -80,7 +75,7 @@ class Sampler:
         self.bos = self.program.BOS
         self.tokenizer = load_tokenizer(config.tokenizer or self.default_tokenizer(model_config), header, self.bos)
         self.forbidden = forbidden_ids(self.tokenizer, self.bos)
-        self.caseops = config.caseops if has_operators(self.tokenizer) else None
+        self.caseops = config.caseops if caseops.has_operators(self.tokenizer) else None
         self.device = self.program.choose_device(model_config, 0)
         half = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0)
         self.model = self.program.GPT(model_config, torch.bfloat16 if half else torch.float32)
