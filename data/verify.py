@@ -101,8 +101,8 @@ def check_headers(files: Files, report: Report) -> None:
             report.say("headers", f"{kind}: {len(paths)} files, {tokens:,} numbers")
         numbers = [int(found[1]) for path in paths if (found := re.search(r"_(\d+)\.bin$", path.name))]
         if numbers != list(range(len(paths))):
-            report.fault(f"{files.folder}: {kind} shards are numbered {numbers[0]} to {numbers[-1]}, but there are "
-                         f"{len(paths)}: fetch or make what is missing")
+            report.fault(f"{files.folder}: the {len(paths)} {kind} shards are not numbered 0 to {len(paths) - 1}: "
+                         "fetch or make what is missing")
 
 
 def check_manifest(files: Files, report: Report) -> None:
@@ -231,6 +231,9 @@ def check_documents(files: Files, side: str, stream: train_gpt.TokenStream, work
         report.fault(f"{side}: {first} (and {wrong - 1:,} more documents); {remedy}")
     if strange > (0 if files.lossless else MAX_STRANGE * len(sizes)):
         report.fault(f"{side}: {strange:,} of {len(sizes):,} documents are encoded to other tokens; {remedy}")
+    if files.manifest and files.manifest[side]["documents"] != len(sizes):
+        report.fault(f"{side}: {len(sizes):,} documents, manifest.json says {files.manifest[side]['documents']:,}; "
+                     "make the data again")
     if files.lossless and files.manifest and sha256.hexdigest() != files.manifest[side]["sha256_text"]:
         report.fault(f"{side}: the decoded text is not that of manifest.json (sha256_text); make the data again")
     return sizes
@@ -240,9 +243,7 @@ def check_documents(files: Files, side: str, stream: train_gpt.TokenStream, work
 def wrong_counts(tokens: np.ndarray, counts: np.ndarray, tokenizer: Any) -> np.ndarray:
     """Tokens (n + 1,), bytes of those behind the first (n,) -> places of counts that are not those of the pieces.
 
-    Pieces with a space may count more.
-
-    Bytes that spell a character count at its last one only, and are left out.
+    Pieces with a space may count more. Bytes that spell a character count at its last one only, and are left out.
     """
     count, space, silent = train_gpt.byte_table(tokenizer)
     size = tokenizer.vocab_size()
