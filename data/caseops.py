@@ -8,7 +8,7 @@ piece for the, The and THE (PR 1729; its name there is lossless_caps_caseops_v1,
 inside a word. A word is a run of ASCII letters; everything else is copied. Operators are private-use characters; one
 that stands in the text itself is written behind [E] ESCAPE. Mode "fused" puts TITLE and ALLCAPS before the whitespace
 that precedes the word. SentencePiece's pieces carry the space in front of their word; in plain mode an operator stands
-between the two, and the space becomes a token of its own: a tenth of all tokens (PR 2109 fuses such pairs afterwards).
+between the two, and the space becomes a token of its own: 9 % of all tokens (PR 2109 fuses such pairs afterwards).
 
 encode is injective and decode its inverse, for every text. SentencePiece may still normalize what it is given.
 """
