@@ -1,6 +1,7 @@
 # make demo   text -> tokenizer -> shards -> trained, quantized, packed, scored model -> plot; about five minutes on two cores
 # make test   the test suite; make check = lint + types + tests
 # make seeds  SEEDS="42 314 999" PRESET=presets/laptop.env RUNS=laptop   one run per seed, then means and spreads
+# make record NAME=Demo TRACK=non_record_16mb RUNS=laptop OPTIONS="--notes my.md"   their logs -> a folder in records/
 PYTHON ?= python3
 SHELL := /bin/bash
 VENV := .venv
@@ -13,8 +14,11 @@ PRESET ?= presets/laptop.env
 RUNS ?= $(basename $(notdir $(PRESET)))
 LAUNCH ?= $(BIN)/python
 SETTINGS ?=
+NAME ?= $(RUNS)
+TRACK ?= non_record_16mb
+OPTIONS ?=
 
-.PHONY: help venv data demo seeds test lint check clean
+.PHONY: help venv data demo seeds record test lint check clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -43,6 +47,10 @@ seeds: $(if $(findstring laptop,$(PRESET)),data,venv)
 	   env $(SETTINGS) SEED=$$seed RUN_ID=$(RUNS)_seed$$seed $(LAUNCH) train_gpt.py) || exit; \
 	done
 	$(BIN)/python tools/compare_runs.py $(foreach seed,$(SEEDS),logs/$(RUNS)_seed$(seed).txt) --out logs/$(RUNS).png
+
+record: venv
+	$(BIN)/python tools/make_record.py $(foreach seed,$(SEEDS),logs/$(RUNS)_seed$(seed).txt) \
+	  --name $(NAME) --track $(TRACK) --base $(PRESET) $(OPTIONS)
 
 test: venv
 	$(BIN)/python -m pytest -n auto

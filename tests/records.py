@@ -7,7 +7,6 @@ from pathlib import Path
 PROGRAM = '''"""A program for tests: it has what the tools ask train_gpt.py for, and does nothing."""
 import json
 import os
-import zlib
 from dataclasses import dataclass, fields
 
 
@@ -24,6 +23,7 @@ class Config:
     model_dim: int = 512
     num_heads: int = 8
     mlp_mult: float = 4.0
+    iterations: int = 20000
     matrix_lr: float = 0.026
     xsa_last_n: int = 11
     tied: bool = True
@@ -37,14 +37,15 @@ class Config:
 
 def pack_source(source):
     """-> the packed program."""
-    return source if source.startswith(b"#packed") else b"#packed\\\\n" + zlib.compress(source)[:0] + source
+    return source if source.startswith(b"#packed") else b"#packed\\\\n" + source
 
 
 if __name__ == "__main__":
     print("result " + json.dumps({"steps": int(os.environ["ITERATIONS"]), "val_bpb": 2.5}))
 '''.replace("\\\\", "\\")
 SETTINGS = {"run_id": "", "seed": 1337, "log_dir": "logs", "data_path": "", "tokenizer_path": "", "vocab_size": 8192,
-            "model_dim": 512, "num_heads": 8, "mlp_mult": 4.0, "matrix_lr": 0.026, "xsa_last_n": 11, "tied": True}
+            "model_dim": 512, "num_heads": 8, "mlp_mult": 4.0, "iterations": 20000, "matrix_lr": 0.026,
+            "xsa_last_n": 11, "tied": True}
 TOKENS, BYTES = 1_000_000, 3_000_000
 PER_NAT = TOKENS / BYTES / math.log(2)
 H100 = "NVIDIA H100 80GB HBM3 (compute capability (9, 0))"

@@ -85,12 +85,15 @@ def read_outcome(path: Path) -> Outcome:
 def our_outcome(run: Run) -> Outcome:
     """A finished run of train_gpt.py -> Outcome."""
     fact = run.fact
-    if not all(math.isfinite(fact(key)) for key in ("val_loss", "val_bpb")):
-        raise ToolError(f"{run.path}: val_bpb:{fact('val_bpb')} in its result: training diverged")
-    return Outcome(run.path, run, True, fact("seed"), fact("official_stage"), fact("val_loss"), fact("val_bpb"),
-                   fact("steps"), fact("train_seconds"), fact("calibration_seconds"), fact("eval_seconds"),
-                   fact("artifact_bytes"), fact("code_bytes"), fact("submission_bytes"),
-                   fact("audit")["scored_targets"], fact("world_size"))
+    try:
+        if not all(math.isfinite(fact(key)) for key in ("val_loss", "val_bpb")):
+            raise ToolError(f"{run.path}: val_bpb:{fact('val_bpb')} in its result: training diverged")
+        return Outcome(run.path, run, True, fact("seed"), fact("official_stage"), fact("val_loss"), fact("val_bpb"),
+                       fact("steps"), fact("train_seconds"), fact("calibration_seconds"), fact("eval_seconds"),
+                       fact("artifact_bytes"), fact("code_bytes"), fact("submission_bytes"),
+                       fact("audit")["scored_targets"], fact("world_size"))
+    except (TypeError, KeyError) as error:
+        raise ToolError(f"{run.path}: its result cannot be read ({error!r}): edited, or of another version") from None
 
 
 def published_outcome(path: Path, text: str, events: Sequence[str]) -> Outcome:

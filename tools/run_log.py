@@ -120,6 +120,8 @@ def parse_log(path: Path) -> Run:
             in_settings = found[1] != "train_gpt"
             if in_settings:
                 run.settings[found[1]] = found[2]
+            else:
+                run.events.append(line)
         elif found := RESUMED.match(line):
             run.resume(earlier, int(found[1]))
         else:
