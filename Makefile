@@ -2,6 +2,7 @@
 # make test   the test suite; make check = lint + types + tests
 # make seeds  SEEDS="42 314 999" PRESET=presets/laptop.env RUNS=laptop   one run per seed, then means and spreads
 # make record NAME=Demo TRACK=non_record_16mb RUNS=laptop OPTIONS="--notes my.md"   their logs -> a folder in records/
+# make leaderboard   the README's table of records, from records/*/*/submission.json
 PYTHON ?= python3
 SHELL := /bin/bash
 VENV := .venv
@@ -18,7 +19,7 @@ NAME ?= $(RUNS)
 TRACK ?= non_record_16mb
 OPTIONS ?=
 
-.PHONY: help venv data demo seeds record test lint check clean
+.PHONY: help venv data demo seeds record leaderboard test lint check clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -51,6 +52,9 @@ seeds: $(if $(findstring laptop,$(PRESET)),data,venv)
 record: venv
 	$(BIN)/python tools/make_record.py $(foreach seed,$(SEEDS),logs/$(RUNS)_seed$(seed).txt) \
 	  --name $(NAME) --track $(TRACK) --base $(PRESET) $(OPTIONS)
+
+leaderboard: venv
+	$(BIN)/python tools/leaderboard.py README.md
 
 test: venv
 	$(BIN)/python -m pytest -n auto
