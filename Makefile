@@ -18,6 +18,7 @@ SETTINGS ?=
 NAME ?= $(RUNS)
 TRACK ?= non_record_16mb
 OPTIONS ?=
+unexport SEEDS PRESET RUNS LAUNCH SETTINGS NAME TRACK OPTIONS  # the program takes its settings from the environment
 
 .PHONY: help venv data demo seeds record leaderboard test lint check clean
 

@@ -119,8 +119,8 @@ def write_logs(folder: Path, scores: dict[int, float], name: str = "new", **chan
 PHASED_LOG = """{line}
 Hyperparameters:
   ema_decay: 0.9965
-  logfile: logs/a.txt
-  run_id: a
+  logfile: logs/run{seed}.txt
+  run_id: run{seed}
   seed: {seed}
   vocab_size: 8192
   world_size: 8

@@ -125,14 +125,23 @@ def test_the_pages_say_what_the_logs_say(made):
     readme, pull_request = (made / "README.md").read_text(), (made / "PR.md").read_text()
     assert readme.startswith("# New\n\n**1.05023 bits per byte** (mean of 3 seeds, std 0.00087)")
     assert re.search(r"\| 314 +\| +2\.18590\d+ \| +1\.05120000 \|", readme) and "| sliding, the score" in readme
-    assert "| `MATRIX_LR` | `0.02` | `0.03` |" in readme and "* Before (B, 1.06110)" in readme
+    assert "| `MATRIX_LR` | `0.02` | `0.03` |" in readme and "* Before (B, 1.0611)" in readme
     assert "### What is new" in readme and "Why this is no record" not in readme
     assert pull_request.startswith("Record: New - val_bpb 1.05023 (3-seed mean)\n") and "- [ ]" not in pull_request
     run = (made / "run.sh").read_text()
-    assert "export MATRIX_LR=0.03\n" in run and "${SEEDS:-42 314 999}" in run and 'NPROC:-8' in run
-    assert subprocess.run(["bash", "-n", made / "run.sh"], check=False).returncode == 0
+    assert "export MATRIX_LR=0.03\n" in run and "for seed in ${*:-42 314 999}; do" in run and 'NPROC:-8' in run
     assert (made / "requirements.txt").read_text() == "torch==2.11.0\nnumpy\n"
     assert (made / "train_seed42.log").read_text().startswith('"""A program for tests')
+
+
+def test_the_command_runs_every_seed(made, tmp_path):
+    launcher = tmp_path / "torchrun"
+    launcher.write_text('#!/bin/bash\necho $SEED $MATRIX_LR $2\n')
+    launcher.chmod(0o755)
+    for given, seeds in (((), (42, 314, 999)), (("7", "8"), (7, 8))):
+        done = subprocess.run([made / "run.sh", *given], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True,
+                              text=True, check=False)
+        assert done.stdout == "".join(f"{seed} 0.03 --nproc_per_node=8\n" for seed in seeds), done.stderr
 
 
 def test_a_made_folder_passes(made, capsys):

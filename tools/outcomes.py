@@ -32,7 +32,6 @@ PUBLISHED = {  # fact: its line; the last one in the log counts
     "seed": r"^\s*seed: ?(\d+)\s*$",
 }
 OF_A_RUN = {"seed", "run_id"}  # settings in which the runs of one record may differ
-OF_A_PUBLISHED_RUN = OF_A_RUN | {"logfile", "rank", "local_rank", "is_main_process"}
 
 
 @dataclass
@@ -129,11 +128,11 @@ def published_outcome(path: Path, text: str, events: Sequence[str]) -> Outcome:
 
 
 def differing_settings(a: Outcome, b: Outcome) -> dict[str, tuple[str, str]]:
-    """{setting: (its value in a, in b)}, but for seed and names of a run."""
-    left, right = a.run.settings, b.run.settings
-    ignored = OF_A_RUN if a.ours and b.ours else OF_A_PUBLISHED_RUN
+    """{setting: (its value in a, in b)}, but for seed and name of a run, also in paths that published scripts log."""
+    left, right = ({name: text.replace(one.run.settings.get("run_id") or "-", "-") if not one.ours else text
+                    for name, text in one.run.settings.items() if name not in OF_A_RUN} for one in (a, b))
     return {name: (left.get(name, "-"), right.get(name, "-")) for name in dict.fromkeys([*left, *right])
-            if name not in ignored and left.get(name) != right.get(name)}
+            if left.get(name) != right.get(name)}
 
 
 def check_group(outcomes: Sequence[Outcome]) -> None:

@@ -99,7 +99,7 @@ def settings_part(facts: Mapping[str, Any], outcomes: Sequence[Outcome]) -> list
 
 def credits_part(facts: Mapping[str, Any]) -> list[str]:
     """Earlier records it builds on, and where each technique in use comes from."""
-    parents = [f"* {one['name']} ({one['author']}, {number(one['val_bpb'], 5)})" for one in facts["lineage"]]
+    parents = [f"* {one['name']} ({one['author']}, {one['val_bpb']})" for one in facts["lineage"]]
     rows = [[technique, source] for technique, source in facts["attribution"].items()]
     lines = ["| technique in use | source |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]
     return (["Builds on:\n\n" + "\n".join(parents)] if parents else []) + (["\n".join(lines)] if rows else [])
@@ -112,7 +112,8 @@ def render_readme(facts: Mapping[str, Any], outcomes: Sequence[Outcome], notes: 
         seeds = f"mean of {len(facts['seeds'])} seeds, std {facts['val_bpb_std']:.5f}"
     head = (f"**{facts['val_bpb']:.5f} bits per byte** ({seeds}), "
             f"**{facts['bytes_total']:,} bytes** at most of {SIZE_LIMIT_BYTES:,}, {facts['num_params']:,} parameters, "
-            f"{facts['hardware']}, torch {facts['pytorch_version']}. Track {facts['track']}.")
+            f"{facts['hardware']}, torch {facts['pytorch_version']}. Track {facts['track']}. "
+            f"By {facts['author']} (@{facts['github_id']}), {facts['date']}.")
     parts = [f"# {facts['name']}", head, facts["blurb"], "## Results", results_table(facts), comparison_text(facts),
              stages_table(facts), timing_table(facts),
              f"Scored: all {facts['target_tokens']:,} targets of {facts['val_documents']:,} validation documents, "
@@ -134,7 +135,7 @@ def notes_of(readme: str) -> str:
 
 
 def test_plan(facts: Mapping[str, Any]) -> str:
-    return f"""1. `PREFLIGHT=1 SEEDS={facts['seeds'][0]} ./run.sh` checks data, disk and memory, measures a step, stops.
+    return f"""1. `PREFLIGHT=1 ./run.sh {facts['seeds'][0]}` checks data, disk and memory, measures a step, stops.
 2. `./run.sh` runs all seeds on {facts['hardware']}; each ends with a line `result {{json}}`.
 3. `python tools/validate_record.py DIR --smoke`, in the repository this program is from, computes every number of this
    page again from the logs, and runs `train_gpt.py` on toy data."""
@@ -165,16 +166,17 @@ def render_pull_request(facts: Mapping[str, Any], folder: str) -> str:
 
 
 def render_run(facts: Mapping[str, Any], outcomes: Sequence[Outcome]) -> str:
-    """run.sh: the settings that differ from the defaults, one run per seed. Paths can be given from outside."""
+    """run.sh [SEED...]: the settings that differ from the defaults, one run per seed."""
     given = outcomes[0].run.settings
     paths = [f'export {name.upper()}="${{{name.upper()}:-data/{folder}/{PurePath(given[name]).name}}}"'
              for name, folder in (("data_path", "datasets"), ("tokenizer_path", "tokenizers")) if given.get(name)]
     values = [f"export {name}={shlex.quote(environment_text(value))}" for name, value in facts["settings"].items()]
     seeds = " ".join(map(str, facts["seeds"]))
     return "\n".join([
-        "#!/bin/bash", f"# Repeats the runs of this record ({facts['hardware']}). DATA_PATH and TOKENIZER_PATH may be",
-        "# set before; relative ones are looked up here and in the folders above.", "set -euo pipefail",
-        'cd "$(dirname "$0")"', *paths, *values, f"for seed in ${{SEEDS:-{seeds}}}; do",
+        "#!/bin/bash", f"# ./run.sh [SEED...] repeats the runs of this record ({facts['hardware']}).",
+        "# DATA_PATH and TOKENIZER_PATH may be set before; relative ones are looked up here and in the folders above.",
+        "set -euo pipefail",
+        'cd "$(dirname "$0")"', *paths, *values, f"for seed in ${{*:-{seeds}}}; do",
         f'  SEED=$seed RUN_ID=seed$seed torchrun --standalone --nproc_per_node="${{NPROC:-{outcomes[0].world_size}}}" '
         "train_gpt.py", "done"]) + "\n"
 

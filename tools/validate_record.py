@@ -54,7 +54,7 @@ from run_log import ToolError, exit_code
 PASS, FAIL, UNKNOWN = "pass", "FAIL", "unknown"
 CLAIM = re.compile(r"(?<![\w.#])(\d+\.\d{4,}|\d{1,3}(?:,\d{3}){2,}|\d{7,})(?![\w.]*\w)")  # scores, numbers of bytes
 GRACE_SECONDS = 10  # over the limit that accepted records took for calibration
-OF_PUBLISHED_LOGS = ("*.log", "*.txt")
+LOG_NAME = re.compile(r".*\.log|.*(log|seed).*\.txt")  # of published folders
 
 
 class Report:
@@ -144,6 +144,8 @@ def check_keys(given: Mapping[str, Any]) -> list[str]:
     """Keys that do not follow from the logs: are they there, and of their kind?"""
     faults = [f"{key} is missing or no {kind.__name__}" for key, kind in GIVEN_KEYS.items()
               if not isinstance(given.get(key), kind)]
+    if not faults and given["technique_summary"] != "; ".join(given["attribution"]):
+        faults.append("technique_summary does not name the techniques of attribution")
     faults += [f"{key} is empty" for key in PUBLISHED_KEYS if given.get(key) == ""]
     if not isinstance(given.get("seeds"), list) or not all(isinstance(seed, int) for seed in given["seeds"]):
         faults.append("seeds is missing or no list of whole numbers")
@@ -271,8 +273,7 @@ def check_published(folder: Path, given: dict[str, Any], report: Report) -> None
     report.add("keys", [f"{key} is missing or no {kind.__name__}" for key, kind in PUBLISHED_KEYS.items()
                         if not isinstance(given.get(key), (kind, int) if kind is float else kind)],
                f"{len(given)} in {SUBMISSION}")
-    paths = sorted({path for pattern in OF_PUBLISHED_LOGS for path in folder.glob(pattern)
-                    if path.name != REQUIREMENTS})
+    paths = sorted(path for path in folder.iterdir() if LOG_NAME.fullmatch(path.name))
     outcomes, faults = read_all(paths)
     if not report.add("logs", faults if paths else ["no log in the folder"], f"{len(outcomes)} with a score"):
         return
