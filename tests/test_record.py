@@ -254,13 +254,15 @@ def test_refuses_and_leaves_nothing(root, tmp_path, capsys):
     notes = tmp_path / "notes.md"
     notes.write_text("## Settings\n")
     assert "must be ###" in complaint(*logs, *options, "--notes", notes)
+    notes.write_text("Better than the 1.0711 of last week.")
+    assert "claims: claims 1.0711, which is in no log" in complaint(*logs, *options, "--notes", notes)
     assert "letters, digits" in complaint(*logs, "--name", "a/b")
     assert "no day" in complaint(*logs, "--name", "a", "--date", "yesterday")
     assert "does not exist" in complaint(*logs, *options, "--revise", "x")
     (root / "requirements.txt").write_text("torch==2.13.0\nnumpy\nmore\n")
     assert "uncommitted changes (1 files, requirements.txt first)" in complaint(*logs, *options)
     assert "git" in complaint(*logs, *options[:1], copied(root, tmp_path), *options[2:])
-    assert not (root / "records").exists()
+    assert not list(root.glob("records/*/*"))
 
 
 def copied(root: Path, place: Path) -> Path:
@@ -477,8 +479,6 @@ def test_a_record_of_the_real_program(tmp_path, capsys):
     facts = json.loads((made / "submission.json").read_text())
     assert facts["val_bpb"] == round(result["val_bpb"], 8) and facts["bytes_total"] == result["submission_bytes"]
     assert (made / "train_gpt.py").stat().st_size == result["code_bytes"] and len(facts["attribution"]) > 10
-    code, out, _ = call(validate_record, capsys, made)
-    assert code == 0, out
 
 
 def test_toy_settings_keep_heads_and_layers():

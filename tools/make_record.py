@@ -3,8 +3,8 @@
     python tools/make_record.py logs/mine_seed42.txt logs/mine_seed314.txt logs/mine_seed999.txt --name MyRecord
     python tools/make_record.py logs/laptop_seed*.txt --name Demo --track non_record_16mb --base presets/laptop.env
 
-The folder appears in records/ whole or not at all. Mistakes are refused: logs of another program, with other settings,
-cut off or edited; a working tree with changes; times and sizes over the limits. Give this commit's own logs.
+The folder appears in records/ whole or not at all, after it has passed validate_record.py. Mistakes are refused: logs
+of another program, with other settings, cut off or edited; a working tree with changes; times and sizes over limits.
 """
 import argparse
 import getpass
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import plot_runs
+import validate_record
 from outcomes import Outcome, check_group, read_outcome
 from record import (
     NON_RECORD,
@@ -238,6 +239,10 @@ def make(logs: Sequence[Path], config: argparse.Namespace) -> None:
     try:
         part.mkdir(parents=True)
         write_folder(part, facts, outcomes, program, notes, requirements)
+        failed = [f"{name}: {text}" for verdict, name, text in validate_record.check(part)[1].rows
+                  if verdict == validate_record.FAIL]
+        if failed:
+            raise ToolError(f"{target}: would not pass validate_record.py: {'; '.join(failed)}")
         toy = smoke(part, facts["settings"])
         if config.revise:
             shutil.rmtree(old, ignore_errors=True)

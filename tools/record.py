@@ -4,6 +4,7 @@ Imported by make_record.py, which writes such folders, and validate_record.py, w
 both take definitions from here, and the checker applies them to the folder's own files again.
 """
 import ast
+import functools
 import hashlib
 import json
 import math
@@ -98,14 +99,23 @@ print(json.dumps({"packed": packed.decode("latin1"), "settings": vars(config)}))
 """
 
 
+@functools.lru_cache
+def ask_source(source: bytes, variables: str) -> tuple[str, dict[str, Any]]:
+    """Program, variables as JSON -> (what it said last, its answer, {} = none). Slow: the program imports torch."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / PACKED
+        path.write_bytes(source)
+        done = subprocess.run([sys.executable, "-c", ASK, str(path), variables], text=True, check=False,
+                              capture_output=True, env={**os.environ, **ONE_THREAD})
+    last = ((done.stderr if done.returncode else done.stdout).strip().splitlines() or ["it printed nothing"])[-1]
+    return last, {} if done.returncode else json.loads(last)
+
+
 def ask_program(path: Path, variables: Mapping[str, str]) -> tuple[bytes, dict[str, Any]]:
     """Program, variables -> (the program packed by its own pack_source, {setting: value} of these variables)."""
-    done = subprocess.run([sys.executable, "-c", ASK, str(path), json.dumps(dict(variables))], text=True, check=False,
-                          capture_output=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-        raise ToolError(f"{path}: cannot be imported and packed: {reason}")
-    answer = json.loads(done.stdout.splitlines()[-1])
+    last, answer = ask_source(path.read_bytes(), json.dumps(dict(variables)))
+    if not answer:
+        raise ToolError(f"{path}: cannot be imported and packed: {last}")
     return answer["packed"].encode("latin1"), answer["settings"]
 
 
@@ -339,6 +349,7 @@ TOY = {"TRAIN_SEQ_LEN": "64", "EVAL_SEQ_LEN": "64", "EVAL_STRIDE": "32", "TRAIN_
        "RUN_ID": "smoke", "MAX_LEAKED_DOCUMENTS": "1000000", "FP8_MATMUL": "0", "PREFIX_LOSS": "0"}
 TOY_TOKENS = 1500  # in each of three shards
 SMOKE_SECONDS = 300
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # small work is faster so, much faster on a busy machine
 
 
 def toy_settings(settings: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, str]:
@@ -380,7 +391,7 @@ def smoke(folder: Path, settings: Mapping[str, Any]) -> float:
         variables = toy_settings(settings, known) | {"DATA_PATH": name, "LOG_DIR": name}
         try:
             done = subprocess.run([sys.executable, PACKED], cwd=folder, capture_output=True, text=True, check=False,
-                                  env={**kept, "PYTHONDONTWRITEBYTECODE": "1", **variables}, timeout=SMOKE_SECONDS)
+                                  env={**kept, **ONE_THREAD, **variables}, timeout=SMOKE_SECONDS)
         except subprocess.TimeoutExpired:
             raise ToolError(f"{folder / PACKED}: took more than {SMOKE_SECONDS} seconds on toy data") from None
     last = (done.stdout.splitlines() or [""])[-1]

@@ -338,8 +338,8 @@ def check_published_limits(folder: Path, given: Mapping[str, Any], outcomes: Seq
         report.unknown("limits", note)
 
 
-def validate(folder: Path, with_smoke: bool) -> int:
-    """Folder -> exit code: 0 pass, 1 fail. ToolError for what is no folder with a submission.json."""
+def check(folder: Path) -> tuple[dict[str, Any], Report]:
+    """Folder -> (submission.json, all checks that run nothing of it). ToolError where it has no submission.json."""
     if not folder.is_dir():
         raise ToolError(f"{folder}: no such folder; give one of records/")
     given, report = read_json(folder / SUBMISSION), Report()
@@ -348,6 +348,12 @@ def validate(folder: Path, with_smoke: bool) -> int:
         (check_ours if ours else check_published)(folder, given, report)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         report.add("form", [f"{SUBMISSION} is not built as such files are: {type(error).__name__} {error}"])
+    return given, report
+
+
+def validate(folder: Path, with_smoke: bool) -> int:
+    """Prints all checks -> exit code: 0 pass, 1 fail."""
+    given, report = check(folder)
     if with_smoke:
         try:
             good, faults = f"{PACKED} ran on toy data, {smoke(folder, given.get('settings', {})):.4f} bits per byte", []
