@@ -38,7 +38,6 @@ from record import (
     SUBMISSION,
     ask_program,
     compare_with,
-    config_defaults,
     derive,
     last_run,
     log_faults,
@@ -94,7 +93,7 @@ def read_program(root: Path) -> Program:
         source = (root / PACKED).read_bytes()
     except OSError as error:
         raise ToolError(f"{root / PACKED}: {error.strerror}; --root names the clone that ran") from None
-    return Program(source, ask_program(root / PACKED, {})[0], config_defaults(source.decode("utf8", "replace")))
+    return Program(source, *ask_program(root / PACKED, {}))
 
 
 def read_logs(paths: Sequence[Path], program: Program) -> list[Outcome]:

@@ -120,13 +120,21 @@ def ask_program(path: Path, variables: Mapping[str, str]) -> tuple[bytes, dict[s
 
 
 def config_defaults(source: str) -> dict[str, Any]:
-    """Source of train_gpt.py -> {setting: default}, without running it. ToolError where it has no class Config."""
+    """Source of train_gpt.py -> {setting: default}, without running it. ToolError where it has no class Config.
+
+    A default that is no plain value comes as its text.
+    """
+    def value(node: ast.expr) -> Any:
+        try:
+            return ast.literal_eval(node)
+        except ValueError:
+            return ast.unparse(node)
     try:
         classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Config"]
     except SyntaxError as error:
         raise ToolError(f"{READABLE}: no Python: {error.msg}, line {error.lineno}") from None
     fields = [node for node in classes[0].body if isinstance(node, ast.AnnAssign)] if classes else []
-    found = {node.target.id: ast.literal_eval(node.value) for node in fields
+    found = {node.target.id: value(node.value) for node in fields
              if isinstance(node.target, ast.Name) and node.value is not None}
     if not found:
         raise ToolError(f"{READABLE}: no class Config with settings in it; not a train_gpt.py")

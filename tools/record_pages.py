@@ -13,6 +13,7 @@ from record import (
     FIXED_FILES,
     NON_RECORD,
     PATHS,
+    PLOT,
     SIZE_LIMIT_BYTES,
     environment_text,
     non_record_reasons,
@@ -115,7 +116,7 @@ def render_readme(facts: Mapping[str, Any], outcomes: Sequence[Outcome], notes: 
             f"{facts['hardware']}, torch {facts['pytorch_version']}. Track {facts['track']}. "
             f"By {facts['author']} (@{facts['github_id']}), {facts['date']}.")
     parts = [f"# {facts['name']}", head, facts["blurb"], "## Results", results_table(facts), comparison_text(facts),
-             stages_table(facts), timing_table(facts),
+             stages_table(facts), f"![loss in training, bits per byte of the stages]({PLOT})", timing_table(facts),
              f"Scored: all {facts['target_tokens']:,} targets of {facts['val_documents']:,} validation documents, "
              f"{facts['val_bytes']:,} bytes of text; {facts['leaked_documents']} of these documents are in the "
              f"training data. Data fingerprint `{facts['data_fingerprint']}`."]

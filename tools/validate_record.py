@@ -37,7 +37,6 @@ from record import (
     SUBMISSION,
     ask_program,
     compare_with,
-    config_defaults,
     derive,
     encode_source,
     log_faults,
@@ -191,8 +190,7 @@ def check_program(folder: Path, outcomes: Sequence[Outcome]) -> list[str]:
     """Is the packed program made of the readable one, and did the logged runs run one of both?"""
     readable, packed = folder / READABLE, (folder / PACKED).read_bytes()
     try:
-        again, _ = ask_program(readable, {})
-        defaults = config_defaults(read_page(readable))
+        again, defaults = ask_program(readable, {})
     except ToolError as error:
         return [str(error)]
     faults = [] if again == packed else [f"{PACKED} is not what {READABLE} packs to"]
