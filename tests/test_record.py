@@ -162,8 +162,11 @@ def test_a_non_record_says_why(root, capsys):
     assert "## Why this is no record\n\n* 1 seed; the record track wants 3.\n* Run on 1 x cpu (2 threads)" in readme
     assert (made / "PR.md").read_text().startswith("Non-record: New - val_bpb 1.20000 (1 seed)\n")
     assert call(validate_record, capsys, made)[0] == 0
-    shutil.move(made, made.with_name("moved"))
-    assert call(validate_record, capsys, made.with_name("moved"))[0] == 0, "the name of the folder does not matter"
+    made = Path(shutil.move(made, made.with_name("moved")))
+    assert call(validate_record, capsys, made)[0] == 0, "the name of the folder does not matter"
+    text = (made / "submission.json").read_text()
+    (made / "submission.json").write_text(text.replace('"track": "non_record_16mb"', '"track": "10min_16mb"'))
+    assert "1 seed; the record track wants 3" in fails(capsys, made), "the limits are computed again"
 
 
 def test_a_revision_keeps_the_history(root, capsys):
@@ -178,13 +181,12 @@ def test_a_revision_keeps_the_history(root, capsys):
     assert call(validate_record, capsys, made)[0] == 0
 
 
-def test_the_last_run_of_a_log_is_taken(root, capsys):
+def test_the_last_run_of_a_log_is_taken(tmp_path):
     first, second = records.our_log(42, 1.3), records.our_log(42, 1.2)
-    path = root / "logs" / "two.txt"
-    path.parent.mkdir()
+    assert record.last_run(first + second) == second and record.last_run(first) == first
+    path = tmp_path / "two.txt"
     path.write_text(first + second)
-    made = make(capsys, root, [path], "--track", "non_record_16mb")
-    assert (made / "train_seed42.log").read_text() == second
+    assert run_log.parse_log(path).fact("val_bpb") == pytest.approx(1.2)
     resumed = first + second.replace("num_params:", "resumed step:5 train_time:1ms path:x\nnum_params:", 1)
     assert record.last_run(resumed) == resumed, "a resumed run needs what was before it"
 
@@ -324,7 +326,7 @@ def change_digit(path: Path, place: int) -> None:
 @pytest.mark.parametrize("name", sorted([*record.FIXED_FILES, "train_seed42.log"]))
 def test_any_changed_digit_fails(name, folder, capsys):
     data = (folder / name).read_bytes()
-    for place in random.Random(name).sample([i for i, byte in enumerate(data) if 48 <= byte < 58], 4):
+    for place in random.Random(name).sample([i for i, byte in enumerate(data) if 48 <= byte < 58], 3):
         change_digit(folder / name, place)
         fails(capsys, folder)
         (folder / name).write_bytes(data)
@@ -385,13 +387,6 @@ def test_unreadable_folders(folder, tmp_path, capsys):
                               ({"comparison": {"name": "x"}}, "not built as")):
         (folder / "submission.json").write_text(json.dumps(facts | broken))
         assert complaint in fails(capsys, folder), broken
-
-
-def test_record_track_limits_are_computed_again(root, capsys):
-    made = make(capsys, root, records.write_logs(root / "logs", {1: 1.2}), "--track", "non_record_16mb")
-    text = (made / "submission.json").read_text()
-    (made / "submission.json").write_text(text.replace('"track": "non_record_16mb"', '"track": "10min_16mb"'))
-    assert "1 seed; the record track wants 3" in fails(capsys, made)
 
 
 def test_smoke_failure_fails(folder, capsys):
