@@ -114,7 +114,6 @@ class Worker:
         self.rank, self.local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
         self.folder = config.log_dir.resolve() / config.name
         self.preset = read_preset(config.preset)
-        self.process: subprocess.Popen[str] | None = None
         self.optuna.logging.set_verbosity(self.optuna.logging.ERROR)
         self.study = self.open_study()
 
@@ -133,7 +132,7 @@ class Worker:
         study = self.when_there(lambda: optuna.load_study(
             study_name=self.config.name, storage=storage(), pruner=optuna.pruners.MedianPruner(STARTUP_TRIALS)))
         study.sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP_TRIALS, constant_liar=True,
-                                                   seed=self.seed(len(study.get_trials(deepcopy=False))))
+                                                   seed=self.seed(len(study.trials)))
         if study.user_attrs["asked"] != asked:
             raise ToolError(f"{self.folder / 'study.db'}: begun with other ranges or another preset; choose another "
                             "--name, or repeat its command")
@@ -161,8 +160,7 @@ class Worker:
         failures = 0
         while self.count() < self.config.trials:
             self.study.optimize(self.objective, n_trials=1, catch=(TrialFailed,))
-            mine = [trial for trial in self.study.get_trials(deepcopy=False)
-                    if trial.user_attrs.get("worker") == self.identity()]
+            mine = [trial for trial in self.trials() if trial.user_attrs.get("worker") == self.identity()]
             failed = mine and mine[-1].state.name == "FAIL"
             failures = failures + 1 if failed else 0
             if failures == FAILURES_IN_A_ROW:
@@ -174,19 +172,19 @@ class Worker:
 
     def count(self) -> int:
         """Trials that are done or being run."""
-        return sum(trial.state.name != "WAITING" and "retired" not in trial.user_attrs
-                   for trial in self.study.get_trials(deepcopy=False))
+        return sum(trial.state.name != "WAITING" and not lost(trial) for trial in self.trials())
+
+    def trials(self) -> list[Any]:
+        return self.study.get_trials(deepcopy=False)
 
     def retire_dead_trials(self) -> None:
         """Puts trials of workers that are gone from this host back into the queue."""
-        for trial in self.study.get_trials(deepcopy=False):
+        for trial in self.trials():
             host, _, process = trial.user_attrs.get("worker", "").partition(" ")
             if trial.state.name != "RUNNING" or host != socket.gethostname() or alive(int(process)):
                 continue
             with contextlib.suppress(ValueError, RuntimeError):  # another worker was faster
-                open_trial = self.optuna.trial.Trial(self.study, trial._trial_id)
-                open_trial.set_user_attr("retired", True)
-                self.study.tell(open_trial, state=self.optuna.trial.TrialState.FAIL)
+                self.study.tell(trial.number, state=self.optuna.trial.TrialState.FAIL)
                 self.study.enqueue_trial(trial.params)
 
     def objective(self, trial: Any) -> float:
@@ -219,11 +217,11 @@ class Worker:
         """Runs the program, watches its validation losses -> bits per byte."""
         result, losses = None, 0
         with tempfile.TemporaryFile("w+") as errors:
-            self.process = subprocess.Popen([sys.executable, str(self.config.program)], text=True, stderr=errors,
-                                            stdout=subprocess.PIPE, env=self.environment(name, chosen))
-            assert self.process.stdout
+            process = subprocess.Popen([sys.executable, str(self.config.program)], text=True, stderr=errors,
+                                       stdout=subprocess.PIPE, env=self.environment(name, chosen))
+            assert process.stdout
             try:
-                for line in self.process.stdout:
+                for line in process.stdout:
                     if found := VALIDATION.match(line):
                         losses += 1
                         trial.report(float(found[2]), losses)  # by number: steps and seconds differ between trials
@@ -232,9 +230,9 @@ class Worker:
                             raise self.optuna.TrialPruned
                     elif line.startswith("result {"):
                         result = json.loads(line.removeprefix("result "))
-                code = self.process.wait()
+                code = process.wait()
             finally:
-                stop(self.process)
+                stop(process)
             errors.seek(0)
             last = (errors.read().strip().splitlines() or ["it printed nothing"])[-1]
         if result is None or not math.isfinite(result["val_bpb"]):
@@ -246,9 +244,8 @@ class Worker:
     # --- what came out
     def report(self) -> None:
         """Table of the best trials, the best one's settings, a plot."""
-        done = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
-        states = [trial.state.name for trial in self.study.get_trials(deepcopy=False)
-                  if "retired" not in trial.user_attrs]
+        done = [trial for trial in self.trials() if trial.state.name == "COMPLETE"]
+        states = [trial.state.name for trial in self.trials() if not lost(trial)]
         counts = ", ".join(f"{states.count(state)} {text}" for state, text in
                            (("COMPLETE", "finished"), ("PRUNED", "stopped early"), ("FAIL", "failed")))
         if not done:
@@ -278,6 +275,11 @@ class Worker:
 def shown(chosen: Mapping[str, str]) -> str:
     """'MATRIX_LR=0.02 NUM_LOOPS=1', to be pasted into a shell."""
     return " ".join(f"{name}={shlex.quote(value)}" for name, value in chosen.items())
+
+
+def lost(trial: Any) -> bool:
+    """Did the trial end with its worker? A run that failed has a reason."""
+    return trial.state.name == "FAIL" and "reason" not in trial.user_attrs
 
 
 def alive(process: int) -> bool:
