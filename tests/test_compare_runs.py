@@ -4,14 +4,13 @@ import re
 from pathlib import Path
 
 import compare_runs
+import fake_logs
 import outcomes
 import pytest
 import run_log
 from hypothesis import given
 from hypothesis import strategies as st
 from test_tools import call, cells, png_size, refused
-
-import records
 
 
 # --- statistics
@@ -75,7 +74,8 @@ NEW, OLD = {42: 1.0500, 314: 1.0512, 999: 1.0495}, {42: 1.0610, 314: 1.0621, 999
 
 @pytest.fixture
 def two_groups(tmp_path):
-    return (records.write_logs(tmp_path, NEW), records.write_logs(tmp_path, OLD, "old", settings={"matrix_lr": 0.026}))
+    return (fake_logs.write_logs(tmp_path, NEW),
+            fake_logs.write_logs(tmp_path, OLD, "old", settings={"matrix_lr": 0.026}))
 
 
 def test_compares_two_groups(two_groups, tmp_path, capsys):
@@ -84,12 +84,12 @@ def test_compares_two_groups(two_groups, tmp_path, capsys):
     rows = cells(out)
     assert code == 0, err
     assert rows["A"][4:6] == ["1.05023", "0.00087"] and rows["B"][4] == "1.06123"
-    assert rows["A"][1] == f"{1.0502333 / records.PER_NAT:.5f}"
+    assert rows["A"][1] == f"{1.0502333 / fake_logs.PER_NAT:.5f}"
     assert rows["Welch"][1] == "-0.01100" and rows["paired by seed (3)"][1] == "-0.01100"
-    assert rows["Welch"][0] == f"{-0.011 / records.PER_NAT:.5f}"
+    assert rows["Welch"][0] == f"{-0.011 / fake_logs.PER_NAT:.5f}"
     assert "MATRIX_LR 0.03 / 0.026" in out and re.search(r"rule .* met, Welch p = 0.0001", out)
     assert re.search(r"mean of 1\.05\d+ bits per byte or less wins; A has 1.05023", out)
-    assert rows["step 100"][2] == f"{-0.011 / records.PER_NAT:+.4f}" and "seconds 590.1 s" in rows
+    assert rows["step 100"][2] == f"{-0.011 / fake_logs.PER_NAT:+.4f}" and "seconds 590.1 s" in rows
     assert png_size(tmp_path / "a.png")[0] > 1500
 
 
@@ -134,7 +134,7 @@ def test_published_logs_can_be_a_group(two_groups, tmp_path, capsys):
     seeds = {42: ("2.31944212", "1.05989454"), 0: ("2.32239991", "1.06124613"), 1234: ("2.32423994", "1.06208695")}
     paths = [tmp_path / f"train_seed{seed}.log" for seed in seeds]
     for path, (seed, (loss, bpb)) in zip(paths, seeds.items()):
-        path.write_text(records.phased_log(seed, loss, bpb))
+        path.write_text(fake_logs.phased_log(seed, loss, bpb))
     code, out, err = call(compare_runs, capsys, *two_groups[0], "--", *paths, "--out", tmp_path / "a.png")
     assert code == 0, err
     assert cells(out)["B"][4:6] == ["1.06108", "0.00111"] and "tokenizers differ" in out
@@ -147,12 +147,13 @@ def test_refuses(two_groups, tmp_path, capsys):
     again.write_text(new[0].read_text().replace("run_id:new_seed42", "run_id:again"))
     assert "seed 42 again" in refused(compare_runs, capsys, *new, again)
     assert "MATRIX_LR=0.026, but 0.03" in refused(compare_runs, capsys, new[0], old[1])
-    other = records.write_logs(tmp_path, {7: 1.05}, "other", source=records.PROGRAM + "# edited\n")
+    other = fake_logs.write_logs(tmp_path, {7: 1.05}, "other", source=fake_logs.PROGRAM + "# edited\n")
     assert "another program" in refused(compare_runs, capsys, new[0], *other)
     foreign = tmp_path / "foreign.log"
-    foreign.write_text(records.phased_log(7))
+    foreign.write_text(fake_logs.phased_log(7))
     assert "another script" in refused(compare_runs, capsys, new[0], foreign)
-    text = records.write_logs(tmp_path, {42: 1.05}, "text", result={"audit": {"scored_targets": 1, "scored_bytes": 9}})
+    other = {"audit": {"scored_targets": 1, "scored_bytes": 9}}
+    text = fake_logs.write_logs(tmp_path, {42: 1.05}, "text", result=other)
     assert "different validation texts" in refused(compare_runs, capsys, *new, "--", *text)
     assert "exclude each other" in refused(compare_runs, capsys, *new, "--published", "1", "--", *old)
     assert "above 0" in refused(compare_runs, capsys, *new, "--published", "0")
@@ -162,7 +163,7 @@ def test_refuses(two_groups, tmp_path, capsys):
 # --- the reader of logs
 def test_reads_the_baselines_log(tmp_path):
     path = tmp_path / "train.log"
-    path.write_text(records.baseline_log())
+    path.write_text(fake_logs.baseline_log())
     found = outcomes.read_outcome(path)
     assert (found.seed, found.stage, found.val_bpb) == (1337, "final_int8_zlib_roundtrip_exact", 1.2243657)
     assert (found.steps, found.train_seconds, found.eval_seconds) == (13780, 600.038, 1.401)
@@ -173,7 +174,7 @@ def test_reads_the_baselines_log(tmp_path):
 
 def test_reads_the_log_of_pr_1855(tmp_path):
     path = tmp_path / "train_seed42.log"
-    path.write_text(records.phased_log())
+    path.write_text(fake_logs.phased_log())
     found = outcomes.read_outcome(path)
     assert (found.seed, found.stage, found.val_bpb) == (42, "quantized_ttt_phased", 1.05989454)
     assert (found.steps, found.train_seconds, found.calibration_seconds) == (4945, 599.592, 4.7)
@@ -184,15 +185,15 @@ def test_reads_the_log_of_pr_1855(tmp_path):
 
 
 def test_reads_our_log(tmp_path):
-    found = outcomes.read_outcome(records.write_logs(tmp_path, {42: 1.05})[0])
+    found = outcomes.read_outcome(fake_logs.write_logs(tmp_path, {42: 1.05})[0])
     assert found.ours and found.seed == 42 and found.val_bpb == pytest.approx(1.05) and found.stage == "sliding"
-    assert found.bpb_per_nat == pytest.approx(records.PER_NAT) and found.targets == records.TOKENS
-    assert found.run.source == records.PROGRAM
+    assert found.bpb_per_nat == pytest.approx(fake_logs.PER_NAT) and found.targets == fake_logs.TOKENS
+    assert found.run.source == fake_logs.PROGRAM
 
 
 def test_refuses_logs_without_a_score(tmp_path):
     cut, nan, foreign = (tmp_path / name for name in ("cut.txt", "nan.txt", "foreign.txt"))
-    text = records.our_log(42)
+    text = fake_logs.our_log(42)
     cut.write_text(text[:text.index("\nresult {")])
     nan.write_text(text.replace("train_loss:4.", "train_loss:nan", 1))
     foreign.write_text("epoch 1 loss 2.5\n")

@@ -7,16 +7,17 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import fake_logs
 import make_record
 import program
 import pytest
 import record
 import record_pages
 import run_log
+import sweep
 import validate_record
 from test_tools import call, png_size, refused
 
-import records
 import train_gpt
 
 SCORES = {42: 1.0500, 314: 1.0512, 999: 1.0495}
@@ -45,7 +46,7 @@ def git(root: Path, *arguments: str) -> None:
 def clone(tmp_path_factory) -> Path:
     """A repository with a small program, committed."""
     root = tmp_path_factory.mktemp("clone")
-    for name, text in (("train_gpt.py", records.PROGRAM), ("requirements.txt", "torch==2.13.0\nnumpy\n"),
+    for name, text in (("train_gpt.py", fake_logs.PROGRAM), ("requirements.txt", "torch==2.13.0\nnumpy\n"),
                        ("docs/techniques.md", TECHNIQUES), (".gitignore", "logs/\n"),
                        ("presets/base.env", "# base\nMATRIX_LR=0.02\nMODEL_DIM=512\n")):
         (root / name).parent.mkdir(exist_ok=True)
@@ -86,7 +87,7 @@ def made(clone, tmp_path_factory) -> Path:
     root = Path(shutil.copytree(clone, place / "clone"))
     notes = place / "notes.md"
     notes.write_text("### What is new\n\nA better learning rate: 1.0502 instead of the baseline's 1.0611.")
-    arguments = [*records.write_logs(root / "logs", SCORES), "--root", root, "--name", "New", "--date", DATE,
+    arguments = [*fake_logs.write_logs(root / "logs", SCORES), "--root", root, "--name", "New", "--date", DATE,
                  "--against", write_baseline(place), "--parent", write_baseline(place),
                  "--base", root / "presets/base.env", "--notes", notes]
     assert make_record.main([str(argument) for argument in arguments]) == 0
@@ -150,9 +151,9 @@ def test_a_made_folder_passes(made, capsys):
 
 
 def test_a_non_record_says_why(root, capsys):
-    logs = records.write_logs(root / "logs", {1: 1.2}, result={"world_size": 1, "device": "cpu (2 threads)"})
+    logs = fake_logs.write_logs(root / "logs", {1: 1.2}, result={"world_size": 1, "device": "cpu (2 threads)"})
     for path in logs:
-        path.write_text(path.read_text().replace(f"device:{records.H100} world_size:8",
+        path.write_text(path.read_text().replace(f"device:{fake_logs.H100} world_size:8",
                                                  "device:cpu (2 threads) world_size:1"))
     assert "1 seed; the record track wants 3. Run on 1 x cpu" in refused(
         make_record, capsys, *logs, "--root", root, "--name", "New")
@@ -170,7 +171,7 @@ def test_a_non_record_says_why(root, capsys):
 
 
 def test_a_revision_keeps_the_history(root, capsys):
-    logs = records.write_logs(root / "logs", SCORES)
+    logs = fake_logs.write_logs(root / "logs", SCORES)
     options = "--track", "non_record_16mb"
     made = make(capsys, root, logs, *options)
     assert "--revise" in refused(make_record, capsys, *logs, "--root", root, "--name", "New", "--date", DATE, *options)
@@ -182,7 +183,7 @@ def test_a_revision_keeps_the_history(root, capsys):
 
 
 def test_the_last_run_of_a_log_is_taken(tmp_path):
-    first, second = records.our_log(42, 1.3), records.our_log(42, 1.2)
+    first, second = fake_logs.our_log(42, 1.3), fake_logs.our_log(42, 1.2)
     assert record.last_run(first + second) == second and record.last_run(first) == first
     path = tmp_path / "two.txt"
     path.write_text(first + second)
@@ -215,40 +216,40 @@ EDITS = {  # in a log: what is changed, and what the refusal says
 @pytest.mark.parametrize("name", EDITS)
 def test_edited_logs_are_refused_by_name(name, clone, tmp_path, capsys):
     pattern, text, complaint = EDITS[name]
-    path = records.write_logs(tmp_path, {42: 1.05})[0]
+    path = fake_logs.write_logs(tmp_path, {42: 1.05})[0]
     edited = re.sub(pattern, text, path.read_text(), count=1)
     assert edited != path.read_text()
     path.write_text(edited)
     with pytest.raises(run_log.ToolError, match=re.escape(complaint)) as caught:
-        source = records.PROGRAM.encode()
-        make_record.read_logs([path], make_record.Program(source, b"#packed\n" + source, records.SETTINGS))
+        source = fake_logs.PROGRAM.encode()
+        make_record.read_logs([path], make_record.Program(source, b"#packed\n" + source, fake_logs.SETTINGS))
     assert str(path) in str(caught.value)
 
 
 def test_refuses_and_leaves_nothing(root, tmp_path, capsys):
-    logs = records.write_logs(root / "logs", SCORES)
+    logs = fake_logs.write_logs(root / "logs", SCORES)
     options = "--root", root, "--name", "New", "--date", DATE, "--track", "non_record_16mb"
     def complaint(*arguments) -> str:
         return refused(make_record, capsys, *arguments)
-    other = records.write_logs(tmp_path, {7: 1.05}, "other", source=records.PROGRAM + "# edited\n")
+    other = fake_logs.write_logs(tmp_path, {7: 1.05}, "other", source=fake_logs.PROGRAM + "# edited\n")
     assert "of another program" in complaint(*logs, *other, *options)
-    settings = records.write_logs(tmp_path, {8: 1.05}, "settings", settings={"matrix_lr": 0.02})
+    settings = fake_logs.write_logs(tmp_path, {8: 1.05}, "settings", settings={"matrix_lr": 0.02})
     assert "MATRIX_LR=0.02, but 0.03" in complaint(*logs, *settings, *options)
     assert "seed 42 again" in complaint(*logs, logs[0], *options)
     foreign = tmp_path / "train_seed42.log"
-    foreign.write_text(records.phased_log())
+    foreign.write_text(fake_logs.phased_log())
     assert "of another script" in complaint(foreign, *options)
     assert "No such file" in complaint(tmp_path / "absent.txt", *options)
-    large = records.write_logs(tmp_path, {9: 1.05}, "large", result={
-        "artifact_bytes": 16_000_000, "submission_bytes": 16_000_000 + len(records.PROGRAM) + 8, "fits": False,
-        "headroom_bytes": -len(records.PROGRAM) - 8, "legal": False})
+    large = fake_logs.write_logs(tmp_path, {9: 1.05}, "large", result={
+        "artifact_bytes": 16_000_000, "submission_bytes": 16_000_000 + len(fake_logs.PROGRAM) + 8, "fits": False,
+        "headroom_bytes": -len(fake_logs.PROGRAM) - 8, "legal": False})
     assert "over the limit of 16,000,000" in complaint(*large, *options)
-    slow = records.write_logs(tmp_path, SCORES, "slow", steps=110)
+    slow = fake_logs.write_logs(tmp_path, SCORES, "slow", steps=110)
     assert "in_time: the lines say False" in complaint(*slow, *options), "649 seconds that call themselves in time"
     record_track = "--root", root, "--name", "New"
     assert "Compared with no earlier record" in complaint(*logs, *record_track)
     assert "Not shown to be better than Before" in complaint(
-        *records.write_logs(tmp_path, {1: 1.06, 2: 1.062, 3: 1.061}, "same"), *record_track, "--against",
+        *fake_logs.write_logs(tmp_path, {1: 1.06, 2: 1.062, 3: 1.061}, "same"), *record_track, "--against",
         write_baseline(tmp_path))
     broken = tmp_path / "broken.json"
     broken.write_text('{"val_bpb": 1}')
@@ -273,9 +274,9 @@ def copied(root: Path, place: Path) -> Path:
 
 
 def test_logs_over_the_time_limit_are_for_the_other_track(root, tmp_path, capsys):
-    slow = {"legal": False, "audit": {"scored_targets": records.TOKENS, "targets": records.TOKENS,
-                                      "scored_bytes": records.BYTES, "leaked_documents": 0, "in_time": False}}
-    logs = records.write_logs(root / "logs", SCORES, steps=110, result=slow)
+    slow = {"legal": False, "audit": {"scored_targets": fake_logs.TOKENS, "targets": fake_logs.TOKENS,
+                                      "scored_bytes": fake_logs.BYTES, "leaked_documents": 0, "in_time": False}}
+    logs = fake_logs.write_logs(root / "logs", SCORES, steps=110, result=slow)
     complaint = refused(make_record, capsys, *logs, "--root", root, "--name", "New")
     assert "took 653.4 seconds; the limit is 600" in complaint
     made = make(capsys, root, logs, "--track", "non_record_16mb")
@@ -283,17 +284,17 @@ def test_logs_over_the_time_limit_are_for_the_other_track(root, tmp_path, capsys
 
 
 def test_a_program_that_does_not_run_leaves_nothing(root, capsys):
-    source = records.PROGRAM.replace("    print(", "    raise SystemExit('no memory')\n    print(")
+    source = fake_logs.PROGRAM.replace("    print(", "    raise SystemExit('no memory')\n    print(")
     (root / "train_gpt.py").write_text(source)
     git(root, "commit", "-qam", "broken")
-    logs = records.write_logs(root / "logs", {42: 1.05}, source=source)
+    logs = fake_logs.write_logs(root / "logs", {42: 1.05}, source=source)
     options = "--root", root, "--name", "New", "--track", "non_record_16mb"
     assert "exit code 1 on toy data: no memory" in refused(make_record, capsys, *logs, *options)
     assert not list((root / "records/track_non_record_16mb").iterdir())
 
 
 def test_an_interruption_leaves_the_old_folder(root, capsys, monkeypatch):
-    logs = records.write_logs(root / "logs", SCORES)
+    logs = fake_logs.write_logs(root / "logs", SCORES)
     made = make(capsys, root, logs, "--track", "non_record_16mb")
     before = {path.name: path.read_bytes() for path in made.iterdir()}
     monkeypatch.setattr(make_record, "smoke", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -402,7 +403,7 @@ def published(place: Path, **changes) -> Path:
     seeds = {42: ("2.31944212", "1.05989454", 15897259), 0: ("2.32239991", "1.06124613", 15897259),
              1234: ("2.32423994", "1.06208695", 15897259)}
     for seed, (loss, bpb, total) in seeds.items():
-        (folder / f"train_seed{seed}.log").write_text(records.phased_log(seed, loss, bpb, total))
+        (folder / f"train_seed{seed}.log").write_text(fake_logs.phased_log(seed, loss, bpb, total))
     (folder / "train_gpt.py").write_text("pass\n")
     (folder / "README.md").write_text("# A record\n\n**1.06107587** on 3 seeds, **15,897,259** bytes\n")
     given = {"author": "A", "github_id": "a", "name": "A record", "date": "2026-04-27", "val_bpb": 1.06107587,
@@ -421,7 +422,7 @@ def test_a_published_folder_passes_with_what_is_unknown(tmp_path, capsys):
 def test_the_baselines_folder_passes(tmp_path, capsys):
     folder = tmp_path / "2026-03-17_NaiveBaseline"
     folder.mkdir()
-    for name, text in (("train.log", records.baseline_log()), ("train_gpt.py", "pass\n"), ("README.md", "Baseline"),
+    for name, text in (("train.log", fake_logs.baseline_log()), ("train_gpt.py", "pass\n"), ("README.md", "Baseline"),
                        ("submission.json", json.dumps({"author": "Baseline", "github_id": "openai", "name": "Baseline",
                                                        "date": "2026-03-18T00:05:35Z", "val_bpb": 1.2244,
                                                        "bytes_total": 15863489}))):
@@ -436,14 +437,14 @@ def test_published_folders_fail_where_the_logs_say_otherwise(tmp_path, capsys):
     assert "github_id is missing" in fails(capsys, published(tmp_path / "c", github_id=None))
     folder = published(tmp_path / "d")
     (folder / "train_gpt.py").unlink()
-    (folder / "train_seed0.log").write_text(records.phased_log(0, total=16071321, milliseconds=602000))
+    (folder / "train_seed0.log").write_text(fake_logs.phased_log(0, total=16071321, milliseconds=602000))
     (folder / "train_seed7.log").write_text("nothing\n")
     out = fails(capsys, folder)
     assert "train_gpt.py is missing" in out and "train_seed7.log: no log of" in out
     (folder / "train_seed7.log").unlink()
     out = fails(capsys, folder)
     assert "16,071,321 bytes, 71,321 over the limit" in out and "trained 602.0 seconds" in out
-    (folder / "train_seed0.log").write_text(records.phased_log(42))
+    (folder / "train_seed0.log").write_text(fake_logs.phased_log(42))
     assert "one twice" in fails(capsys, folder)
     for path in folder.glob("*.log"):
         path.unlink()
@@ -480,6 +481,15 @@ def test_toy_settings_keep_heads_and_layers():
     known = {"model_dim": 512, "num_heads": 8, "rope_dims": 16, "gate_window": 12, "vocab_size": 8192}
     small = record.toy_settings({"NUM_HEADS": 4, "ROPE_DIMS": 4, "UNKNOWN": 1}, known)
     assert small == {"NUM_HEADS": "4", "ROPE_DIMS": "4", "MODEL_DIM": "32", "GATE_WINDOW": "8", "VOCAB_SIZE": "64"}
+
+
+@pytest.mark.parametrize("preset", sorted(path.name for path in (program.ROOT / "presets").glob("*.env")))
+def test_every_preset_has_toy_settings(preset):
+    config, _ = train_gpt.Config.from_env(sweep.read_preset(program.ROOT / "presets" / preset))
+    small = record.toy_settings(config.overrides(), vars(train_gpt.Config()))
+    toy, _ = train_gpt.Config.from_env(small | {"DATA_PATH": "x", "LOG_DIR": "x"})
+    assert toy.num_layers == config.num_layers and toy.num_heads == config.num_heads and toy.model_dim < 100
+    assert train_gpt.param_shapes(toy).keys() == train_gpt.param_shapes(config).keys(), "the same parameters, smaller"
 
 
 def test_paths_of_a_machine_stay_out_of_the_pages():
