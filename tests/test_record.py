@@ -109,6 +109,9 @@ def test_makes_a_whole_folder(made):
     assert facts["val_bpb"] == pytest.approx(1.0502333, abs=1e-7)
     assert facts["val_bpb_std"] == pytest.approx(0.00087, abs=1e-5)
     assert facts["seeds"] == [42, 314, 999] and facts["author"] == "Ada" and facts["track"] == "10min_16mb"
+    assert set(facts["seed_results"]["42"]) >= {"val_loss", "val_bpb", "artifact_bytes", "steps", "step_avg_ms",
+                                                "eval_time_s", "eval_time_ms", "train_wallclock_ms", "val_tokens",
+                                                "target_tokens", "pre_quant_val_bpb", "quantized_val_bpb"}
     assert facts["seed_results"]["42"]["artifact_bytes"] == 15_900_042 + facts["bytes_code"]
     assert facts["bytes_total"] == 15_900_999 + len((made / "train_gpt.py").read_bytes())
     assert facts["comparison_baseline_bpb"] == 1.0611 and facts["comparison_p_value"] < 0.01
