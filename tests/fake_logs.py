@@ -2,6 +2,7 @@
 import hashlib
 import json
 import math
+import platform
 from pathlib import Path
 
 PROGRAM = '''"""A program for tests: it has what the tools ask train_gpt.py for, and does nothing."""
@@ -67,7 +68,8 @@ def our_log(seed: int, bpb: float = 1.06, source: str = PROGRAM, settings: dict 
     sha256 = hashlib.sha256(source.encode()).hexdigest()
     code = len(f"#packed\n{source}")
     lines = ["=" * 100, *(f"{name}:{value}" for name, value in settings.items()),
-             f"train_gpt:0.1.0 python:3.11.7 torch:2.11.0+cu130 numpy:2.0.0 source_sha256:{sha256[:16]}",
+             f"train_gpt:0.1.0 python:{platform.python_version()} torch:2.11.0+cu130 numpy:2.0.0 "
+             f"source_sha256:{sha256[:16]}",
              f"run_id:{settings['run_id']} device:{H100} world_size:8 dtype:bfloat16",
              f"train_shards:80 train_tokens:8000000000 val_documents:50000 val_tokens:{TOKENS + 1} val_bytes:{BYTES} "
              "leaked_documents:0", f"data_fingerprint:{'ab' * 32}",

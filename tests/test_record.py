@@ -367,6 +367,15 @@ def test_a_change_with_new_hashes_fails_too(change, folder, capsys):
     assert complaint in fails(capsys, folder)
 
 
+def test_another_python_cannot_tell_how_the_program_was_packed(folder, capsys):
+    for path in folder.glob("*.log"):
+        path.write_text(re.sub(r" python:\S+", " python:3.1.4", path.read_text()))
+    (folder / "train_gpt.py").write_bytes((folder / "train_gpt.py").read_bytes().replace(b"8192", b"8193"))
+    resign(folder)
+    code, out, _ = call(validate_record, capsys, folder)
+    assert code == 0 and re.search(r"unknown program +is train_gpt.py .* Python 3\.1 packed it", out), out
+
+
 def test_missing_and_extra_files_fail(folder, capsys):
     (folder / "run.sh").unlink()
     (folder / "helper.py").write_text("pass\n")

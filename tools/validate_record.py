@@ -39,6 +39,7 @@ from record import (
     compare_with,
     derive,
     encode_source,
+    events,
     log_faults,
     log_name,
     non_record_reasons,
@@ -186,6 +187,12 @@ def group_faults(outcomes: Sequence[Outcome]) -> list[str]:
     return []
 
 
+def other_python(outcomes: Sequence[Outcome]) -> str:
+    """The Python that ran, where this is another one: packing writes the program anew, each version in its own way."""
+    ran = events(outcomes[0])["version"][1].split(".")[:2]
+    return "" if ran == [str(part) for part in sys.version_info[:2]] else ".".join(ran)
+
+
 def check_program(folder: Path, outcomes: Sequence[Outcome]) -> list[str]:
     """Is the packed program made of the readable one, and did the logged runs run one of both?"""
     readable, packed = folder / READABLE, (folder / PACKED).read_bytes()
@@ -193,7 +200,7 @@ def check_program(folder: Path, outcomes: Sequence[Outcome]) -> list[str]:
         again, defaults = ask_program(readable, {})
     except ToolError as error:
         return [str(error)]
-    faults = [] if again == packed else [f"{PACKED} is not what {READABLE} packs to"]
+    faults = [] if again == packed or other_python(outcomes) else [f"{PACKED} is not what {READABLE} packs to"]
     digests = {sha256(readable): READABLE, hashlib.sha256(packed).hexdigest(): PACKED}
     for outcome in outcomes:
         name = outcome.path.name
@@ -233,9 +240,11 @@ def check_ours(folder: Path, given: dict[str, Any], report: Report) -> None:
     if not sound or not all((folder / name).is_file() for name in FIXED_FILES):
         report.unknown("the rest", "cannot be computed from these files")
         return
-    size = (folder / PACKED).stat().st_size
-    report.add("program", check_program(folder, outcomes),
+    size, other = (folder / PACKED).stat().st_size, other_python(outcomes)
+    report.add("program", check_program(folder, outcomes), f"{size:,} bytes; the logs are of it" if other else
                f"{PACKED} is {READABLE}, packed, {size:,} bytes; the logs are of it")
+    if other:
+        report.unknown("program", f"is {PACKED} {READABLE}, packed? Python {other} packed it; it can tell")
     facts = derive(outcomes) | compare_with(outcomes, given["comparison"])
     sizes = {outcome.path.name: outcome.submission_bytes or 0 for outcome in outcomes}
     report.add("score", list(differences(facts, {key: given.get(key) for key in facts})),
