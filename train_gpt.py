@@ -1138,7 +1138,13 @@ class Kernels(NamedTuple):
     rotate_heads: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None  # norm, rotation, gain of heads
     mix_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None  # blend of streams, and its norm
     exclude_gate: Callable[..., Tensor] | None = None  # exclusive self attention and the sparse gate
-    names: str = "torch"  # for the log
+    note: str = ""  # for the log
+
+    @property
+    def names(self) -> str:
+        """For the log: torch or fp8, and what is fused."""
+        fused = [name for name in ("rotate_heads", "exclude_gate", "mix_norm", "leaky2") if getattr(self, name)]
+        return "+".join(["torch" if self.linear is F.linear else "fp8", *fused]) + self.note
 
 
 PLAIN = Kernels()
@@ -1532,20 +1538,17 @@ def choose_kernels(config: Config, device: torch.device) -> Kernels:
     if config.fp8_matmul and (odd or 10 * major + minor < 89):
         raise UserError(f"FP8_MATMUL=1 DEVICE={config.device} {odd or ''}: needs products of 8-bit floats (this is "
                         f"{device.type} {major}.{minor}) and widths that are multiples of 16; set FP8_MATMUL=0")
-    kernels = Kernels(Fp8Linear.apply, names="fp8") if config.fp8_matmul else PLAIN
-    if not config.fused_kernels or major != 9:
-        return kernels
+    kernels = Kernels(Fp8Linear.apply) if config.fp8_matmul else PLAIN
+    heads = not (config.head_dim & (config.head_dim - 1) or config.value_residual)
+    gated = config.attn_gate == "sparse" and config.sparse_attn_gate_scale > 0 and not config.xsa_learned
+    leaky2 = config.mlp_activation == "leaky2" and not (config.projection_norm or odd or config.fp8_matmul)
+    loaders = {"rotate_heads": (load_rotate_heads, heads), "exclude_gate": (load_exclude_gate, heads and gated),
+               "mix_norm": (load_mix_norm, True), "leaky2": (load_leaky2, leaky2)}
     try:
-        if not (config.head_dim & (config.head_dim - 1) or config.value_residual):
-            kernels = kernels._replace(rotate_heads=load_rotate_heads(), names=f"{kernels.names}+rotate_heads")
-            if config.attn_gate == "sparse" and config.sparse_attn_gate_scale and not config.xsa_learned:
-                kernels = kernels._replace(exclude_gate=load_exclude_gate(), names=f"{kernels.names}+exclude_gate")
-        kernels = kernels._replace(mix_norm=load_mix_norm(), names=f"{kernels.names}+mix_norm")
-        if config.mlp_activation == "leaky2" and not (config.projection_norm or odd or config.fp8_matmul):
-            kernels = kernels._replace(leaky2=load_leaky2(), names=f"{kernels.names}+leaky2")
+        fused = config.fused_kernels and major == 9
+        return kernels._replace(**{name: load() for name, (load, fits) in loaders.items() if fits and fused})
     except (ImportError, AttributeError) as error:
-        return kernels._replace(names=f"{kernels.names} ({error})")
-    return kernels
+        return kernels._replace(note=f" ({error})")
 
 
 # ====================================================================================================================
@@ -1676,30 +1679,26 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tenso
     return y if place is None else y[place]
 
 
+def on_segments(function: Callable[..., Any], **options: Any) -> Attention:
+    """-> a back end of a function that takes packed segments as the flash-attn package's does."""
+    def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+        bounds, longest = segments.boundaries, segments.max_length
+        y = function(q, k, v, bounds, bounds, longest, longest, **options)
+        return y[0] if isinstance(y, tuple) else y
+    return attention
+
+
 def load_varlen() -> Attention:
     """torch.nn.attention.varlen: the FlashAttention-2 kernels that come with torch."""
     from torch.nn.attention.varlen import varlen_attn
-    options: dict[str, Any] = {"window_size": (-1, 0)}  # any distance back, none ahead
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        options["enable_gqa"] = True
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-        bounds, longest = segments.boundaries, segments.max_length
-        y = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
-        assert isinstance(y, Tensor)
-        return y
-    return attention
+    shared = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    return on_segments(varlen_attn, window_size=(-1, 0), **shared)  # any distance back, none ahead
 
 
 def load_fa3() -> Attention:
     """FlashAttention-3 (Hopper), built from its repository."""
     from flash_attn_interface import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-        bounds, longest = segments.boundaries, segments.max_length
-        y = flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, causal=True)
-        return y[0] if isinstance(y, tuple) else y
-    return attention
+    return on_segments(flash_attn_varlen_func, causal=True)
 
 
 @functools.cache
