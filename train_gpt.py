@@ -42,7 +42,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 if __name__ == "__main__":  # torch takes seconds to import: until main decides otherwise, Ctrl-C just ends the process
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -72,6 +72,13 @@ class UserError(ValueError):
 # ====================================================================================================================
 
 
+# Kinds of numbers besides plain ones, which are finite and at least 0: (type, whether it holds, the complaint if not)
+Count = Annotated[int, lambda value: value > 0, "must be above 0"]
+Positive = Annotated[float, lambda value: value > 0, "must be above 0"]
+Fraction = Annotated[float, lambda value: value <= 1, "is a fraction, at most 1"]
+Decay = Annotated[float, lambda value: value < 1, "must be below 1"]
+
+
 @dataclass(frozen=True)
 class Config:
     """All settings. The comment of a field is its help; fractions are of the training progress in [0, 1]."""
@@ -95,33 +102,33 @@ class Config:
     data_dir: str = "./data"  # holds datasets/ and tokenizers/
     data_path: str = ""  # folder of fineweb_{train,val}_*.bin; empty = DATA_DIR/datasets/fineweb10B_spVOCAB_SIZE
     tokenizer_path: str = ""  # SentencePiece model; empty = DATA_DIR/tokenizers/fineweb_VOCAB_SIZE_bpe.model
-    vocab_size: int = 8192  # pieces; must equal the tokenizer's
-    train_seq_len: int = 2048  # tokens of the longest attention segment in training
+    vocab_size: Count = 8192  # pieces; must equal the tokenizer's
+    train_seq_len: Count = 2048  # tokens of the longest attention segment in training
     document_mask: bool = True  # segments begin at document starts; 0 = plain rows of TRAIN_SEQ_LEN tokens
     train_seq_schedule: str = ""  # longest segment over time, as 1024@0.1,2048@0.7,3072@1; empty = TRAIN_SEQ_LEN
     train_order: str = "sequential"  # sequential, or strided: rows of TRAIN_SEQ_LEN tokens from all over the shards
     max_leaked_documents: int = 0  # validation documents that may occur in the training shards
     # --- training length
-    iterations: int = 20000  # optimizer steps at most
+    iterations: Count = 20000  # optimizer steps at most
     max_wallclock_seconds: float = 600.0  # of training and calibration; 0 = run ITERATIONS
     gptq_reserve_seconds: float = 8.0  # kept back from the wallclock for calibration on training data
     force_stop_step: int = 0  # stop after this step, schedules unchanged; 0 = off
     warmup_steps: int = 3  # throw-away steps per graph that compile before the clock starts
-    train_batch_tokens: int = 786432  # tokens per optimizer step over all ranks
+    train_batch_tokens: Count = 786432  # tokens per optimizer step over all ranks
     batch_schedule: str = ""  # share of TRAIN_BATCH_TOKENS over time, as 0.5@0.1,1@1; learning rates go with its root
-    micro_batch_tokens: int = 98304  # tokens per forward pass and rank
-    val_batch_tokens: int = 524288  # tokens per scoring batch over all ranks; lowered to fit the free memory
+    micro_batch_tokens: Count = 98304  # tokens per forward pass and rank
+    val_batch_tokens: Count = 524288  # tokens per scoring batch over all ranks; lowered to fit the free memory
     val_loss_every: int = 0  # steps between validations in training, outside the clock; 0 = only at the end
     train_log_every: int = 0  # steps between progress lines; 0 = about 20 lines
     # --- model
-    num_layers: int = 11  # physical layers
-    model_dim: int = 512  # D
-    num_heads: int = 8  # H, query heads
-    num_kv_heads: int = 4  # K, key/value heads; query head h reads h // (H / K)
-    mlp_mult: float = 4.0  # F = D x this
+    num_layers: Count = 11  # physical layers
+    model_dim: Count = 512  # D
+    num_heads: Count = 8  # H, query heads
+    num_kv_heads: Count = 4  # K, key/value heads; query head h reads h // (H / K)
+    mlp_mult: Positive = 4.0  # F = D x this
     mlp_hidden: int = 0  # F; 0 = by MLP_MULT
     mlp_activation: str = "leaky2"  # leaky2 = leaky_relu(x)^2, or swiglu (with two up projections of width F)
-    leaky_relu_slope: float = 0.5  # of leaky2; 0 = ReLU^2
+    leaky_relu_slope: Fraction = 0.5  # of leaky2; 0 = ReLU^2
     projection_norm: bool = False  # RMS norm before the output and the down projection
     tie_embeddings: bool = True  # the embedding is also the head
     embed_dim: int = 0  # width of embedding and head, with projections to D and back; 0 = D
@@ -130,10 +137,10 @@ class Config:
     embed_init: str = "normal"  # normal, or overtone: singular values fall with the root of their index
     matrix_init: str = "orthogonal"  # orthogonal, or uniform within 1 / sqrt(columns)
     resid_mix_init: str = "identity"  # identity, or phase: early layers read the embedding, late ones the stream
-    logit_softcap: float = 30.0  # logits = cap x tanh(logits / cap)
+    logit_softcap: Positive = 30.0  # logits = cap x tanh(logits / cap)
     softcap_type: str = "tanh"  # tanh, poly5, or two_sided: learned caps for positive and negative logits
     z_loss: float = 0.0  # weight of logsumexp(logits)^2 in training
-    rope_base: float = 10000.0  # of the rotation frequencies
+    rope_base: Positive = 10000.0  # of the rotation frequencies
     rope_dims: int = 16  # channels per head that rotate; 0 = no positions
     rope_scaling: str = "none"  # for longer contexts than TRAIN_SEQ_LEN: none, ntk or yarn
     rope_stretch: float = 0.0  # of rope_scaling, in training too; 0 = EVAL_SEQ_LEN / TRAIN_SEQ_LEN in evaluation only
@@ -148,16 +155,16 @@ class Config:
     num_loops: int = 2  # extra passes over layers LOOP_START..LOOP_END; 0 = no depth recurrence
     loop_start: int = 3  # first looped layer
     loop_end: int = 5  # last looped layer
-    enable_looping_at: float = 0.35  # fraction at which looping starts
+    enable_looping_at: Fraction = 0.35  # fraction at which looping starts
     depth_lora_rank: int = 0  # adapters of queries and values for each visit of a looped layer; 0 = off
     parallel_start_layer: int = 8  # from here attention and MLP run on two lanes; 0 = off
     gptj_block: bool = False  # other layers' attention and MLP read the same input
     attn_gate: str = "sparse"  # per-head output gate of GATE_WINDOW channels (sparse, output) or all, with bias (dense)
     sparse_attn_gate_scale: float = 0.5  # sparse: sigmoid(scale x W x); 0 = no such gate
-    gate_window: int = 12  # channels that the head gate and the smear gate read
+    gate_window: Count = 12  # channels that the head gate and the smear gate read
     smear_gate: str = "input"  # blends in the previous token: off, input (gate per token), static; mean = all before
     bigram_hash_buckets: int = 0  # rows of a table of hashed token pairs, added to the embedding; 0 = off
-    bigram_hash_dim: int = 128  # its width
+    bigram_hash_dim: Count = 128  # its width
     bigram_hash: str = "92821"  # the hash, by its multiplier: 92821, 36313, 1000003 or 31
     # --- optimizer
     matrix_lr: float = 0.026  # Muon
@@ -165,166 +172,140 @@ class Config:
     embed_lr: float = 0.6  # the same where TIE_EMBEDDINGS=0
     head_lr: float = 0.008  # Adam, head, where TIE_EMBEDDINGS=0
     scalar_lr: float = 0.02  # Adam, everything small
-    muon_momentum: float = 0.97  # after the warm-up
-    muon_momentum_warmup_start: float = 0.92  # at step 0
+    muon_momentum: Fraction = 0.97  # after the warm-up
+    muon_momentum_warmup_start: Fraction = 0.92  # at step 0
     muon_momentum_warmup_steps: int = 1500  # steps; 0 = constant
-    muon_backend_steps: int = 5  # Newton-Schulz steps
+    muon_backend_steps: Count = 5  # Newton-Schulz steps
     muon_coefficients: str = "polar"  # of Newton-Schulz: polar (Polar Express) or quintic
     muon_row_normalize: bool = True  # rows of the update get unit norm before Newton-Schulz (MuonEq-R)
     muon_head_group: int = 0  # heads whose query or key rows are orthogonalized together; 0 = all
-    normuon_beta2: float = 0.0  # rows of the orthogonal update are divided by their running size (NorMuon); 0 = off
+    normuon_beta2: Decay = 0.0  # rows of the orthogonal update are divided by their running size (NorMuon); 0 = off
     muon_wd: float = 0.095  # decoupled weight decay, times the learning rate
     muon_wd_after: bool = False  # decay after the update instead of before it
-    wd_taper_start_frac: float = 0.0  # fraction from which MUON_WD falls linearly; 0 = off
+    wd_taper_start_frac: Fraction = 0.0  # fraction from which MUON_WD falls linearly; 0 = off
     wd_taper_final_mult: float = 0.5  # to this share of it
     embed_wd: float = 0.085  # the same for the embedding
     adam_wd: float = 0.02  # the same for everything small
-    beta1: float = 0.9  # Adam
-    beta2: float = 0.99  # Adam
-    adam_eps: float = 1e-8  # Adam
+    beta1: Decay = 0.9  # Adam
+    beta2: Decay = 0.99  # Adam
+    adam_eps: Positive = 1e-8  # Adam
     grad_clip_norm: float = 0.3  # global norm of the reduced gradient; 0 = off
-    ema_decay: float = 0.9965  # per step, of the averaged weights that are shipped; 0 = ship the last weights
-    swa_start_frac: float = 0.0  # below this learning rate multiplier snapshots are averaged and shipped; 0 = off
-    swa_every: int = 50  # steps between snapshots (of the EMA where EMA_DECAY is on)
-    warmdown_frac: float = 0.85  # fraction at the end over which the learning rates fall
+    ema_decay: Decay = 0.9965  # per step, of the averaged weights that are shipped; 0 = ship the last weights
+    swa_start_frac: Fraction = 0.0  # below this learning rate multiplier snapshots are averaged and shipped; 0 = off
+    swa_every: Count = 50  # steps between snapshots (of the EMA where EMA_DECAY is on)
+    warmdown_frac: Fraction = 0.85  # fraction at the end over which the learning rates fall
     warmdown_iters: int = 0  # the same in steps; 0 = by WARMDOWN_FRAC
-    warmdown_power: float = 1.0  # of the fall: 1 = linear
-    min_lr: float = 0.1  # floor of the learning rate multiplier
+    warmdown_power: Positive = 1.0  # of the fall: 1 = linear
+    min_lr: Fraction = 0.1  # floor of the learning rate multiplier
     prefix_loss: float = 0.0  # weight of predicting the longest token that begins the next one; 0 = off
     mtp_loss: float = 0.0  # weight of predicting the token after the next; the one behind it has half; 0 = off
-    aux_loss_until: float = 0.6  # fraction at which both are 0; they fall linearly from half of it
-    qat_start: float = 0.0  # fraction from which matrices are trained through the quantizer; 0 = off
-    late_qat_threshold: float = 0.0  # the same by the learning rate multiplier: from below this; 0 = off
+    aux_loss_until: Fraction = 0.6  # fraction at which both are 0; they fall linearly from half of it
+    qat_start: Fraction = 0.0  # fraction from which matrices are trained through the quantizer; 0 = off
+    late_qat_threshold: Fraction = 0.0  # the same by the learning rate multiplier: from below this; 0 = off
     qat_embedding: bool = False  # the embedding too
     qat_noise: bool = False  # looped layers get noise of the quantizer's step instead
     # --- artifact
     matrix_quantizer: str = "tcq"  # of the banks: tcq (GPTQ over a trellis), gptq, rtn (round to nearest) or fp16
     embed_quantizer: str = "tcq"  # of embedding and head: the same
     quant_overrides: str = ""  # for some matrices, as k_proj:-[12]=fp16,*:[3-7]=tcq/5,up_proj:loop=gptq/7/13
-    quant_sensitivity: float = 0.5  # how far steps follow what a row's errors cost, instead of its size
-    gptq_calibration_batches: int = 16  # micro-batches of training text for gptq and tcq, over all ranks
+    quant_sensitivity: Fraction = 0.5  # how far steps follow what a row's errors cost, instead of its size
+    gptq_calibration_batches: Count = 16  # micro-batches of training text for gptq and tcq, over all ranks
     target_bytes: int = 15990000  # of artifact and code: all steps grow or shrink to it; 0 = steps as MATRIX_BITS says
     matrix_bits: int = 6  # per weight of the banks, where its step is made of them; 2 = ternary, 1 = binary (rtn)
     embed_bits: int = 7  # the same for the embedding
-    attn_clip_sigmas: float = 13.0  # a row's last level is at this many standard deviations
-    mlp_clip_sigmas: float = 11.5  # the same for the MLP
-    embed_clip_sigmas: float = 14.0  # the same for the embedding
+    attn_clip_sigmas: Positive = 13.0  # a row's last level is at this many standard deviations
+    mlp_clip_sigmas: Positive = 11.5  # the same for the MLP
+    embed_clip_sigmas: Positive = 14.0  # the same for the embedding
     compressor: str = "rans"  # of the codes: rans (order-0 entropy coder), brotli, zstd, lzma or zlib
     # --- evaluation
-    eval_seq_len: int = 2048  # tokens of the longest context
-    eval_stride: int = 64  # tokens between sliding windows
+    eval_seq_len: Count = 2048  # tokens of the longest context
+    eval_stride: Count = 64  # tokens between sliding windows
     eval_mode: str = "sliding"  # stage that is the score: packed (each token once, cheap) or sliding
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> tuple["Config", list[str]]:
         """Environment -> (Config, notes for the log). UserError names the variable, the value and the remedy."""
-        known = {f.name.upper(): f for f in fields(cls)}
         values, origin, notes = {}, {}, []
-        for variable, text in environ.items():
-            if variable in known:
-                name = known[variable].name
-                values[name], origin[name] = parse_value(variable, text, known[variable].type), f"{variable}={text}"
-        for variable, text in environ.items():
-            if variable in ALIASES:
-                name, value = ALIASES[variable](variable, text.strip())
-                if name is None:
-                    notes.append(f"{variable}={text} has no effect of its own here")
-                elif name in values and values[name] != value:
-                    raise UserError(f"{variable}={text} contradicts {origin[name]}: set one of them")
-                else:
-                    values[name], origin[name] = value, f"{variable}={text}"
-            elif variable not in known:
-                refuse_near_miss(variable, [*known, *ALIASES])
+        for variable, text in sorted(environ.items(), key=lambda item: item[0] in ALIASES):
+            if variable not in NAMES:
+                refuse_near_miss(variable)
+                continue
+            name, value = resolve(variable, text.strip())
+            if not name:
+                notes.append(f"{variable}={text} has no effect of its own here")
+            elif name in values and values[name] != value:
+                raise UserError(f"{variable}={text} contradicts {origin[name]}: set one of them")
+            else:
+                values[name], origin[name] = value, f"{variable}={text}"
         return cls(**values), notes
 
     def __post_init__(self):
+        shown = {f.name: f"{f.name.upper()}={getattr(self, f.name)}" for f in fields(self)}
         for condition, complaint in self.checks():
             if not condition:
-                raise UserError(complaint)
+                raise UserError(complaint.format_map(shown))
 
     def checks(self) -> Iterator[tuple[bool, str]]:
-        """Yields (holds, complaint) for every rule between settings."""
+        """Yields (holds, complaint) for every rule; {field} in a complaint is shown as FIELD=value."""
         for f in fields(self):
-            value, name = getattr(self, f.name), f.name.upper()
-            if f.type in (int, float):
-                yield 0 <= value < (2 ** 63 if f.type is int else math.inf), \
-                    f"{name}={value}: must be a finite number, at least 0"
-            if f.name in POSITIVE:
-                yield value > 0, f"{name}={value}: must be above 0"
-            if f.name in FRACTIONS:
-                yield value <= 1, f"{name}={value}: is a fraction, at most 1"
-            if f.name in DECAYS:
-                yield value < 1, f"{name}={value}: must be below 1"
+            value, kind = getattr(self, f.name), KINDS[f.name]
+            if kind in (int, float):
+                yield 0 <= value < (2 ** 63 if kind is int else math.inf), \
+                    f"{{{f.name}}}: must be a finite number, at least 0"
+            if rule := getattr(f.type, "__metadata__", None):
+                yield rule[0](value), f"{{{f.name}}}: {rule[1]}"
             if f.name in CHOICES:
-                yield value in CHOICES[f.name], f"{name}={value}: must be one of {', '.join(CHOICES[f.name])}"
-        yield from self.model_checks()
-        yield from self.training_checks()
+                yield value in CHOICES[f.name], f"{{{f.name}}}: must be one of {', '.join(CHOICES[f.name])}"
+        yield from self.rules()
 
-    def model_checks(self) -> Iterator[tuple[bool, str]]:
-        yield self.model_dim % self.num_heads == 0, \
-            f"MODEL_DIM={self.model_dim} is not divisible by NUM_HEADS={self.num_heads}: change one of them"
-        yield self.model_dim > 1, f"MODEL_DIM={self.model_dim}: must be at least 2"
-        yield self.num_heads % self.num_kv_heads == 0, \
-            f"NUM_HEADS={self.num_heads} is not divisible by NUM_KV_HEADS={self.num_kv_heads}: change one of them"
+    def rules(self) -> Iterator[tuple[bool, str]]:
+        """The same for those between settings."""
+        for whole, part in (("model_dim", "num_heads"), ("num_heads", "num_kv_heads"), ("num_heads", "muon_head_group"),
+                            ("num_kv_heads", "muon_head_group"), ("train_batch_tokens", "micro_batch_tokens")):
+            yield getattr(self, whole) % (getattr(self, part) or 1) == 0, \
+                f"{{{whole}}} is not divisible by {{{part}}}: change one of them"
+        yield self.model_dim > 1, "{model_dim}: must be at least 2"
         yield self.mlp_hidden > 0 or float(self.mlp_mult * self.model_dim).is_integer(), \
-            f"MLP_MULT={self.mlp_mult} x MODEL_DIM={self.model_dim} is no whole width: change one of them"
-        yield self.rope_dims % 2 == 0 and self.rope_dims <= self.model_dim // self.num_heads, \
-            f"ROPE_DIMS={self.rope_dims}: must be even and at most the head width {self.model_dim // self.num_heads}"
+            "{mlp_mult} x {model_dim} is no whole width: change one of them"
+        yield self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim, \
+            f"{{rope_dims}}: must be even and at most the head width {self.head_dim}"
         yield self.gate_window <= (self.embed_dim or self.model_dim), \
-            f"GATE_WINDOW={self.gate_window}: must be at most MODEL_DIM={self.model_dim} and EMBED_DIM={self.embed_dim}"
-        yield self.xsa_last_n <= self.num_layers, \
-            f"XSA_LAST_N={self.xsa_last_n}: must be at most NUM_LAYERS={self.num_layers}"
-        yield self.parallel_start_layer < self.num_layers, \
-            f"PARALLEL_START_LAYER={self.parallel_start_layer}: must be below NUM_LAYERS={self.num_layers}; 0 = off"
-        yield not self.parallel_start_layer or self.parallel_start_layer >= self.num_layers // 2, \
-            f"PARALLEL_START_LAYER={self.parallel_start_layer}: lanes are for the second half of the " \
-            f"{self.num_layers} layers"
+            "{gate_window}: must be at most {model_dim} and {embed_dim}"
+        yield self.xsa_last_n <= self.num_layers, "{xsa_last_n}: must be at most {num_layers}"
+        yield self.parallel_start_layer < self.num_layers, "{parallel_start_layer}: must be below {num_layers}; 0 = off"
+        yield not 0 < self.parallel_start_layer < self.num_layers // 2, \
+            "{parallel_start_layer}: lanes are for the second half of {num_layers}"
         if self.num_loops:
             yield self.loop_start <= self.loop_end < self.num_layers, \
-                f"LOOP_START={self.loop_start} LOOP_END={self.loop_end}: no range of the {self.num_layers} layers"
-            yield not self.parallel_start_layer or self.loop_end < self.parallel_start_layer, \
-                f"LOOP_END={self.loop_end}: must be below PARALLEL_START_LAYER={self.parallel_start_layer}, " \
-                "lanes that were joined do not part again; NUM_LOOPS=0 = no loops"
+                "{loop_start} {loop_end}: no range of {num_layers}"
+            yield not 0 < self.parallel_start_layer <= self.loop_end, \
+                "{loop_end}: must be below {parallel_start_layer}, lanes that were joined do not part again; " \
+                "NUM_LOOPS=0 = no loops"
         yield not self.depth_lora_rank or self.num_loops > 0, \
-            f"DEPTH_LORA_RANK={self.depth_lora_rank} NUM_LOOPS={self.num_loops}: adapters belong to looped layers"
+            "{depth_lora_rank} {num_loops}: adapters belong to looped layers"
         yield not self.value_residual or self.num_loops == 0 or self.loop_end + 1 < self.num_layers, \
-            f"VALUE_RESIDUAL=1 LOOP_END={self.loop_end}: no layer behind the loops takes the first layer's values"
-        for name, group in (("NUM_HEADS", self.num_heads), ("NUM_KV_HEADS", self.num_kv_heads)):
-            yield not self.muon_head_group or group % self.muon_head_group == 0, \
-                f"MUON_HEAD_GROUP={self.muon_head_group} does not divide {name}={group}: change one of them"
-
-    def training_checks(self) -> Iterator[tuple[bool, str]]:
+            "VALUE_RESIDUAL=1 {loop_end}: no layer behind the loops takes the first layer's values"
         for name in ("swa_start_frac", "late_qat_threshold"):
-            yield not getattr(self, name) or getattr(self, name) > self.min_lr, \
-                f"{name.upper()}={getattr(self, name)}: never reached, the multiplier does not fall below " \
-                f"MIN_LR={self.min_lr}"
-        yield not (self.qat_start and self.late_qat_threshold), \
-            f"QAT_START={self.qat_start} LATE_QAT_THRESHOLD={self.late_qat_threshold}: set one of them"
+            yield not 0 < getattr(self, name) <= self.min_lr, \
+                f"{{{name}}}: never reached, the multiplier does not fall below {{min_lr}}"
+        yield not (self.qat_start and self.late_qat_threshold), "{qat_start} {late_qat_threshold}: set one of them"
         for name, full in (("train_seq_schedule", self.train_seq_len), ("batch_schedule", 1)):
             values, ends = zip(*parse_schedule(name.upper(), getattr(self, name)) or [(full, 1)])
             yield list(ends) == sorted(set(ends)) and ends[-1] == 1 and min(values) > 0 and max(values) == full \
                 and (full == 1 or all(float(value).is_integer() for value in values)), \
-                f"{name.upper()}={getattr(self, name)}: needs values above 0, the largest {full} (tokens: whole " \
-                "numbers), at rising fractions up to 1"
-        yield self.vocab_size <= 65536, f"VOCAB_SIZE={self.vocab_size}: shards hold 16-bit tokens, at most 65536"
-        yield self.train_batch_tokens % self.micro_batch_tokens == 0, \
-            f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not divisible by MICRO_BATCH_TOKENS=" \
-            f"{self.micro_batch_tokens}: change one of them"
+                f"{{{name}}}: needs values above 0, the largest {full} (tokens: whole numbers), at rising fractions " \
+                "up to 1"
+        yield self.vocab_size <= 65536, "{vocab_size}: shards hold 16-bit tokens, at most 65536"
         yield self.train_order == "sequential" or self.micro_batch_tokens % self.train_seq_len == 0, \
-            f"MICRO_BATCH_TOKENS={self.micro_batch_tokens} is no whole number of rows of TRAIN_SEQ_LEN=" \
-            f"{self.train_seq_len}, as TRAIN_ORDER={self.train_order} needs: change one of them"
-        yield self.eval_stride <= self.eval_seq_len, \
-            f"EVAL_STRIDE={self.eval_stride}: must be at most EVAL_SEQ_LEN={self.eval_seq_len}"
-        yield not self.max_wallclock_seconds or self.gptq_reserve_seconds < self.max_wallclock_seconds, \
-            f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds}: leaves nothing of MAX_WALLCLOCK_SECONDS=" \
-            f"{self.max_wallclock_seconds}"
-        for name in ("matrix", "embed"):
-            bits, quantizer = getattr(self, f"{name}_bits"), getattr(self, f"{name}_quantizer")
-            yield 1 + (quantizer in ("gptq", "tcq")) <= bits <= 8, \
-                f"{name.upper()}_BITS={bits} {name.upper()}_QUANTIZER={quantizer}: must be 2 to 8, or 1 with rtn"
+            "{micro_batch_tokens} is no whole number of rows of {train_seq_len}, as {train_order} needs: change one"
+        yield self.eval_stride <= self.eval_seq_len, "{eval_stride}: must be at most {eval_seq_len}"
+        yield not 0 < self.max_wallclock_seconds <= self.gptq_reserve_seconds, \
+            "{gptq_reserve_seconds}: leaves nothing of {max_wallclock_seconds}"
+        for bits, quantizer in (("matrix_bits", "matrix_quantizer"), ("embed_bits", "embed_quantizer")):
+            yield 1 + (getattr(self, quantizer) in ("gptq", "tcq")) <= getattr(self, bits) <= 8, \
+                f"{{{bits}}} {{{quantizer}}}: must be 2 to 8, or 1 with rtn"
         most = len(NEWTON_SCHULZ[self.muon_coefficients])
-        yield self.muon_backend_steps <= most, \
-            f"MUON_BACKEND_STEPS={self.muon_backend_steps}: at most {most}, MUON_COEFFICIENTS={self.muon_coefficients}"
+        yield self.muon_backend_steps <= most, f"{{muon_backend_steps}}: at most {most}, {{muon_coefficients}}"
 
     def overrides(self) -> dict[str, Any]:
         """{variable: value} of the settings that differ from the defaults."""
@@ -374,21 +355,10 @@ CHOICES = {
     "matrix_quantizer": ("tcq", "gptq", "rtn", "fp16"), "embed_quantizer": ("tcq", "gptq", "rtn", "fp16"),
     "compressor": ("rans", "brotli", "zstd", "lzma", "zlib"), "eval_mode": ("packed", "sliding"),
 }
-POSITIVE = {"train_seq_len", "iterations", "train_batch_tokens", "micro_batch_tokens", "val_batch_tokens", "num_layers",
-            "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "logit_softcap", "rope_base", "gate_window",
-            "vocab_size", "muon_backend_steps", "adam_eps", "attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas",
-            "eval_seq_len", "eval_stride", "bigram_hash_dim", "swa_every", "warmdown_power",
-            "gptq_calibration_batches"}
-FRACTIONS = {"enable_looping_at", "warmdown_frac", "min_lr", "leaky_relu_slope", "muon_momentum",
-             "muon_momentum_warmup_start", "ema_decay", "beta1", "beta2", "normuon_beta2", "wd_taper_start_frac",
-             "swa_start_frac", "aux_loss_until", "qat_start", "late_qat_threshold", "quant_sensitivity"}
-DECAYS = {"ema_decay", "beta1", "beta2", "normuon_beta2"}
+KINDS = get_type_hints(Config)  # field -> bool, int, float or str
 FAMILY_WORDS = {"TTT", "EMA", "SWA", "GPTQ", "LQER", "MUON", "LOOP", "LOOPS", "LOOPING", "ROPE", "XSA", "QAT", "SMEAR",
                 "SMEARGATE", "LORA", "WARMDOWN", "BIGRAM", "SOFTCAP"}
 NOT_OURS = {"COMPILER"}  # close to a field, but everybody's
-
-
-Alias = Callable[[str, str], tuple[str | None, Any]]  # (variable, text) -> (our field or None for no effect, value)
 
 
 def parse_value(variable: str, text: str, kind: Any) -> Any:
@@ -411,56 +381,43 @@ def parse_schedule(variable: str, text: str) -> list[tuple[float, float]]:
         raise UserError(f"{variable}={text}: must look like 1024@0.1,2048@1") from None
 
 
-def rename(name: str) -> Alias:
-    """The published variable is our field `name` under another name."""
-    kind = next(f.type for f in fields(Config) if f.name == name)
-    return lambda variable, text: (name, parse_value(variable, text, kind))
+# Other published names -> ours, or {value: (our field, its value), or None where we do so anyway}; other values are
+# refused.
+ALIASES: dict[str, str | dict[str, tuple[str, Any] | None]] = {
+    "MUON_WEIGHT_DECAY": "muon_wd", "ADAM_WEIGHT_DECAY": "adam_wd", "EMBED_WEIGHT_DECAY": "embed_wd",
+    "VAL_BATCH_SIZE": "val_batch_tokens", "EMBEDDING_BITS": "embed_bits", "TIED_EMBEDDING_LR": "tied_embed_lr",
+    "BIGRAM_VOCAB_SIZE": "bigram_hash_buckets", "BIGRAM_DIM": "bigram_hash_dim",
+    "SKIP_GATE_ENABLED": "skip_gates_enabled",
+    "SMEAR_GATE_ENABLED": {"0": ("smear_gate", "off"), "1": ("smear_gate", "input")},
+    "USE_SMEARGATE": {"0": ("smear_gate", "off"), "1": ("smear_gate", "static")},
+    "SPARSE_ATTN_GATE_ENABLED": {"0": ("sparse_attn_gate_scale", 0.0), "1": ("attn_gate", "sparse")},
+    **{name: {"0": None, "1": ("attn_gate", "dense")} for name in ("GATED_ATTN_ENABLED", "GATED_ATTENTION")},
+    "ATTN_OUT_GATE_ENABLED": {"0": None, "1": ("attn_gate", "output")},
+    "EMA_ENABLED": {"0": ("ema_decay", 0.0), "1": None}, "SWA_ENABLED": {"0": ("swa_start_frac", 0.0), "1": None},
+    "LATE_QAT": {"0": ("late_qat_threshold", 0.0), "1": None}, "PARALLEL_FINAL_LANE": {"mean": None},
+    "SMEAR_GATE_BOS_FIX": {"1": None}, "SPARSE_ATTN_GATE_INIT_STD": {"0": None, "0.0": None},
+    "FUSED_CE_ENABLED": {"0": None, "1": None}, "CASEOPS_ENABLED": {"0": None, "1": None},
+    **{name: {"0": None} for name in ("LQER_ENABLED", "TTT_ENABLED", "PHASED_TTT_ENABLED", "QAT_ENABLED",
+                                      "OPTROT_ENABLED", "ROPE_YARN")}}
+NAMES = {name.upper(): name for name in KINDS} | ALIASES
 
 
-def translate(values: Mapping[str, tuple[str | None, Any]], remedy: str) -> Alias:
-    """Looks the published variable's value up; other values are refused."""
-    def lookup(variable: str, text: str) -> tuple[str | None, Any]:
-        if text.lower() in values:
-            return values[text.lower()]
-        raise UserError(f"{variable}={text}: {remedy}")
-    return lookup
+def resolve(variable: str, text: str) -> tuple[str, Any]:
+    """A variable of NAMES -> (our field or "" for no effect, value). UserError for a value that it cannot have."""
+    meaning = NAMES[variable]
+    if isinstance(meaning, str):
+        return meaning, parse_value(variable, text, KINDS[meaning])
+    if text.lower() not in meaning:
+        raise UserError(f"{variable}={text}: is not supported here; leave it out or set it to {' or '.join(meaning)}")
+    return meaning[text.lower()] or ("", None)
 
 
-def switch(off: tuple[str | None, Any], on: tuple[str | None, Any]) -> Alias:
-    """A published switch that sets some field of ours."""
-    return translate({"0": off, "1": on}, "must be 0 or 1")
-
-
-def inert(*texts: str) -> Alias:
-    """A switch of the published scripts that is accepted only where it asks for what we do anyway."""
-    return translate(dict.fromkeys(texts, (None, None)), f"is not supported here; leave it out or set it to {texts[0]}")
-
-
-ALIASES: dict[str, Alias] = {
-    "MUON_WEIGHT_DECAY": rename("muon_wd"), "ADAM_WEIGHT_DECAY": rename("adam_wd"),
-    "EMBED_WEIGHT_DECAY": rename("embed_wd"), "VAL_BATCH_SIZE": rename("val_batch_tokens"),
-    "EMBEDDING_BITS": rename("embed_bits"), "TIED_EMBEDDING_LR": rename("tied_embed_lr"),
-    "SMEAR_GATE_ENABLED": switch(("smear_gate", "off"), ("smear_gate", "input")),
-    "USE_SMEARGATE": switch(("smear_gate", "off"), ("smear_gate", "static")),
-    "SPARSE_ATTN_GATE_ENABLED": switch(("sparse_attn_gate_scale", 0.0), ("attn_gate", "sparse")),
-    **dict.fromkeys(("GATED_ATTN_ENABLED", "GATED_ATTENTION"), switch((None, None), ("attn_gate", "dense"))),
-    "ATTN_OUT_GATE_ENABLED": switch((None, None), ("attn_gate", "output")),
-    "BIGRAM_VOCAB_SIZE": rename("bigram_hash_buckets"), "BIGRAM_DIM": rename("bigram_hash_dim"),
-    "EMA_ENABLED": switch(("ema_decay", 0.0), (None, None)), "SKIP_GATE_ENABLED": rename("skip_gates_enabled"),
-    "FUSED_CE_ENABLED": inert("0", "1"), "CASEOPS_ENABLED": inert("0", "1"), "PARALLEL_FINAL_LANE": inert("mean"),
-    "SMEAR_GATE_BOS_FIX": inert("1"), "SPARSE_ATTN_GATE_INIT_STD": inert("0", "0.0"), "ROPE_YARN": inert("0"),
-    "SWA_ENABLED": switch(("swa_start_frac", 0.0), (None, None)),
-    "LATE_QAT": switch(("late_qat_threshold", 0.0), (None, None)),
-    **dict.fromkeys(("LQER_ENABLED", "TTT_ENABLED", "PHASED_TTT_ENABLED", "QAT_ENABLED", "OPTROT_ENABLED"), inert("0")),
-}
-
-
-def refuse_near_miss(variable: str, names: Sequence[str]) -> None:
-    """UserError for a variable that looks meant for us but is none of `names`; others pass."""
-    close = difflib.get_close_matches(variable, names, 1, 0.87)
+def refuse_near_miss(variable: str) -> None:
+    """UserError for a variable that looks meant for us but is none of NAMES; others pass."""
+    close = difflib.get_close_matches(variable, NAMES, 1, 0.87)
     if variable in NOT_OURS or not (close or FAMILY_WORDS & set(variable.split("_"))):
         return
-    guess = close or difflib.get_close_matches(variable, names, 1, 0.5)
+    guess = close or difflib.get_close_matches(variable, NAMES, 1, 0.5)
     hint = f"did you mean {guess[0]}?" if guess else "no setting has this name."
     raise UserError(f"{variable}: unknown setting; {hint} See --help; unset it if it is not meant for this program")
 
