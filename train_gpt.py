@@ -92,7 +92,7 @@ class Config:
     preflight: bool = False  # check everything, project seconds and bytes, stop before training
     checkpoint_every_seconds: float = 0.0  # seconds between checkpoints in training; 0 = only at its end and on signals
     device: str = "auto"  # auto, cuda or cpu
-    compile: str = "auto"  # torch.compile: auto (parts on CUDA), 0, whole, or parts (layers share graphs)
+    compile: str = "auto"  # torch.compile: auto (on CUDA), 0 or 1
     cuda_graphs: bool = True  # a compiled micro-batch is replayed as one CUDA graph; 0 = kernel by kernel
     attention: str = "auto"  # auto, or one of fa3, fa4, varlen, sdpa
     fused_kernels: bool = True  # Triton kernels in training, where they are faster; 0 = what torch makes
@@ -346,7 +346,7 @@ NEWTON_SCHULZ = {
 }
 CHOICES = {
     "train_order": ("sequential", "strided"), "device": ("auto", "cuda", "cpu"),
-    "compile": ("auto", "0", "whole", "parts"), "attention": ("auto", "fa3", "fa4", "varlen", "sdpa"),
+    "compile": ("auto", "0", "1"), "attention": ("auto", "fa3", "fa4", "varlen", "sdpa"),
     "muon_coefficients": tuple(NEWTON_SCHULZ), "mlp_activation": ("leaky2", "swiglu"),
     "embed_init": ("normal", "overtone"), "matrix_init": ("orthogonal", "uniform"),
     "resid_mix_init": ("identity", "phase"), "softcap_type": ("tanh", "poly5", "two_sided"),
@@ -2002,11 +2002,9 @@ class GPT(nn.Module):
         return columns[0] if targets.dim() == 1 else torch.stack(columns, 1)
 
 
-def compile_model(model: GPT, how: str) -> Forward:
-    """The same function, compiled: as a whole, in parts (few graphs, since all layers share them), or as it is ("")."""
-    if how == "whole":
-        return torch.compile(model, dynamic=False, fullgraph=True)
-    for name in ("embed", "block", "merge", "nats") if how == "parts" else ():
+def compile_model(model: GPT, compiled: bool) -> Forward:
+    """The same function, compiled if so asked: in parts, which makes few graphs, since all layers share them."""
+    for name in ("embed", "block", "merge", "nats") if compiled else ():
         setattr(model, name, torch.compile(getattr(model, name), dynamic=False, fullgraph=True))
     return model
 
@@ -2396,7 +2394,7 @@ class Recorded(NamedTuple):
 class Trainer:
     """Model, optimizer and averages, and the loop over steps."""
 
-    def __init__(self, config: Config, world: World, log: Log, dataset: Dataset, attention: Attention, compiled: str,
+    def __init__(self, config: Config, world: World, log: Log, dataset: Dataset, attention: Attention, compiled: bool,
                  fake_quantize: FakeQuantize | None = None):
         self.config, self.world, self.log, self.compiled = config, world, log, compiled
         self.fake_quantize, self.fingerprint = fake_quantize, dataset.fingerprint
@@ -3352,7 +3350,7 @@ def free_memory_bytes(world: World) -> float:
 class Evaluator:
     """Scores the validation tokens with any weights; every rank takes its share of the windows."""
 
-    def __init__(self, config: Config, world: World, log: Log, dataset: Dataset, compiled: str):
+    def __init__(self, config: Config, world: World, log: Log, dataset: Dataset, compiled: bool):
         self.config, self.world, self.log, self.dataset, self.compiled = config, world, log, dataset, compiled
         self.stages: dict[str, Score] = {}
         # roughly the bytes of a token's logits and activations
@@ -3447,7 +3445,7 @@ def describe_dataset(log: Log, dataset: Dataset, notes: Sequence[str]) -> None:
 
 def describe_model(log: Log, config: Config, trainer: Trainer, attention: str) -> None:
     """Its size, its engine, and the order in which its layers are applied."""
-    log(f"num_params:{trainer.num_params} attention:{attention} compile:{trainer.compiled or 0} "
+    log(f"num_params:{trainer.num_params} attention:{attention} compile:{int(trainer.compiled)} "
         f"kernels:{trainer.model.kernels.names} accumulation_steps:{config.accumulation_steps(trainer.world.size)}")
     for looping in sorted({False, bool(config.num_loops)}):
         log(f"plan looping:{int(looping)} {describe_plan(config, trainer.model.plans[looping])}")
@@ -3563,7 +3561,7 @@ def calibrate_on_training_text(config: Config, trainer: Trainer, dataset: Datase
     return guides, seconds
 
 
-def reload(config: Config, world: World, path: Path, attention: Attention, compiled: str) -> tuple[Forward, int]:
+def reload(config: Config, world: World, path: Path, attention: Attention, compiled: bool) -> tuple[Forward, int]:
     """Artifact file, read by rank 0 -> (model on every rank, made of nothing but the file's bytes; their number)."""
     header, weights, size = None, {}, 0
     if world.rank == 0:
@@ -3580,15 +3578,15 @@ def reload(config: Config, world: World, path: Path, attention: Attention, compi
     return compile_model(model, compiled), size
 
 
-def use_compile(config: Config, world: World, attention: str) -> str:
-    """How to compile, "" = not at all. auto: on CUDA, where attention takes packed segments directly."""
-    if world.device.type != "cuda":
-        if config.compile not in ("auto", "0"):
-            raise UserError(f"COMPILE={config.compile}: needs CUDA, this is {world.device.type}; use COMPILE=auto")
-        return ""
+def use_compile(config: Config, world: World, attention: str) -> bool:
+    """Whether to compile. auto: on CUDA, where attention takes packed segments directly. UserError without CUDA."""
+    on_gpu = world.device.type == "cuda"
+    if config.compile == "0" or (config.compile == "auto" and not (on_gpu and attention != "sdpa")):
+        return False
+    if not on_gpu:
+        raise UserError(f"COMPILE={config.compile}: needs CUDA, this is {world.device.type}; use COMPILE=auto")
     torch._dynamo.config.recompile_limit = 64  # graphs: the stages of training, and scoring, with their shapes
-    how = "parts" if config.compile == "auto" and attention != "sdpa" else config.compile
-    return how if how in ("whole", "parts") else ""
+    return True
 
 
 def report_result(config: Config, world: World, log: Log, dataset: Dataset, trainer: Trainer,
