@@ -66,6 +66,12 @@ class UserError(ValueError):
     """A mistake of the user or a fault of the machine, printed without a traceback: what, its value, the remedy."""
 
 
+def require(holds: object, complaint: str) -> None:
+    """UserError with this complaint where something does not hold."""
+    if not holds:
+        raise UserError(complaint)
+
+
 # ====================================================================================================================
 # 1. config: environment variables -> one frozen Config. Every setting is a field; its variable is the name in capitals.
 #    Nothing else reads the environment, but World.start for the variables that torchrun sets.
@@ -242,8 +248,7 @@ class Config:
     def __post_init__(self):
         shown = {f.name: f"{f.name.upper()}={getattr(self, f.name)}" for f in fields(self)}
         for condition, complaint in self.checks():
-            if not condition:
-                raise UserError(complaint.format_map(shown))
+            require(condition, complaint.format_map(shown))
 
     def checks(self) -> Iterator[tuple[bool, str]]:
         """Yields (holds, complaint) for every rule; {field} in a complaint is shown as FIELD=value."""
@@ -314,11 +319,9 @@ class Config:
     def accumulation_steps(self, world_size: int, share: float = 1.0) -> int:
         """Micro-batches per rank in a step of a share of the batch. UserError where they do not divide it evenly."""
         count = share * self.train_batch_tokens / (world_size * self.micro_batch_tokens)
-        if count < 1 or not count.is_integer():
-            raise UserError(
-                f"{f'BATCH_SCHEDULE: {share} x ' * (share != 1)}TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not a "
-                f"multiple of {world_size} processes x MICRO_BATCH_TOKENS={self.micro_batch_tokens}: change one of "
-                "them or the number of processes")
+        require(count >= 1 and count.is_integer(), f"{f'BATCH_SCHEDULE: {share} x ' * (share != 1)}TRAIN_BATCH_TOKENS="
+                f"{self.train_batch_tokens} is not a multiple of {world_size} processes x MICRO_BATCH_TOKENS="
+                f"{self.micro_batch_tokens}: change one of them or the number of processes")
         return int(count)
 
     @property
@@ -512,11 +515,9 @@ def choose_device(config: Config, local_rank: int) -> torch.device:
     """auto -> cuda, else cpu. UserError where the asked device is missing or cannot serve this process."""
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError("DEVICE=cuda: torch finds no CUDA device; check the driver or use DEVICE=cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(f"{local_rank + 1} or more processes on this host, {torch.cuda.device_count()} GPUs: "
-                        "lower --nproc_per_node")
+    require(torch.cuda.is_available(), "DEVICE=cuda: torch finds no CUDA device; check the driver or use DEVICE=cpu")
+    require(local_rank < (gpus := torch.cuda.device_count()),
+            f"{local_rank + 1} or more processes on this host, {gpus} GPUs: lower --nproc_per_node")
     return torch.device("cuda", local_rank)
 
 
@@ -635,8 +636,7 @@ def read_shard(path: Path) -> np.ndarray:
     expected = 4 * SHARD_HEADER_INTS + 2 * int(header[2])
     if size != expected:
         raise UserError(f"{path}: {size} bytes, its header promises {expected}: truncated or altered; make it again")
-    if not header[2]:
-        raise UserError(f"{path}: holds no tokens; remove it or make it again")
+    require(header[2], f"{path}: holds no tokens; remove it or make it again")
     return np.memmap(path, "<u2", "r", offset=4 * SHARD_HEADER_INTS)
 
 
@@ -803,8 +803,7 @@ def find_shards(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
     sidecar = [path for path in val if "_bytes_" in path.name]
     val = [path for path in val if path not in sidecar]
     for paths, kind in ((train, "train"), (val, "val")):
-        if not paths:
-            raise UserError(f"DATA_PATH={folder}: no fineweb_{kind}_*.bin in it; {PREPARE_HINT}")
+        require(paths, f"DATA_PATH={folder}: no fineweb_{kind}_*.bin in it; {PREPARE_HINT}")
     if sidecar and len(sidecar) != len(val):
         raise UserError(f"{folder}: {len(val)} validation shards, {len(sidecar)} byte sidecars: fetch what is missing")
     return train, val, sidecar
@@ -866,13 +865,11 @@ def scan_shard(stream: TokenStream, shard: int, val_keys: np.ndarray, val_digest
 def open_dataset(config: Config, world: World) -> Dataset:
     """Finds, reads and checks training shards, validation shards, sidecar and tokenizer. UserError for any fault."""
     folder = resolve_path(config.data_path or f"{config.data_dir}/datasets/fineweb10B_sp{config.vocab_size}")
-    if not folder.is_dir():
-        raise UserError(f"DATA_PATH={folder}: no such folder; {PREPARE_HINT}")
+    require(folder.is_dir(), f"DATA_PATH={folder}: no such folder; {PREPARE_HINT}")
     train_paths, val_paths, sidecar_paths = find_shards(folder)
     train, val = TokenStream(train_paths), TokenStream(val_paths)
     val_tokens = val.slice(0, len(val))
-    if len(val_tokens) < 2:
-        raise UserError(f"{val_paths[0]}: holds no target to score; {PREPARE_HINT}")
+    require(len(val_tokens) > 1, f"{val_paths[0]}: holds no target to score; {PREPARE_HINT}")
     check_tokens(int(val_tokens.max()), config, val_paths[0])
     tokenizer, sha256 = load_tokenizer(config, bool(sidecar_paths))
     notes = check_manifest(folder, sha256)
@@ -905,9 +902,8 @@ def open_dataset(config: Config, world: World) -> Dataset:
 
 
 def check_tokens(largest: int, config: Config, path: Path) -> None:
-    if largest >= config.vocab_size:
-        raise UserError(f"{path}: holds token {largest}, outside VOCAB_SIZE={config.vocab_size}: set the vocabulary of "
-                        "these shards")
+    require(largest < config.vocab_size, f"{path}: holds token {largest}, outside VOCAB_SIZE={config.vocab_size}: "
+            "set the vocabulary of these shards")
 
 
 def load_tokenizer(config: Config, optional: bool) -> tuple[Any, str]:
@@ -923,11 +919,9 @@ def load_tokenizer(config: Config, optional: bool) -> tuple[Any, str]:
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError:
         raise UserError(f"TOKENIZER_PATH={path}: not a SentencePiece model") from None
-    if tokenizer.vocab_size() != config.vocab_size:
-        raise UserError(f"TOKENIZER_PATH={path}: has {tokenizer.vocab_size()} pieces, VOCAB_SIZE={config.vocab_size}: "
-                        "set the one that made the shards")
-    if tokenizer.bos_id() not in (BOS, -1):
-        raise UserError(f"TOKENIZER_PATH={path}: its BOS is {tokenizer.bos_id()}, shards use {BOS}")
+    require((size := tokenizer.vocab_size()) == config.vocab_size, f"TOKENIZER_PATH={path}: has {size} pieces, "
+            f"VOCAB_SIZE={config.vocab_size}: set the one that made the shards")
+    require((bos := tokenizer.bos_id()) in (BOS, -1), f"TOKENIZER_PATH={path}: its BOS is {bos}, shards use {BOS}")
     return tokenizer, hashlib.sha256(model).hexdigest()
 
 
@@ -940,9 +934,8 @@ def check_manifest(folder: Path, tokenizer_sha256: str) -> list[str]:
         return [f"{folder}: no manifest.json; whether the tokenizer is that of the shards is not known"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{folder / 'manifest.json'}: unreadable; make the data again or remove it") from None
-    if tokenizer_sha256 and tokenizer_sha256 != expected:
-        raise UserError(f"{folder / 'manifest.json'}: the shards were made with tokenizer {expected[:12]}, "
-                        f"TOKENIZER_PATH is {tokenizer_sha256[:12]}: set the right one")
+    require(tokenizer_sha256 in ("", expected), f"{folder / 'manifest.json'}: the shards were made with tokenizer "
+            f"{expected[:12]}, TOKENIZER_PATH is {tokenizer_sha256[:12]}: set the right one")
     return []
 
 
@@ -997,12 +990,11 @@ def table_bytes(tokens: np.ndarray, tokenizer: Any) -> np.ndarray:
         start, end = bounds[i], bounds[i + 1]
         text = tokenizer.decode(tokens[start + 1:end].tolist())
         strange += tokenizer.encode(text) != tokens[start + 1:end].tolist()
-        if int(val_bytes[start:end - 1].sum()) != len(text.encode()):
-            raise UserError(f"validation document {i}: {int(val_bytes[start:end - 1].sum())} bytes by the piece table, "
-                            f"{len(text.encode())} decoded: TOKENIZER_PATH does not fit these shards")
-    if 10 * strange > len(sample):
-        raise UserError(f"TOKENIZER_PATH: encodes {strange} of {len(sample)} decoded validation documents to other "
-                        "tokens than the shards hold: set the tokenizer that made them")
+        require((by_table := int(val_bytes[start:end - 1].sum())) == (decoded := len(text.encode())),
+                f"validation document {i}: {by_table} bytes by the piece table, {decoded} decoded: TOKENIZER_PATH does "
+                "not fit these shards")
+    require(10 * strange <= len(sample), f"TOKENIZER_PATH: encodes {strange} of {len(sample)} decoded validation "
+            "documents to other tokens than the shards hold: set the tokenizer that made them")
     return val_bytes
 
 
@@ -2639,12 +2631,10 @@ class Trainer:
         except Exception as error:  # whatever an unpickler can make of a broken file
             raise UserError(f"RESUME={path}: no readable checkpoint ({first_line(error):.120})") from None
         for name, value in model_fields(self.config).items():
-            if saved_model.get(name) != value:
-                raise UserError(f"RESUME={path}: was trained with {name.upper()}={saved_model.get(name)}, now {value}: "
-                                "use the same settings")
-        if saved_data != self.fingerprint:
-            raise UserError(f"RESUME={path}: was trained on data {saved_data[:12]}, DATA_PATH holds "
-                            f"{self.fingerprint[:12]}: use the same data")
+            require((saved := saved_model.get(name)) == value,
+                    f"RESUME={path}: was trained with {name.upper()}={saved}, now {value}: use the same settings")
+        require(saved_data == self.fingerprint, f"RESUME={path}: was trained on data {saved_data[:12]}, DATA_PATH "
+                f"holds {self.fingerprint[:12]}: use the same data")
         if bool(state["averages"]) != bool(self.averages):
             raise UserError(f"RESUME={path}: EMA_DECAY={self.config.ema_decay} switches averaging on or off; keep it")
         for name, parameter in self.params.items():
@@ -3197,22 +3187,20 @@ def fit_artifact(config: Config, weights: Mapping[str, Tensor], guides: Mapping[
             slope = min(max((last[1] - len(data)) / (power - last[0]), count / 400), count / 8)
         last = power, len(data)
         power += (len(data) - 0.9995 * target) / slope
-    if not best:
-        raise UserError(f"TARGET_BYTES={config.target_bytes}: steps {2 ** last[0]:.3g} times those of MATRIX_BITS "
-                        f"leave {len(data)} bytes, and the code has {code_bytes}; take a smaller model")
+    require(best, f"TARGET_BYTES={config.target_bytes}: steps {2 ** last[0]:.3g} times those of MATRIX_BITS leave "
+            f"{len(data)} bytes, and the code has {code_bytes}; take a smaller model")
     return best
 
 
 def unpack_artifact(data: bytes, where: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The artifact's bytes -> (header, {name: float32 weights}). UserError for what pack_artifact did not write."""
     prefix = len(ARTIFACT_MAGIC)
-    if len(data) < prefix or data[:prefix - 1] != ARTIFACT_MAGIC[:-1]:
-        raise UserError(f"{where}: no artifact of this program")
-    if data[prefix - 1] != ARTIFACT_MAGIC[-1]:
-        raise UserError(f"{where}: artifact version {data[prefix - 1]}, this program reads {ARTIFACT_MAGIC[-1]}")
-    body = data[:-32]
-    if hashlib.sha256(body).digest() != data[-32:]:
-        raise UserError(f"{where}: truncated or altered, its sha256 does not fit; copy or make it again")
+    *magic, version = ARTIFACT_MAGIC
+    require(data[:prefix - 1] == bytes(magic) and len(data) >= prefix, f"{where}: no artifact of this program")
+    require(data[prefix - 1] == version, f"{where}: artifact version {data[prefix - 1]}, this program reads {version}")
+    body, checksum = data[:-32], data[-32:]
+    require(hashlib.sha256(body).digest() == checksum,
+            f"{where}: truncated or altered, its sha256 does not fit; copy or make it again")
     file = io.BytesIO(body[prefix:])
     header = json.loads(zlib.decompress(file.read(int.from_bytes(file.read(4), "little"))))
     streams = [file.read(length) for length in header["streams"]]
@@ -3459,9 +3447,8 @@ def check_disk(config: Config, trainer: Trainer, artifact_path: Path) -> None:
         write_atomic(probe, lambda file: file.write(b"probe"), variable)
         probe.unlink()
         free = shutil.disk_usage(path.parent).free
-        if path.is_dir() or free < needed:
-            raise UserError(f"{variable}: {path} is a folder, or its disk is full ({free:,} bytes free, {needed:,} "
-                            f"needed); free some or set {variable}")
+        require(free >= needed and not path.is_dir(), f"{variable}: {path} is a folder, or its disk is full ({free:,} "
+                f"bytes free, {needed:,} needed); free some or set {variable}")
 
 
 def preflight(config: Config, log: Log, trainer: Trainer, code_bytes: int) -> None:
@@ -3627,9 +3614,8 @@ def main(environ: Mapping[str, str], arguments: Sequence[str] = ()) -> int:
     rank = environ.get("RANK", "0")
     stop = StopRequest()
     try:
-        version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-        if version < MIN_TORCH:
-            raise UserError(f"torch {torch.__version__} is too old: {MIN_TORCH[0]}.{MIN_TORCH[1]} or newer is needed")
+        require(tuple(map(int, torch.__version__.split(".")[:2])) >= MIN_TORCH,
+                f"torch {torch.__version__} is too old: {MIN_TORCH[0]}.{MIN_TORCH[1]} or newer is needed")
         stop.install()
         config, notes = Config.from_env(environ)
         world = World.start(config, environ)
