@@ -480,10 +480,7 @@ class World:
 
     def share(self, value: Any) -> Any:
         """Rank 0's value."""
-        box = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
-        return box[0]
+        return self.gather(value)[0]
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order."""
@@ -552,32 +549,28 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def naming_path(path: Path, variable: str):
-    """Turns OSError into a UserError that names the file and the variable that moves it elsewhere."""
+    """Turns OSError into a UserError that names the file and the variable that moves it elsewhere.
+
+    RuntimeError too: torch.save's writer turns a full disk into that.
+    """
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path}: {reason}; free the space or the permission, or set {variable}") from None
 
 
 def write_atomic(path: Path, write: Callable[[Any], Any], variable: str) -> None:
     """Calls write(file) on a temporary name, renames: `path` is old or new, never half. UserError for a full disk."""
     temporary = path.with_name(f".{path.name}.part")
-    with naming_path(path, variable):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except RuntimeError as error:  # torch.save's writer turns a full disk into this
-            temporary.unlink(missing_ok=True)
-            raise OSError(first_line(error)) from None
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
+    with naming_path(path, variable), contextlib.ExitStack() as stack:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stack.callback(temporary.unlink, missing_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
 class StopRequest:
@@ -611,6 +604,7 @@ class StopRequest:
 # ====================================================================================================================
 
 SHARD_MAGIC, SHARD_HEADER_INTS = 20240520, 256
+SPACE = "\u2581"  # in the pieces of a SentencePiece model
 PREPARE_HINT = "python data/prepare.py SOURCE... makes shards from any text"
 
 
@@ -799,8 +793,7 @@ class Dataset:
 
 def find_shards(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
     """Folder -> (training, validation, validation byte sidecar) shards by name. UserError where one kind is missing."""
-    train, val = sorted(folder.glob("fineweb_train_*.bin")), sorted(folder.glob("fineweb_val_*.bin"))
-    sidecar = [path for path in val if "_bytes_" in path.name]
+    train, val, sidecar = (sorted(folder.glob(f"fineweb_{kind}_*.bin")) for kind in ("train", "val", "val*_bytes"))
     val = [path for path in val if path not in sidecar]
     for paths, kind in ((train, "train"), (val, "val")):
         require(paths, f"DATA_PATH={folder}: no fineweb_{kind}_*.bin in it; {PREPARE_HINT}")
@@ -844,13 +837,9 @@ def scan_shard(stream: TokenStream, shard: int, val_keys: np.ndarray, val_digest
     """Reads a shard once. Documents are looked up whole: one that continues in the next shard belongs to this one."""
     ids, end = np.array(stream.shards[shard]), int(stream.offsets[shard + 1])
     sha256 = hashlib.sha256(ids.data).hexdigest()
-    tail, rest = 0, len(stream) - end  # the last document ends at the next BOS
-    while tail < rest:
-        more = stream.slice(end + tail, min(1 << 16, rest - tail))
-        found = np.flatnonzero(more == BOS)
-        tail += int(found[0]) if len(found) else len(more)
-        if len(found):
-            break
+    blocks = (range(first, min(first + (1 << 16), len(stream))) for first in range(end, len(stream), 1 << 16))
+    found = (block[i] for block in blocks for i in np.flatnonzero(stream.slice(block[0], len(block)) == BOS))
+    tail = next(found, len(stream)) - end  # the last document ends at the next BOS
     whole = np.concatenate((ids, stream.slice(end, tail))) if tail else ids
     bounds = document_bounds(whole)
     if shard and len(bounds) > 2 and whole[0] != BOS:
@@ -873,10 +862,7 @@ def open_dataset(config: Config, world: World) -> Dataset:
     check_tokens(int(val_tokens.max()), config, val_paths[0])
     tokenizer, sha256 = load_tokenizer(config, bool(sidecar_paths))
     notes = check_manifest(folder, sha256)
-    if sidecar_paths:
-        val_bytes = read_sidecar(val, sidecar_paths, tokenizer)
-    else:
-        val_bytes = table_bytes(val_tokens, tokenizer)
+    val_bytes = read_sidecar(val, sidecar_paths, tokenizer) if sidecar_paths else table_bytes(val_tokens, tokenizer)
     bounds = document_bounds(val_tokens)
     keys = np.unique(document_keys(val_tokens, bounds))
     digests = {digest(val_tokens[a:b]) for a, b in zip(bounds[:-1], bounds[1:]) if b - a > 1}  # empty: all equal
@@ -910,10 +896,9 @@ def load_tokenizer(config: Config, optional: bool) -> tuple[Any, str]:
     """-> (SentencePiece processor or None, sha256 of the file). UserError for a missing or unsuitable model."""
     import sentencepiece
     path = resolve_path(config.tokenizer_path or f"{config.data_dir}/tokenizers/fineweb_{config.vocab_size}_bpe.model")
-    if not path.is_file():
-        if optional and not config.tokenizer_path:
-            return None, ""
-        raise UserError(f"TOKENIZER_PATH={path}: no such file, but it counts the bytes of the text; {PREPARE_HINT}")
+    if optional and not config.tokenizer_path and not path.is_file():
+        return None, ""
+    require(path.is_file(), f"TOKENIZER_PATH={path}: no such file, but it counts the bytes of the text; {PREPARE_HINT}")
     model = path.read_bytes()
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -941,19 +926,12 @@ def check_manifest(folder: Path, tokenizer_sha256: str) -> list[str]:
 
 def byte_table(tokenizer: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """SentencePiece model -> per id: bytes without the first space (int64), has that space, is no text (both bool)."""
-    size = tokenizer.vocab_size()
-    count, space, silent = np.zeros(size, np.int64), np.zeros(size, bool), np.ones(size, bool)
-    for i in range(size):
-        if tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i):
-            continue
-        silent[i] = False
-        piece = tokenizer.id_to_piece(i)
-        if tokenizer.is_byte(i):
-            count[i] = 1
-            continue
-        space[i] = piece.startswith("\u2581")
-        count[i] = len(piece[int(space[i]):].replace("\u2581", " ").encode())
-    return count, space, silent
+    ids = range(tokenizer.vocab_size())
+    silent = np.array([tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i) for i in ids])
+    byte = np.array([tokenizer.is_byte(i) for i in ids])
+    space = np.array([tokenizer.id_to_piece(i).startswith(SPACE) for i in ids]) & ~silent & ~byte
+    size = np.array([len(tokenizer.id_to_piece(i).replace(SPACE, " ").encode()) for i in ids], np.int64)
+    return np.where(silent, 0, np.where(byte, 1, size - space)), space, silent
 
 
 def prefix_tokens(tokenizer: Any) -> np.ndarray:
@@ -961,11 +939,10 @@ def prefix_tokens(tokenizer: Any) -> np.ndarray:
 
     A lone space is no prefix. For the auxiliary loss of modded-nanogpt's PR 337.
     """
-    plain = [i for i in range(tokenizer.vocab_size()) if not (
-        tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i) or tokenizer.is_byte(i))]
-    ids = {tokenizer.id_to_piece(i): i for i in plain}
-    ids.pop("\u2581", None)
-    result = np.full(tokenizer.vocab_size(), -1, np.int64)
+    silent = byte_table(tokenizer)[2]
+    ids = {tokenizer.id_to_piece(i): i for i in range(len(silent)) if not (silent[i] or tokenizer.is_byte(i))}
+    ids.pop(SPACE, None)
+    result = np.full(len(silent), -1, np.int64)
     for piece, i in ids.items():
         result[i] = next((ids[piece[:n]] for n in range(len(piece) - 1, 0, -1) if piece[:n] in ids), -1)
     return result
