@@ -42,7 +42,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 if __name__ == "__main__":  # torch takes seconds to import: until main decides otherwise, Ctrl-C just ends the process
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -66,10 +66,23 @@ class UserError(ValueError):
     """A mistake of the user or a fault of the machine, printed without a traceback: what, its value, the remedy."""
 
 
+def require(holds: object, complaint: str) -> None:
+    """UserError with this complaint where something does not hold."""
+    if not holds:
+        raise UserError(complaint)
+
+
 # ====================================================================================================================
 # 1. config: environment variables -> one frozen Config. Every setting is a field; its variable is the name in capitals.
 #    Nothing else reads the environment, but World.start for the variables that torchrun sets.
 # ====================================================================================================================
+
+
+# Kinds of numbers besides plain ones, which are finite and at least 0: (type, whether it holds, the complaint if not)
+Count = Annotated[int, lambda value: value > 0, "must be above 0"]
+Positive = Annotated[float, lambda value: value > 0, "must be above 0"]
+Fraction = Annotated[float, lambda value: value <= 1, "is a fraction, at most 1"]
+Decay = Annotated[float, lambda value: value < 1, "must be below 1"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +98,7 @@ class Config:
     preflight: bool = False  # check everything, project seconds and bytes, stop before training
     checkpoint_every_seconds: float = 0.0  # seconds between checkpoints in training; 0 = only at its end and on signals
     device: str = "auto"  # auto, cuda or cpu
-    compile: str = "auto"  # torch.compile: auto (parts on CUDA), 0, whole, or parts (layers share graphs)
+    compile: str = "auto"  # torch.compile: auto (on CUDA), 0 or 1
     cuda_graphs: bool = True  # a compiled micro-batch is replayed as one CUDA graph; 0 = kernel by kernel
     attention: str = "auto"  # auto, or one of fa3, fa4, varlen, sdpa
     fused_kernels: bool = True  # Triton kernels in training, where they are faster; 0 = what torch makes
@@ -95,33 +108,33 @@ class Config:
     data_dir: str = "./data"  # holds datasets/ and tokenizers/
     data_path: str = ""  # folder of fineweb_{train,val}_*.bin; empty = DATA_DIR/datasets/fineweb10B_spVOCAB_SIZE
     tokenizer_path: str = ""  # SentencePiece model; empty = DATA_DIR/tokenizers/fineweb_VOCAB_SIZE_bpe.model
-    vocab_size: int = 8192  # pieces; must equal the tokenizer's
-    train_seq_len: int = 2048  # tokens of the longest attention segment in training
+    vocab_size: Count = 8192  # pieces; must equal the tokenizer's
+    train_seq_len: Count = 2048  # tokens of the longest attention segment in training
     document_mask: bool = True  # segments begin at document starts; 0 = plain rows of TRAIN_SEQ_LEN tokens
     train_seq_schedule: str = ""  # longest segment over time, as 1024@0.1,2048@0.7,3072@1; empty = TRAIN_SEQ_LEN
     train_order: str = "sequential"  # sequential, or strided: rows of TRAIN_SEQ_LEN tokens from all over the shards
     max_leaked_documents: int = 0  # validation documents that may occur in the training shards
     # --- training length
-    iterations: int = 20000  # optimizer steps at most
+    iterations: Count = 20000  # optimizer steps at most
     max_wallclock_seconds: float = 600.0  # of training and calibration; 0 = run ITERATIONS
     gptq_reserve_seconds: float = 8.0  # kept back from the wallclock for calibration on training data
     force_stop_step: int = 0  # stop after this step, schedules unchanged; 0 = off
     warmup_steps: int = 3  # throw-away steps per graph that compile before the clock starts
-    train_batch_tokens: int = 786432  # tokens per optimizer step over all ranks
+    train_batch_tokens: Count = 786432  # tokens per optimizer step over all ranks
     batch_schedule: str = ""  # share of TRAIN_BATCH_TOKENS over time, as 0.5@0.1,1@1; learning rates go with its root
-    micro_batch_tokens: int = 98304  # tokens per forward pass and rank
-    val_batch_tokens: int = 524288  # tokens per scoring batch over all ranks; lowered to fit the free memory
+    micro_batch_tokens: Count = 98304  # tokens per forward pass and rank
+    val_batch_tokens: Count = 524288  # tokens per scoring batch over all ranks; lowered to fit the free memory
     val_loss_every: int = 0  # steps between validations in training, outside the clock; 0 = only at the end
     train_log_every: int = 0  # steps between progress lines; 0 = about 20 lines
     # --- model
-    num_layers: int = 11  # physical layers
-    model_dim: int = 512  # D
-    num_heads: int = 8  # H, query heads
-    num_kv_heads: int = 4  # K, key/value heads; query head h reads h // (H / K)
-    mlp_mult: float = 4.0  # F = D x this
+    num_layers: Count = 11  # physical layers
+    model_dim: Count = 512  # D
+    num_heads: Count = 8  # H, query heads
+    num_kv_heads: Count = 4  # K, key/value heads; query head h reads h // (H / K)
+    mlp_mult: Positive = 4.0  # F = D x this
     mlp_hidden: int = 0  # F; 0 = by MLP_MULT
     mlp_activation: str = "leaky2"  # leaky2 = leaky_relu(x)^2, or swiglu (with two up projections of width F)
-    leaky_relu_slope: float = 0.5  # of leaky2; 0 = ReLU^2
+    leaky_relu_slope: Fraction = 0.5  # of leaky2; 0 = ReLU^2
     projection_norm: bool = False  # RMS norm before the output and the down projection
     tie_embeddings: bool = True  # the embedding is also the head
     embed_dim: int = 0  # width of embedding and head, with projections to D and back; 0 = D
@@ -130,10 +143,10 @@ class Config:
     embed_init: str = "normal"  # normal, or overtone: singular values fall with the root of their index
     matrix_init: str = "orthogonal"  # orthogonal, or uniform within 1 / sqrt(columns)
     resid_mix_init: str = "identity"  # identity, or phase: early layers read the embedding, late ones the stream
-    logit_softcap: float = 30.0  # logits = cap x tanh(logits / cap)
+    logit_softcap: Positive = 30.0  # logits = cap x tanh(logits / cap)
     softcap_type: str = "tanh"  # tanh, poly5, or two_sided: learned caps for positive and negative logits
     z_loss: float = 0.0  # weight of logsumexp(logits)^2 in training
-    rope_base: float = 10000.0  # of the rotation frequencies
+    rope_base: Positive = 10000.0  # of the rotation frequencies
     rope_dims: int = 16  # channels per head that rotate; 0 = no positions
     rope_scaling: str = "none"  # for longer contexts than TRAIN_SEQ_LEN: none, ntk or yarn
     rope_stretch: float = 0.0  # of rope_scaling, in training too; 0 = EVAL_SEQ_LEN / TRAIN_SEQ_LEN in evaluation only
@@ -148,16 +161,16 @@ class Config:
     num_loops: int = 2  # extra passes over layers LOOP_START..LOOP_END; 0 = no depth recurrence
     loop_start: int = 3  # first looped layer
     loop_end: int = 5  # last looped layer
-    enable_looping_at: float = 0.35  # fraction at which looping starts
+    enable_looping_at: Fraction = 0.35  # fraction at which looping starts
     depth_lora_rank: int = 0  # adapters of queries and values for each visit of a looped layer; 0 = off
     parallel_start_layer: int = 8  # from here attention and MLP run on two lanes; 0 = off
     gptj_block: bool = False  # other layers' attention and MLP read the same input
     attn_gate: str = "sparse"  # per-head output gate of GATE_WINDOW channels (sparse, output) or all, with bias (dense)
     sparse_attn_gate_scale: float = 0.5  # sparse: sigmoid(scale x W x); 0 = no such gate
-    gate_window: int = 12  # channels that the head gate and the smear gate read
+    gate_window: Count = 12  # channels that the head gate and the smear gate read
     smear_gate: str = "input"  # blends in the previous token: off, input (gate per token), static; mean = all before
     bigram_hash_buckets: int = 0  # rows of a table of hashed token pairs, added to the embedding; 0 = off
-    bigram_hash_dim: int = 128  # its width
+    bigram_hash_dim: Count = 128  # its width
     bigram_hash: str = "92821"  # the hash, by its multiplier: 92821, 36313, 1000003 or 31
     # --- optimizer
     matrix_lr: float = 0.026  # Muon
@@ -165,75 +178,75 @@ class Config:
     embed_lr: float = 0.6  # the same where TIE_EMBEDDINGS=0
     head_lr: float = 0.008  # Adam, head, where TIE_EMBEDDINGS=0
     scalar_lr: float = 0.02  # Adam, everything small
-    muon_momentum: float = 0.97  # after the warm-up
-    muon_momentum_warmup_start: float = 0.92  # at step 0
+    muon_momentum: Fraction = 0.97  # after the warm-up
+    muon_momentum_warmup_start: Fraction = 0.92  # at step 0
     muon_momentum_warmup_steps: int = 1500  # steps; 0 = constant
-    muon_backend_steps: int = 5  # Newton-Schulz steps
+    muon_backend_steps: Count = 5  # Newton-Schulz steps
     muon_coefficients: str = "polar"  # of Newton-Schulz: polar (Polar Express) or quintic
     muon_row_normalize: bool = True  # rows of the update get unit norm before Newton-Schulz (MuonEq-R)
     muon_head_group: int = 0  # heads whose query or key rows are orthogonalized together; 0 = all
-    normuon_beta2: float = 0.0  # rows of the orthogonal update are divided by their running size (NorMuon); 0 = off
+    normuon_beta2: Decay = 0.0  # rows of the orthogonal update are divided by their running size (NorMuon); 0 = off
     muon_wd: float = 0.095  # decoupled weight decay, times the learning rate
     muon_wd_after: bool = False  # decay after the update instead of before it
-    wd_taper_start_frac: float = 0.0  # fraction from which MUON_WD falls linearly; 0 = off
+    wd_taper_start_frac: Fraction = 0.0  # fraction from which MUON_WD falls linearly; 0 = off
     wd_taper_final_mult: float = 0.5  # to this share of it
     embed_wd: float = 0.085  # the same for the embedding
     adam_wd: float = 0.02  # the same for everything small
-    beta1: float = 0.9  # Adam
-    beta2: float = 0.99  # Adam
-    adam_eps: float = 1e-8  # Adam
+    beta1: Decay = 0.9  # Adam
+    beta2: Decay = 0.99  # Adam
+    adam_eps: Positive = 1e-8  # Adam
     grad_clip_norm: float = 0.3  # global norm of the reduced gradient; 0 = off
-    ema_decay: float = 0.9965  # per step, of the averaged weights that are shipped; 0 = ship the last weights
-    swa_start_frac: float = 0.0  # below this learning rate multiplier snapshots are averaged and shipped; 0 = off
-    swa_every: int = 50  # steps between snapshots (of the EMA where EMA_DECAY is on)
-    warmdown_frac: float = 0.85  # fraction at the end over which the learning rates fall
+    ema_decay: Decay = 0.9965  # per step, of the averaged weights that are shipped; 0 = ship the last weights
+    swa_start_frac: Fraction = 0.0  # below this learning rate multiplier snapshots are averaged and shipped; 0 = off
+    swa_every: Count = 50  # steps between snapshots (of the EMA where EMA_DECAY is on)
+    warmdown_frac: Fraction = 0.85  # fraction at the end over which the learning rates fall
     warmdown_iters: int = 0  # the same in steps; 0 = by WARMDOWN_FRAC
-    warmdown_power: float = 1.0  # of the fall: 1 = linear
-    min_lr: float = 0.1  # floor of the learning rate multiplier
+    warmdown_power: Positive = 1.0  # of the fall: 1 = linear
+    min_lr: Fraction = 0.1  # floor of the learning rate multiplier
     prefix_loss: float = 0.0  # weight of predicting the longest token that begins the next one; 0 = off
     mtp_loss: float = 0.0  # weight of predicting the token after the next; the one behind it has half; 0 = off
-    aux_loss_until: float = 0.6  # fraction at which both are 0; they fall linearly from half of it
-    qat_start: float = 0.0  # fraction from which matrices are trained through the quantizer; 0 = off
-    late_qat_threshold: float = 0.0  # the same by the learning rate multiplier: from below this; 0 = off
+    aux_loss_until: Fraction = 0.6  # fraction at which both are 0; they fall linearly from half of it
+    qat_start: Fraction = 0.0  # fraction from which matrices are trained through the quantizer; 0 = off
+    late_qat_threshold: Fraction = 0.0  # the same by the learning rate multiplier: from below this; 0 = off
     qat_embedding: bool = False  # the embedding too
     qat_noise: bool = False  # looped layers get noise of the quantizer's step instead
     # --- artifact
     matrix_quantizer: str = "tcq"  # of the banks: tcq (GPTQ over a trellis), gptq, rtn (round to nearest) or fp16
     embed_quantizer: str = "tcq"  # of embedding and head: the same
     quant_overrides: str = ""  # for some matrices, as k_proj:-[12]=fp16,*:[3-7]=tcq/5,up_proj:loop=gptq/7/13
-    quant_sensitivity: float = 0.5  # how far steps follow what a row's errors cost, instead of its size
-    gptq_calibration_batches: int = 16  # micro-batches of training text for gptq and tcq, over all ranks
+    quant_sensitivity: Fraction = 0.5  # how far steps follow what a row's errors cost, instead of its size
+    gptq_calibration_batches: Count = 16  # micro-batches of training text for gptq and tcq, over all ranks
     target_bytes: int = 15990000  # of artifact and code: all steps grow or shrink to it; 0 = steps as MATRIX_BITS says
     matrix_bits: int = 6  # per weight of the banks, where its step is made of them; 2 = ternary, 1 = binary (rtn)
     embed_bits: int = 7  # the same for the embedding
-    attn_clip_sigmas: float = 13.0  # a row's last level is at this many standard deviations
-    mlp_clip_sigmas: float = 11.5  # the same for the MLP
-    embed_clip_sigmas: float = 14.0  # the same for the embedding
+    attn_clip_sigmas: Positive = 13.0  # a row's last level is at this many standard deviations
+    mlp_clip_sigmas: Positive = 11.5  # the same for the MLP
+    embed_clip_sigmas: Positive = 14.0  # the same for the embedding
     compressor: str = "rans"  # of the codes: rans (order-0 entropy coder), brotli, zstd, lzma or zlib
     # --- evaluation
-    eval_seq_len: int = 2048  # tokens of the longest context
-    eval_stride: int = 64  # tokens between sliding windows
+    eval_seq_len: Count = 2048  # tokens of the longest context
+    eval_stride: Count = 64  # tokens between sliding windows
     eval_mode: str = "sliding"  # stage that is the score: packed (each token once, cheap), sliding or adapted
-    eval_budget_seconds: float = 600.0  # of evaluation: adaptation, never scoring, is cut where it would take longer
+    eval_budget_seconds: Positive = 600.0  # of evaluation: adaptation, never scoring, is cut where it would take longer
     # --- test-time training, of EVAL_MODE=adapted
     ttt_strategy: str = "documents"  # documents: adapters for each, started anew; stream: all weights, text in a row
     ttt_order: str = "stream"  # in which documents are scored, where anything is carried over: stream, or length
-    ttt_batch_size: int = 64  # documents side by side
-    ttt_chunk_size: int = 48  # tokens that are scored before the adapters learn from them
+    ttt_batch_size: Count = 64  # documents side by side
+    ttt_chunk_size: Count = 48  # tokens that are scored before the adapters learn from them
     ttt_chunk_schedule: str = ""  # the same for documents up to some length, as 8@256,24@2000
     ttt_targets: str = "q,k,v,out,mlp,head"  # what has adapters
-    ttt_lora_rank: int = 80  # of the adapters
-    ttt_lora_alpha: float = 144.0  # adapters are scaled by this / TTT_LORA_RANK
+    ttt_lora_rank: Count = 80  # of the adapters
+    ttt_lora_alpha: Positive = 144.0  # adapters are scaled by this / TTT_LORA_RANK
     ttt_lora_lr: float = 1e-4  # of the adapters' optimizer
     ttt_optimizer: str = "adamw"  # adamw or sgd, of adapters, and of the weights where TTT_STRATEGY=stream
     ttt_weight_decay: float = 0.5  # of adamw
-    ttt_beta1: float = 0.0  # of adamw
-    ttt_beta2: float = 0.99  # of adamw
+    ttt_beta1: Decay = 0.0  # of adamw
+    ttt_beta2: Decay = 0.99  # of adamw
     ttt_warm_start_a: bool = False  # the inner matrices of adapters go on to the next documents in their place
     phased_ttt_num_phases: int = 1  # times that all weights learn from the scored prefix; 0 = never
     phased_ttt_prefix_docs: int = 2500  # documents of the prefix
     global_ttt_lr: float = 0.001  # of the weights
-    global_ttt_momentum: float = 0.9  # of sgd
+    global_ttt_momentum: Decay = 0.9  # of sgd
     global_ttt_epochs: int = 1  # over each chunk
     global_ttt_chunk_tokens: int = 32768  # tokens of a step over all ranks; 0 = a document, where TTT_STRATEGY=stream
     global_ttt_grad_clip: float = 1.0  # global norm; 0 = off
@@ -243,128 +256,95 @@ class Config:
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> tuple["Config", list[str]]:
         """Environment -> (Config, notes for the log). UserError names the variable, the value and the remedy."""
-        known = {f.name.upper(): f for f in fields(cls)}
         values, origin, notes = {}, {}, []
-        for variable, text in environ.items():
-            if variable in known:
-                name = known[variable].name
-                values[name], origin[name] = parse_value(variable, text, known[variable].type), f"{variable}={text}"
-        for variable, text in environ.items():
-            if variable in ALIASES:
-                name, value = ALIASES[variable](variable, text.strip())
-                if name is None:
-                    notes.append(f"{variable}={text} has no effect of its own here")
-                elif name in values and values[name] != value:
-                    raise UserError(f"{variable}={text} contradicts {origin[name]}: set one of them")
-                else:
-                    values[name], origin[name] = value, f"{variable}={text}"
-            elif variable not in known:
-                refuse_near_miss(variable, [*known, *ALIASES])
+        for variable, text in sorted(environ.items(), key=lambda item: item[0] in ALIASES):
+            if variable not in NAMES:
+                refuse_near_miss(variable)
+                continue
+            name, value = resolve(variable, text.strip())
+            if not name:
+                notes.append(f"{variable}={text} has no effect of its own here")
+            elif name in values and values[name] != value:
+                raise UserError(f"{variable}={text} contradicts {origin[name]}: set one of them")
+            else:
+                values[name], origin[name] = value, f"{variable}={text}"
         return cls(**values), notes
 
     def __post_init__(self):
+        shown = {f.name: f"{f.name.upper()}={getattr(self, f.name)}" for f in fields(self)}
         for condition, complaint in self.checks():
-            if not condition:
-                raise UserError(complaint)
+            require(condition, complaint.format_map(shown))
 
     def checks(self) -> Iterator[tuple[bool, str]]:
-        """Yields (holds, complaint) for every rule between settings."""
+        """Yields (holds, complaint) for every rule; {field} in a complaint is shown as FIELD=value."""
         for f in fields(self):
-            value, name = getattr(self, f.name), f.name.upper()
-            if f.type in (int, float):
-                yield 0 <= value < (2 ** 63 if f.type is int else math.inf), \
-                    f"{name}={value}: must be a finite number, at least 0"
-            if f.name in POSITIVE:
-                yield value > 0, f"{name}={value}: must be above 0"
-            if f.name in FRACTIONS:
-                yield value <= 1, f"{name}={value}: is a fraction, at most 1"
-            if f.name in DECAYS:
-                yield value < 1, f"{name}={value}: must be below 1"
+            value, kind = getattr(self, f.name), KINDS[f.name]
+            if kind in (int, float):
+                yield 0 <= value < (2 ** 63 if kind is int else math.inf), \
+                    f"{{{f.name}}}: must be a finite number, at least 0"
+            if rule := getattr(f.type, "__metadata__", None):
+                yield rule[0](value), f"{{{f.name}}}: {rule[1]}"
             if f.name in CHOICES:
-                yield value in CHOICES[f.name], f"{name}={value}: must be one of {', '.join(CHOICES[f.name])}"
-        yield from self.model_checks()
-        yield from self.training_checks()
-        yield from self.ttt_checks()
+                yield value in CHOICES[f.name], f"{{{f.name}}}: must be one of {', '.join(CHOICES[f.name])}"
+        yield from self.rules()
 
-    def model_checks(self) -> Iterator[tuple[bool, str]]:
-        yield self.model_dim % self.num_heads == 0, \
-            f"MODEL_DIM={self.model_dim} is not divisible by NUM_HEADS={self.num_heads}: change one of them"
-        yield self.model_dim > 1, f"MODEL_DIM={self.model_dim}: must be at least 2"
-        yield self.num_heads % self.num_kv_heads == 0, \
-            f"NUM_HEADS={self.num_heads} is not divisible by NUM_KV_HEADS={self.num_kv_heads}: change one of them"
+    def rules(self) -> Iterator[tuple[bool, str]]:
+        """The same for those between settings."""
+        for whole, part in (("model_dim", "num_heads"), ("num_heads", "num_kv_heads"), ("num_heads", "muon_head_group"),
+                            ("num_kv_heads", "muon_head_group"), ("train_batch_tokens", "micro_batch_tokens")):
+            yield getattr(self, whole) % (getattr(self, part) or 1) == 0, \
+                f"{{{whole}}} is not divisible by {{{part}}}: change one of them"
+        yield self.model_dim > 1, "{model_dim}: must be at least 2"
         yield self.mlp_hidden > 0 or float(self.mlp_mult * self.model_dim).is_integer(), \
-            f"MLP_MULT={self.mlp_mult} x MODEL_DIM={self.model_dim} is no whole width: change one of them"
-        yield self.rope_dims % 2 == 0 and self.rope_dims <= self.model_dim // self.num_heads, \
-            f"ROPE_DIMS={self.rope_dims}: must be even and at most the head width {self.model_dim // self.num_heads}"
+            "{mlp_mult} x {model_dim} is no whole width: change one of them"
+        yield self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim, \
+            f"{{rope_dims}}: must be even and at most the head width {self.head_dim}"
         yield self.gate_window <= (self.embed_dim or self.model_dim), \
-            f"GATE_WINDOW={self.gate_window}: must be at most MODEL_DIM={self.model_dim} and EMBED_DIM={self.embed_dim}"
-        yield self.xsa_last_n <= self.num_layers, \
-            f"XSA_LAST_N={self.xsa_last_n}: must be at most NUM_LAYERS={self.num_layers}"
-        yield self.parallel_start_layer < self.num_layers, \
-            f"PARALLEL_START_LAYER={self.parallel_start_layer}: must be below NUM_LAYERS={self.num_layers}; 0 = off"
-        yield not self.parallel_start_layer or self.parallel_start_layer >= self.num_layers // 2, \
-            f"PARALLEL_START_LAYER={self.parallel_start_layer}: lanes are for the second half of the " \
-            f"{self.num_layers} layers"
+            "{gate_window}: must be at most {model_dim} and {embed_dim}"
+        yield self.xsa_last_n <= self.num_layers, "{xsa_last_n}: must be at most {num_layers}"
+        yield self.parallel_start_layer < self.num_layers, "{parallel_start_layer}: must be below {num_layers}; 0 = off"
+        yield not 0 < self.parallel_start_layer < self.num_layers // 2, \
+            "{parallel_start_layer}: lanes are for the second half of {num_layers}"
         if self.num_loops:
             yield self.loop_start <= self.loop_end < self.num_layers, \
-                f"LOOP_START={self.loop_start} LOOP_END={self.loop_end}: no range of the {self.num_layers} layers"
-            yield not self.parallel_start_layer or self.loop_end < self.parallel_start_layer, \
-                f"LOOP_END={self.loop_end}: must be below PARALLEL_START_LAYER={self.parallel_start_layer}, " \
-                "lanes that were joined do not part again; NUM_LOOPS=0 = no loops"
+                "{loop_start} {loop_end}: no range of {num_layers}"
+            yield not 0 < self.parallel_start_layer <= self.loop_end, \
+                "{loop_end}: must be below {parallel_start_layer}, lanes that were joined do not part again; " \
+                "NUM_LOOPS=0 = no loops"
         yield not self.depth_lora_rank or self.num_loops > 0, \
-            f"DEPTH_LORA_RANK={self.depth_lora_rank} NUM_LOOPS={self.num_loops}: adapters belong to looped layers"
+            "{depth_lora_rank} {num_loops}: adapters belong to looped layers"
         yield not self.value_residual or self.num_loops == 0 or self.loop_end + 1 < self.num_layers, \
-            f"VALUE_RESIDUAL=1 LOOP_END={self.loop_end}: no layer behind the loops takes the first layer's values"
-        for name, group in (("NUM_HEADS", self.num_heads), ("NUM_KV_HEADS", self.num_kv_heads)):
-            yield not self.muon_head_group or group % self.muon_head_group == 0, \
-                f"MUON_HEAD_GROUP={self.muon_head_group} does not divide {name}={group}: change one of them"
-
-    def training_checks(self) -> Iterator[tuple[bool, str]]:
+            "VALUE_RESIDUAL=1 {loop_end}: no layer behind the loops takes the first layer's values"
         for name in ("swa_start_frac", "late_qat_threshold"):
-            yield not getattr(self, name) or getattr(self, name) > self.min_lr, \
-                f"{name.upper()}={getattr(self, name)}: never reached, the multiplier does not fall below " \
-                f"MIN_LR={self.min_lr}"
-        yield not (self.qat_start and self.late_qat_threshold), \
-            f"QAT_START={self.qat_start} LATE_QAT_THRESHOLD={self.late_qat_threshold}: set one of them"
+            yield not 0 < getattr(self, name) <= self.min_lr, \
+                f"{{{name}}}: never reached, the multiplier does not fall below {{min_lr}}"
+        yield not (self.qat_start and self.late_qat_threshold), "{qat_start} {late_qat_threshold}: set one of them"
         for name, full in (("train_seq_schedule", self.train_seq_len), ("batch_schedule", 1)):
             values, ends = zip(*parse_schedule(name.upper(), getattr(self, name)) or [(full, 1)])
             yield list(ends) == sorted(set(ends)) and ends[-1] == 1 and min(values) > 0 and max(values) == full \
                 and (full == 1 or all(float(value).is_integer() for value in values)), \
-                f"{name.upper()}={getattr(self, name)}: needs values above 0, the largest {full} (tokens: whole " \
-                "numbers), at rising fractions up to 1"
-        yield self.vocab_size <= 65536, f"VOCAB_SIZE={self.vocab_size}: shards hold 16-bit tokens, at most 65536"
-        yield self.train_batch_tokens % self.micro_batch_tokens == 0, \
-            f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not divisible by MICRO_BATCH_TOKENS=" \
-            f"{self.micro_batch_tokens}: change one of them"
+                f"{{{name}}}: needs values above 0, the largest {full} (tokens: whole numbers), at rising fractions " \
+                "up to 1"
+        yield self.vocab_size <= 65536, "{vocab_size}: shards hold 16-bit tokens, at most 65536"
         yield self.train_order == "sequential" or self.micro_batch_tokens % self.train_seq_len == 0, \
-            f"MICRO_BATCH_TOKENS={self.micro_batch_tokens} is no whole number of rows of TRAIN_SEQ_LEN=" \
-            f"{self.train_seq_len}, as TRAIN_ORDER={self.train_order} needs: change one of them"
-        yield self.eval_stride <= self.eval_seq_len, \
-            f"EVAL_STRIDE={self.eval_stride}: must be at most EVAL_SEQ_LEN={self.eval_seq_len}"
-        yield not self.max_wallclock_seconds or self.gptq_reserve_seconds < self.max_wallclock_seconds, \
-            f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds}: leaves nothing of MAX_WALLCLOCK_SECONDS=" \
-            f"{self.max_wallclock_seconds}"
-        for name in ("matrix", "embed"):
-            bits, quantizer = getattr(self, f"{name}_bits"), getattr(self, f"{name}_quantizer")
-            yield 1 + (quantizer in ("gptq", "tcq")) <= bits <= 8, \
-                f"{name.upper()}_BITS={bits} {name.upper()}_QUANTIZER={quantizer}: must be 2 to 8, or 1 with rtn"
+            "{micro_batch_tokens} is no whole number of rows of {train_seq_len}, as {train_order} needs: change one"
+        yield self.eval_stride <= self.eval_seq_len, "{eval_stride}: must be at most {eval_seq_len}"
+        yield not 0 < self.max_wallclock_seconds <= self.gptq_reserve_seconds, \
+            "{gptq_reserve_seconds}: leaves nothing of {max_wallclock_seconds}"
+        for bits, quantizer in (("matrix_bits", "matrix_quantizer"), ("embed_bits", "embed_quantizer")):
+            yield 1 + (getattr(self, quantizer) in ("gptq", "tcq")) <= getattr(self, bits) <= 8, \
+                f"{{{bits}}} {{{quantizer}}}: must be 2 to 8, or 1 with rtn"
         most = len(NEWTON_SCHULZ[self.muon_coefficients])
-        yield self.muon_backend_steps <= most, \
-            f"MUON_BACKEND_STEPS={self.muon_backend_steps}: at most {most}, MUON_COEFFICIENTS={self.muon_coefficients}"
-
-    def ttt_checks(self) -> Iterator[tuple[bool, str]]:
+        yield self.muon_backend_steps <= most, f"{{muon_backend_steps}}: at most {most}, {{muon_coefficients}}"
         targets = self.ttt_targets.split(",")
         yield len({*targets} & {*TTT_TARGETS}) == len(targets), \
-            f"TTT_TARGETS={self.ttt_targets}: must name some of {','.join(TTT_TARGETS)}, each once"
+            f"{{ttt_targets}}: must name some of {','.join(TTT_TARGETS)}, each once"
         for chunk, longest in parse_schedule("TTT_CHUNK_SCHEDULE", self.ttt_chunk_schedule):
             yield chunk > 0 and longest > 0 and chunk.is_integer(), \
-                f"TTT_CHUNK_SCHEDULE={self.ttt_chunk_schedule}: needs whole tokens above 0, as 8@256,24@2000"
-        yield self.ttt_freeze_blocks <= self.num_layers, \
-            f"TTT_FREEZE_BLOCKS={self.ttt_freeze_blocks}: there are NUM_LAYERS={self.num_layers}"
-        yield self.global_ttt_chunk_tokens > 0 or self.ttt_strategy == "stream", \
-            f"GLOBAL_TTT_CHUNK_TOKENS=0 TTT_STRATEGY={self.ttt_strategy}: documents as chunks are for stream"
-        yield not self.ttt_unsafe_multi_epoch or self.ttt_strategy == "stream", \
-            f"TTT_UNSAFE_MULTI_EPOCH={self.ttt_unsafe_multi_epoch} TTT_STRATEGY={self.ttt_strategy}: is for stream"
+                "{ttt_chunk_schedule}: needs whole tokens above 0, as 8@256,24@2000"
+        yield self.ttt_freeze_blocks <= self.num_layers, "{ttt_freeze_blocks}: there are {num_layers}"
+        yield self.ttt_strategy == "stream" or self.global_ttt_chunk_tokens > 0 == self.ttt_unsafe_multi_epoch, \
+            "{global_ttt_chunk_tokens} {ttt_unsafe_multi_epoch}: 0 and more than 0 are for TTT_STRATEGY=stream"
 
     def overrides(self) -> dict[str, Any]:
         """{variable: value} of the settings that differ from the defaults."""
@@ -373,11 +353,9 @@ class Config:
     def accumulation_steps(self, world_size: int, share: float = 1.0) -> int:
         """Micro-batches per rank in a step of a share of the batch. UserError where they do not divide it evenly."""
         count = share * self.train_batch_tokens / (world_size * self.micro_batch_tokens)
-        if count < 1 or not count.is_integer():
-            raise UserError(
-                f"{f'BATCH_SCHEDULE: {share} x ' * (share != 1)}TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not a "
-                f"multiple of {world_size} processes x MICRO_BATCH_TOKENS={self.micro_batch_tokens}: change one of "
-                "them or the number of processes")
+        require(count >= 1 and count.is_integer(), f"{f'BATCH_SCHEDULE: {share} x ' * (share != 1)}TRAIN_BATCH_TOKENS="
+                f"{self.train_batch_tokens} is not a multiple of {world_size} processes x MICRO_BATCH_TOKENS="
+                f"{self.micro_batch_tokens}: change one of them or the number of processes")
         return int(count)
 
     @property
@@ -405,7 +383,7 @@ NEWTON_SCHULZ = {
 }
 CHOICES = {
     "train_order": ("sequential", "strided"), "device": ("auto", "cuda", "cpu"),
-    "compile": ("auto", "0", "whole", "parts"), "attention": ("auto", "fa3", "fa4", "varlen", "sdpa"),
+    "compile": ("auto", "0", "1"), "attention": ("auto", "fa3", "fa4", "varlen", "sdpa"),
     "muon_coefficients": tuple(NEWTON_SCHULZ), "mlp_activation": ("leaky2", "swiglu"),
     "embed_init": ("normal", "overtone"), "matrix_init": ("orthogonal", "uniform"),
     "resid_mix_init": ("identity", "phase"), "softcap_type": ("tanh", "poly5", "two_sided"),
@@ -415,23 +393,11 @@ CHOICES = {
     "compressor": ("rans", "brotli", "zstd", "lzma", "zlib"), "eval_mode": ("packed", "sliding", "adapted"),
     "ttt_strategy": ("documents", "stream"), "ttt_order": ("stream", "length"), "ttt_optimizer": ("adamw", "sgd"),
 }
-POSITIVE = {"train_seq_len", "iterations", "train_batch_tokens", "micro_batch_tokens", "val_batch_tokens", "num_layers",
-            "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "logit_softcap", "rope_base", "gate_window",
-            "vocab_size", "muon_backend_steps", "adam_eps", "attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas",
-            "eval_seq_len", "eval_stride", "bigram_hash_dim", "swa_every", "warmdown_power",
-            "gptq_calibration_batches", "ttt_batch_size", "ttt_chunk_size", "ttt_lora_rank", "ttt_lora_alpha",
-            "eval_budget_seconds"}
-FRACTIONS = {"enable_looping_at", "warmdown_frac", "min_lr", "leaky_relu_slope", "muon_momentum",
-             "muon_momentum_warmup_start", "ema_decay", "beta1", "beta2", "normuon_beta2", "wd_taper_start_frac",
-             "swa_start_frac", "aux_loss_until", "qat_start", "late_qat_threshold", "quant_sensitivity"}
-DECAYS = {"ema_decay", "beta1", "beta2", "normuon_beta2", "ttt_beta1", "ttt_beta2", "global_ttt_momentum"}
 TTT_TARGETS = ("q", "k", "v", "out", "mlp", "head")
+KINDS = get_type_hints(Config)  # field -> bool, int, float or str
 FAMILY_WORDS = {"TTT", "EMA", "SWA", "GPTQ", "LQER", "MUON", "LOOP", "LOOPS", "LOOPING", "ROPE", "XSA", "QAT", "SMEAR",
                 "SMEARGATE", "LORA", "WARMDOWN", "BIGRAM", "SOFTCAP"}
 NOT_OURS = {"COMPILER"}  # close to a field, but everybody's
-
-
-Alias = Callable[[str, str], tuple[str | None, Any]]  # (variable, text) -> (our field or None for no effect, value)
 
 
 def parse_value(variable: str, text: str, kind: Any) -> Any:
@@ -454,56 +420,43 @@ def parse_schedule(variable: str, text: str) -> list[tuple[float, float]]:
         raise UserError(f"{variable}={text}: must look like 1024@0.1,2048@1") from None
 
 
-def rename(name: str) -> Alias:
-    """The published variable is our field `name` under another name."""
-    kind = next(f.type for f in fields(Config) if f.name == name)
-    return lambda variable, text: (name, parse_value(variable, text, kind))
+# Other published names -> ours, or {value: (our field, its value), or None where we do so anyway}; other values are
+# refused.
+ALIASES: dict[str, str | dict[str, tuple[str, Any] | None]] = {
+    "MUON_WEIGHT_DECAY": "muon_wd", "ADAM_WEIGHT_DECAY": "adam_wd", "EMBED_WEIGHT_DECAY": "embed_wd",
+    "VAL_BATCH_SIZE": "val_batch_tokens", "EMBEDDING_BITS": "embed_bits", "TIED_EMBEDDING_LR": "tied_embed_lr",
+    "BIGRAM_VOCAB_SIZE": "bigram_hash_buckets", "BIGRAM_DIM": "bigram_hash_dim",
+    "SKIP_GATE_ENABLED": "skip_gates_enabled",
+    "SMEAR_GATE_ENABLED": {"0": ("smear_gate", "off"), "1": ("smear_gate", "input")},
+    "USE_SMEARGATE": {"0": ("smear_gate", "off"), "1": ("smear_gate", "static")},
+    "SPARSE_ATTN_GATE_ENABLED": {"0": ("sparse_attn_gate_scale", 0.0), "1": ("attn_gate", "sparse")},
+    **{name: {"0": None, "1": ("attn_gate", "dense")} for name in ("GATED_ATTN_ENABLED", "GATED_ATTENTION")},
+    "ATTN_OUT_GATE_ENABLED": {"0": None, "1": ("attn_gate", "output")},
+    "EMA_ENABLED": {"0": ("ema_decay", 0.0), "1": None}, "SWA_ENABLED": {"0": ("swa_start_frac", 0.0), "1": None},
+    "LATE_QAT": {"0": ("late_qat_threshold", 0.0), "1": None}, "PARALLEL_FINAL_LANE": {"mean": None},
+    "SMEAR_GATE_BOS_FIX": {"1": None}, "SPARSE_ATTN_GATE_INIT_STD": {"0": None, "0.0": None},
+    "FUSED_CE_ENABLED": {"0": None, "1": None}, "CASEOPS_ENABLED": {"0": None, "1": None},
+    **{name: {"0": None} for name in ("LQER_ENABLED", "TTT_ENABLED", "PHASED_TTT_ENABLED", "QAT_ENABLED",
+                                      "OPTROT_ENABLED", "ROPE_YARN")}}
+NAMES = {name.upper(): name for name in KINDS} | ALIASES
 
 
-def translate(values: Mapping[str, tuple[str | None, Any]], remedy: str) -> Alias:
-    """Looks the published variable's value up; other values are refused."""
-    def lookup(variable: str, text: str) -> tuple[str | None, Any]:
-        if text.lower() in values:
-            return values[text.lower()]
-        raise UserError(f"{variable}={text}: {remedy}")
-    return lookup
+def resolve(variable: str, text: str) -> tuple[str, Any]:
+    """A variable of NAMES -> (our field or "" for no effect, value). UserError for a value that it cannot have."""
+    meaning = NAMES[variable]
+    if isinstance(meaning, str):
+        return meaning, parse_value(variable, text, KINDS[meaning])
+    if text.lower() not in meaning:
+        raise UserError(f"{variable}={text}: is not supported here; leave it out or set it to {' or '.join(meaning)}")
+    return meaning[text.lower()] or ("", None)
 
 
-def switch(off: tuple[str | None, Any], on: tuple[str | None, Any]) -> Alias:
-    """A published switch that sets some field of ours."""
-    return translate({"0": off, "1": on}, "must be 0 or 1")
-
-
-def inert(*texts: str) -> Alias:
-    """A switch of the published scripts that is accepted only where it asks for what we do anyway."""
-    return translate(dict.fromkeys(texts, (None, None)), f"is not supported here; leave it out or set it to {texts[0]}")
-
-
-ALIASES: dict[str, Alias] = {
-    "MUON_WEIGHT_DECAY": rename("muon_wd"), "ADAM_WEIGHT_DECAY": rename("adam_wd"),
-    "EMBED_WEIGHT_DECAY": rename("embed_wd"), "VAL_BATCH_SIZE": rename("val_batch_tokens"),
-    "EMBEDDING_BITS": rename("embed_bits"), "TIED_EMBEDDING_LR": rename("tied_embed_lr"),
-    "SMEAR_GATE_ENABLED": switch(("smear_gate", "off"), ("smear_gate", "input")),
-    "USE_SMEARGATE": switch(("smear_gate", "off"), ("smear_gate", "static")),
-    "SPARSE_ATTN_GATE_ENABLED": switch(("sparse_attn_gate_scale", 0.0), ("attn_gate", "sparse")),
-    **dict.fromkeys(("GATED_ATTN_ENABLED", "GATED_ATTENTION"), switch((None, None), ("attn_gate", "dense"))),
-    "ATTN_OUT_GATE_ENABLED": switch((None, None), ("attn_gate", "output")),
-    "BIGRAM_VOCAB_SIZE": rename("bigram_hash_buckets"), "BIGRAM_DIM": rename("bigram_hash_dim"),
-    "EMA_ENABLED": switch(("ema_decay", 0.0), (None, None)), "SKIP_GATE_ENABLED": rename("skip_gates_enabled"),
-    "FUSED_CE_ENABLED": inert("0", "1"), "CASEOPS_ENABLED": inert("0", "1"), "PARALLEL_FINAL_LANE": inert("mean"),
-    "SMEAR_GATE_BOS_FIX": inert("1"), "SPARSE_ATTN_GATE_INIT_STD": inert("0", "0.0"), "ROPE_YARN": inert("0"),
-    "SWA_ENABLED": switch(("swa_start_frac", 0.0), (None, None)),
-    "LATE_QAT": switch(("late_qat_threshold", 0.0), (None, None)),
-    **dict.fromkeys(("LQER_ENABLED", "TTT_ENABLED", "PHASED_TTT_ENABLED", "QAT_ENABLED", "OPTROT_ENABLED"), inert("0")),
-}
-
-
-def refuse_near_miss(variable: str, names: Sequence[str]) -> None:
-    """UserError for a variable that looks meant for us but is none of `names`; others pass."""
-    close = difflib.get_close_matches(variable, names, 1, 0.87)
+def refuse_near_miss(variable: str) -> None:
+    """UserError for a variable that looks meant for us but is none of NAMES; others pass."""
+    close = difflib.get_close_matches(variable, NAMES, 1, 0.87)
     if variable in NOT_OURS or not (close or FAMILY_WORDS & set(variable.split("_"))):
         return
-    guess = close or difflib.get_close_matches(variable, names, 1, 0.5)
+    guess = close or difflib.get_close_matches(variable, NAMES, 1, 0.5)
     hint = f"did you mean {guess[0]}?" if guess else "no setting has this name."
     raise UserError(f"{variable}: unknown setting; {hint} See --help; unset it if it is not meant for this program")
 
@@ -563,10 +516,7 @@ class World:
 
     def share(self, value: Any) -> Any:
         """Rank 0's value."""
-        box = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
-        return box[0]
+        return self.gather(value)[0]
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order."""
@@ -598,11 +548,9 @@ def choose_device(config: Config, local_rank: int) -> torch.device:
     """auto -> cuda, else cpu. UserError where the asked device is missing or cannot serve this process."""
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError("DEVICE=cuda: torch finds no CUDA device; check the driver or use DEVICE=cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(f"{local_rank + 1} or more processes on this host, {torch.cuda.device_count()} GPUs: "
-                        "lower --nproc_per_node")
+    require(torch.cuda.is_available(), "DEVICE=cuda: torch finds no CUDA device; check the driver or use DEVICE=cpu")
+    require(local_rank < (gpus := torch.cuda.device_count()),
+            f"{local_rank + 1} or more processes on this host, {gpus} GPUs: lower --nproc_per_node")
     return torch.device("cuda", local_rank)
 
 
@@ -637,32 +585,28 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def naming_path(path: Path, variable: str):
-    """Turns OSError into a UserError that names the file and the variable that moves it elsewhere."""
+    """Turns OSError into a UserError that names the file and the variable that moves it elsewhere.
+
+    RuntimeError too: torch.save's writer turns a full disk into that.
+    """
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path}: {reason}; free the space or the permission, or set {variable}") from None
 
 
 def write_atomic(path: Path, write: Callable[[Any], Any], variable: str) -> None:
     """Calls write(file) on a temporary name, renames: `path` is old or new, never half. UserError for a full disk."""
     temporary = path.with_name(f".{path.name}.part")
-    with naming_path(path, variable):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except RuntimeError as error:  # torch.save's writer turns a full disk into this
-            temporary.unlink(missing_ok=True)
-            raise OSError(first_line(error)) from None
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
+    with naming_path(path, variable), contextlib.ExitStack() as stack:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stack.callback(temporary.unlink, missing_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
 class StopRequest:
@@ -696,6 +640,7 @@ class StopRequest:
 # ====================================================================================================================
 
 SHARD_MAGIC, SHARD_HEADER_INTS = 20240520, 256
+SPACE = "\u2581"  # in the pieces of a SentencePiece model
 PREPARE_HINT = "python data/prepare.py SOURCE... makes shards from any text"
 
 
@@ -721,8 +666,7 @@ def read_shard(path: Path) -> np.ndarray:
     expected = 4 * SHARD_HEADER_INTS + 2 * int(header[2])
     if size != expected:
         raise UserError(f"{path}: {size} bytes, its header promises {expected}: truncated or altered; make it again")
-    if not header[2]:
-        raise UserError(f"{path}: holds no tokens; remove it or make it again")
+    require(header[2], f"{path}: holds no tokens; remove it or make it again")
     return np.memmap(path, "<u2", "r", offset=4 * SHARD_HEADER_INTS)
 
 
@@ -885,12 +829,10 @@ class Dataset:
 
 def find_shards(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
     """Folder -> (training, validation, validation byte sidecar) shards by name. UserError where one kind is missing."""
-    train, val = sorted(folder.glob("fineweb_train_*.bin")), sorted(folder.glob("fineweb_val_*.bin"))
-    sidecar = [path for path in val if "_bytes_" in path.name]
+    train, val, sidecar = (sorted(folder.glob(f"fineweb_{kind}_*.bin")) for kind in ("train", "val", "val*_bytes"))
     val = [path for path in val if path not in sidecar]
     for paths, kind in ((train, "train"), (val, "val")):
-        if not paths:
-            raise UserError(f"DATA_PATH={folder}: no fineweb_{kind}_*.bin in it; {PREPARE_HINT}")
+        require(paths, f"DATA_PATH={folder}: no fineweb_{kind}_*.bin in it; {PREPARE_HINT}")
     if sidecar and len(sidecar) != len(val):
         raise UserError(f"{folder}: {len(val)} validation shards, {len(sidecar)} byte sidecars: fetch what is missing")
     return train, val, sidecar
@@ -931,13 +873,9 @@ def scan_shard(stream: TokenStream, shard: int, val_keys: np.ndarray, val_digest
     """Reads a shard once. Documents are looked up whole: one that continues in the next shard belongs to this one."""
     ids, end = np.array(stream.shards[shard]), int(stream.offsets[shard + 1])
     sha256 = hashlib.sha256(ids.data).hexdigest()
-    tail, rest = 0, len(stream) - end  # the last document ends at the next BOS
-    while tail < rest:
-        more = stream.slice(end + tail, min(1 << 16, rest - tail))
-        found = np.flatnonzero(more == BOS)
-        tail += int(found[0]) if len(found) else len(more)
-        if len(found):
-            break
+    blocks = (range(first, min(first + (1 << 16), len(stream))) for first in range(end, len(stream), 1 << 16))
+    found = (block[i] for block in blocks for i in np.flatnonzero(stream.slice(block[0], len(block)) == BOS))
+    tail = next(found, len(stream)) - end  # the last document ends at the next BOS
     whole = np.concatenate((ids, stream.slice(end, tail))) if tail else ids
     bounds = document_bounds(whole)
     if shard and len(bounds) > 2 and whole[0] != BOS:
@@ -952,20 +890,15 @@ def scan_shard(stream: TokenStream, shard: int, val_keys: np.ndarray, val_digest
 def open_dataset(config: Config, world: World) -> Dataset:
     """Finds, reads and checks training shards, validation shards, sidecar and tokenizer. UserError for any fault."""
     folder = resolve_path(config.data_path or f"{config.data_dir}/datasets/fineweb10B_sp{config.vocab_size}")
-    if not folder.is_dir():
-        raise UserError(f"DATA_PATH={folder}: no such folder; {PREPARE_HINT}")
+    require(folder.is_dir(), f"DATA_PATH={folder}: no such folder; {PREPARE_HINT}")
     train_paths, val_paths, sidecar_paths = find_shards(folder)
     train, val = TokenStream(train_paths), TokenStream(val_paths)
     val_tokens = val.slice(0, len(val))
-    if len(val_tokens) < 2:
-        raise UserError(f"{val_paths[0]}: holds no target to score; {PREPARE_HINT}")
+    require(len(val_tokens) > 1, f"{val_paths[0]}: holds no target to score; {PREPARE_HINT}")
     check_tokens(int(val_tokens.max()), config, val_paths[0])
     tokenizer, sha256 = load_tokenizer(config, bool(sidecar_paths))
     notes = check_manifest(folder, sha256)
-    if sidecar_paths:
-        val_bytes = read_sidecar(val, sidecar_paths, tokenizer)
-    else:
-        val_bytes = table_bytes(val_tokens, tokenizer)
+    val_bytes = read_sidecar(val, sidecar_paths, tokenizer) if sidecar_paths else table_bytes(val_tokens, tokenizer)
     bounds = document_bounds(val_tokens)
     keys = np.unique(document_keys(val_tokens, bounds))
     digests = {digest(val_tokens[a:b]) for a, b in zip(bounds[:-1], bounds[1:]) if b - a > 1}  # empty: all equal
@@ -991,29 +924,25 @@ def open_dataset(config: Config, world: World) -> Dataset:
 
 
 def check_tokens(largest: int, config: Config, path: Path) -> None:
-    if largest >= config.vocab_size:
-        raise UserError(f"{path}: holds token {largest}, outside VOCAB_SIZE={config.vocab_size}: set the vocabulary of "
-                        "these shards")
+    require(largest < config.vocab_size, f"{path}: holds token {largest}, outside VOCAB_SIZE={config.vocab_size}: "
+            "set the vocabulary of these shards")
 
 
 def load_tokenizer(config: Config, optional: bool) -> tuple[Any, str]:
     """-> (SentencePiece processor or None, sha256 of the file). UserError for a missing or unsuitable model."""
     import sentencepiece
     path = resolve_path(config.tokenizer_path or f"{config.data_dir}/tokenizers/fineweb_{config.vocab_size}_bpe.model")
-    if not path.is_file():
-        if optional and not config.tokenizer_path:
-            return None, ""
-        raise UserError(f"TOKENIZER_PATH={path}: no such file, but it counts the bytes of the text; {PREPARE_HINT}")
+    if optional and not config.tokenizer_path and not path.is_file():
+        return None, ""
+    require(path.is_file(), f"TOKENIZER_PATH={path}: no such file, but it counts the bytes of the text; {PREPARE_HINT}")
     model = path.read_bytes()
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError:
         raise UserError(f"TOKENIZER_PATH={path}: not a SentencePiece model") from None
-    if tokenizer.vocab_size() != config.vocab_size:
-        raise UserError(f"TOKENIZER_PATH={path}: has {tokenizer.vocab_size()} pieces, VOCAB_SIZE={config.vocab_size}: "
-                        "set the one that made the shards")
-    if tokenizer.bos_id() not in (BOS, -1):
-        raise UserError(f"TOKENIZER_PATH={path}: its BOS is {tokenizer.bos_id()}, shards use {BOS}")
+    require((size := tokenizer.vocab_size()) == config.vocab_size, f"TOKENIZER_PATH={path}: has {size} pieces, "
+            f"VOCAB_SIZE={config.vocab_size}: set the one that made the shards")
+    require((bos := tokenizer.bos_id()) in (BOS, -1), f"TOKENIZER_PATH={path}: its BOS is {bos}, shards use {BOS}")
     return tokenizer, hashlib.sha256(model).hexdigest()
 
 
@@ -1026,27 +955,19 @@ def check_manifest(folder: Path, tokenizer_sha256: str) -> list[str]:
         return [f"{folder}: no manifest.json; whether the tokenizer is that of the shards is not known"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{folder / 'manifest.json'}: unreadable; make the data again or remove it") from None
-    if tokenizer_sha256 and tokenizer_sha256 != expected:
-        raise UserError(f"{folder / 'manifest.json'}: the shards were made with tokenizer {expected[:12]}, "
-                        f"TOKENIZER_PATH is {tokenizer_sha256[:12]}: set the right one")
+    require(tokenizer_sha256 in ("", expected), f"{folder / 'manifest.json'}: the shards were made with tokenizer "
+            f"{expected[:12]}, TOKENIZER_PATH is {tokenizer_sha256[:12]}: set the right one")
     return []
 
 
 def byte_table(tokenizer: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """SentencePiece model -> per id: bytes without the first space (int64), has that space, is no text (both bool)."""
-    size = tokenizer.vocab_size()
-    count, space, silent = np.zeros(size, np.int64), np.zeros(size, bool), np.ones(size, bool)
-    for i in range(size):
-        if tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i):
-            continue
-        silent[i] = False
-        piece = tokenizer.id_to_piece(i)
-        if tokenizer.is_byte(i):
-            count[i] = 1
-            continue
-        space[i] = piece.startswith("\u2581")
-        count[i] = len(piece[int(space[i]):].replace("\u2581", " ").encode())
-    return count, space, silent
+    ids = range(tokenizer.vocab_size())
+    silent = np.array([tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i) for i in ids])
+    byte = np.array([tokenizer.is_byte(i) for i in ids])
+    space = np.array([tokenizer.id_to_piece(i).startswith(SPACE) for i in ids]) & ~silent & ~byte
+    size = np.array([len(tokenizer.id_to_piece(i).replace(SPACE, " ").encode()) for i in ids], np.int64)
+    return np.where(silent, 0, np.where(byte, 1, size - space)), space, silent
 
 
 def prefix_tokens(tokenizer: Any) -> np.ndarray:
@@ -1054,11 +975,10 @@ def prefix_tokens(tokenizer: Any) -> np.ndarray:
 
     A lone space is no prefix. For the auxiliary loss of modded-nanogpt's PR 337.
     """
-    plain = [i for i in range(tokenizer.vocab_size()) if not (
-        tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i) or tokenizer.is_byte(i))]
-    ids = {tokenizer.id_to_piece(i): i for i in plain}
-    ids.pop("\u2581", None)
-    result = np.full(tokenizer.vocab_size(), -1, np.int64)
+    silent = byte_table(tokenizer)[2]
+    ids = {tokenizer.id_to_piece(i): i for i in range(len(silent)) if not (silent[i] or tokenizer.is_byte(i))}
+    ids.pop(SPACE, None)
+    result = np.full(len(silent), -1, np.int64)
     for piece, i in ids.items():
         result[i] = next((ids[piece[:n]] for n in range(len(piece) - 1, 0, -1) if piece[:n] in ids), -1)
     return result
@@ -1083,12 +1003,11 @@ def table_bytes(tokens: np.ndarray, tokenizer: Any) -> np.ndarray:
         start, end = bounds[i], bounds[i + 1]
         text = tokenizer.decode(tokens[start + 1:end].tolist())
         strange += tokenizer.encode(text) != tokens[start + 1:end].tolist()
-        if int(val_bytes[start:end - 1].sum()) != len(text.encode()):
-            raise UserError(f"validation document {i}: {int(val_bytes[start:end - 1].sum())} bytes by the piece table, "
-                            f"{len(text.encode())} decoded: TOKENIZER_PATH does not fit these shards")
-    if 10 * strange > len(sample):
-        raise UserError(f"TOKENIZER_PATH: encodes {strange} of {len(sample)} decoded validation documents to other "
-                        "tokens than the shards hold: set the tokenizer that made them")
+        require((by_table := int(val_bytes[start:end - 1].sum())) == (decoded := len(text.encode())),
+                f"validation document {i}: {by_table} bytes by the piece table, {decoded} decoded: TOKENIZER_PATH does "
+                "not fit these shards")
+    require(10 * strange <= len(sample), f"TOKENIZER_PATH: encodes {strange} of {len(sample)} decoded validation "
+            "documents to other tokens than the shards hold: set the tokenizer that made them")
     return val_bytes
 
 
@@ -2122,11 +2041,9 @@ class GPT(nn.Module):
         return columns[0] if targets.dim() == 1 else torch.stack(columns, 1)
 
 
-def compile_model(model: GPT, how: str) -> Forward:
-    """The same function, compiled: as a whole, in parts (few graphs, since all layers share them), or as it is ("")."""
-    if how == "whole":
-        return torch.compile(model, dynamic=False, fullgraph=True)
-    for name in ("embed", "block", "merge", "nats") if how == "parts" else ():
+def compile_model(model: GPT, compiled: bool) -> Forward:
+    """The same function, compiled if so asked: in parts, which makes few graphs, since all layers share them."""
+    for name in ("embed", "block", "merge", "nats") if compiled else ():
         setattr(model, name, torch.compile(getattr(model, name), dynamic=False, fullgraph=True))
     return model
 
@@ -2516,7 +2433,7 @@ class Recorded(NamedTuple):
 class Trainer:
     """Model, optimizer and averages, and the loop over steps."""
 
-    def __init__(self, config: Config, world: World, log: Log, dataset: Dataset, attention: Attention, compiled: str,
+    def __init__(self, config: Config, world: World, log: Log, dataset: Dataset, attention: Attention, compiled: bool,
                  fake_quantize: FakeQuantize | None = None):
         self.config, self.world, self.log, self.compiled = config, world, log, compiled
         self.fake_quantize, self.fingerprint = fake_quantize, dataset.fingerprint
@@ -2761,12 +2678,10 @@ class Trainer:
         except Exception as error:  # whatever an unpickler can make of a broken file
             raise UserError(f"RESUME={path}: no readable checkpoint ({first_line(error):.120})") from None
         for name, value in model_fields(self.config).items():
-            if saved_model.get(name) != value:
-                raise UserError(f"RESUME={path}: was trained with {name.upper()}={saved_model.get(name)}, now {value}: "
-                                "use the same settings")
-        if saved_data != self.fingerprint:
-            raise UserError(f"RESUME={path}: was trained on data {saved_data[:12]}, DATA_PATH holds "
-                            f"{self.fingerprint[:12]}: use the same data")
+            require((saved := saved_model.get(name)) == value,
+                    f"RESUME={path}: was trained with {name.upper()}={saved}, now {value}: use the same settings")
+        require(saved_data == self.fingerprint, f"RESUME={path}: was trained on data {saved_data[:12]}, DATA_PATH "
+                f"holds {self.fingerprint[:12]}: use the same data")
         if bool(state["averages"]) != bool(self.averages):
             raise UserError(f"RESUME={path}: EMA_DECAY={self.config.ema_decay} switches averaging on or off; keep it")
         for name, parameter in self.params.items():
@@ -3319,22 +3234,20 @@ def fit_artifact(config: Config, weights: Mapping[str, Tensor], guides: Mapping[
             slope = min(max((last[1] - len(data)) / (power - last[0]), count / 400), count / 8)
         last = power, len(data)
         power += (len(data) - 0.9995 * target) / slope
-    if not best:
-        raise UserError(f"TARGET_BYTES={config.target_bytes}: steps {2 ** last[0]:.3g} times those of MATRIX_BITS "
-                        f"leave {len(data)} bytes, and the code has {code_bytes}; take a smaller model")
+    require(best, f"TARGET_BYTES={config.target_bytes}: steps {2 ** last[0]:.3g} times those of MATRIX_BITS leave "
+            f"{len(data)} bytes, and the code has {code_bytes}; take a smaller model")
     return best
 
 
 def unpack_artifact(data: bytes, where: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The artifact's bytes -> (header, {name: float32 weights}). UserError for what pack_artifact did not write."""
     prefix = len(ARTIFACT_MAGIC)
-    if len(data) < prefix or data[:prefix - 1] != ARTIFACT_MAGIC[:-1]:
-        raise UserError(f"{where}: no artifact of this program")
-    if data[prefix - 1] != ARTIFACT_MAGIC[-1]:
-        raise UserError(f"{where}: artifact version {data[prefix - 1]}, this program reads {ARTIFACT_MAGIC[-1]}")
-    body = data[:-32]
-    if hashlib.sha256(body).digest() != data[-32:]:
-        raise UserError(f"{where}: truncated or altered, its sha256 does not fit; copy or make it again")
+    *magic, version = ARTIFACT_MAGIC
+    require(data[:prefix - 1] == bytes(magic) and len(data) >= prefix, f"{where}: no artifact of this program")
+    require(data[prefix - 1] == version, f"{where}: artifact version {data[prefix - 1]}, this program reads {version}")
+    body, checksum = data[:-32], data[-32:]
+    require(hashlib.sha256(body).digest() == checksum,
+            f"{where}: truncated or altered, its sha256 does not fit; copy or make it again")
     file = io.BytesIO(body[prefix:])
     header = json.loads(zlib.decompress(file.read(int.from_bytes(file.read(4), "little"))))
     streams = [file.read(length) for length in header["streams"]]
@@ -3495,7 +3408,7 @@ class Ledger:
 class Evaluator:
     """Scores the validation tokens with any weights; every rank takes its share of the windows."""
 
-    def __init__(self, config: Config, world: World, log: Log, dataset: Dataset, compiled: str):
+    def __init__(self, config: Config, world: World, log: Log, dataset: Dataset, compiled: bool):
         self.config, self.world, self.log, self.dataset, self.compiled = config, world, log, dataset, compiled
         self.stages: dict[str, Score] = {}
         # roughly the bytes of a token's logits and activations
@@ -3857,7 +3770,7 @@ def describe_dataset(log: Log, dataset: Dataset, notes: Sequence[str]) -> None:
 
 def describe_model(log: Log, config: Config, trainer: Trainer, attention: str) -> None:
     """Its size, its engine, and the order in which its layers are applied."""
-    log(f"num_params:{trainer.num_params} attention:{attention} compile:{trainer.compiled or 0} "
+    log(f"num_params:{trainer.num_params} attention:{attention} compile:{int(trainer.compiled)} "
         f"kernels:{trainer.model.kernels.names} accumulation_steps:{config.accumulation_steps(trainer.world.size)}")
     for looping in sorted({False, bool(config.num_loops)}):
         log(f"plan looping:{int(looping)} {describe_plan(config, trainer.model.plans[looping])}")
@@ -3871,9 +3784,8 @@ def check_disk(config: Config, trainer: Trainer, artifact_path: Path) -> None:
         write_atomic(probe, lambda file: file.write(b"probe"), variable)
         probe.unlink()
         free = shutil.disk_usage(path.parent).free
-        if path.is_dir() or free < needed:
-            raise UserError(f"{variable}: {path} is a folder, or its disk is full ({free:,} bytes free, {needed:,} "
-                            f"needed); free some or set {variable}")
+        require(free >= needed and not path.is_dir(), f"{variable}: {path} is a folder, or its disk is full ({free:,} "
+                f"bytes free, {needed:,} needed); free some or set {variable}")
 
 
 def preflight(config: Config, log: Log, trainer: Trainer, code_bytes: int) -> None:
@@ -3925,7 +3837,7 @@ def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequ
     start = time.perf_counter()
     model, artifact_bytes = reload(config, world, artifact_path, attention)
     if config.eval_mode == "adapted":  # nothing to compile: the kernels do most of it, and adapters come in many shapes
-        evaluator.compiled, model.fused = "", True
+        evaluator.compiled, model.fused = False, True
     forward = compile_model(model, evaluator.compiled)
     evaluator.keep("quantized", evaluator.score(forward, config.eval_seq_len))
     if config.eval_mode == "sliding":
@@ -4000,15 +3912,15 @@ def reload(config: Config, world: World, path: Path, attention: Attention) -> tu
     return model, size
 
 
-def use_compile(config: Config, world: World, attention: str) -> str:
-    """How to compile, "" = not at all. auto: on CUDA, where attention takes packed segments directly."""
-    if world.device.type != "cuda":
-        if config.compile not in ("auto", "0"):
-            raise UserError(f"COMPILE={config.compile}: needs CUDA, this is {world.device.type}; use COMPILE=auto")
-        return ""
+def use_compile(config: Config, world: World, attention: str) -> bool:
+    """Whether to compile. auto: on CUDA, where attention takes packed segments directly. UserError without CUDA."""
+    on_gpu = world.device.type == "cuda"
+    if config.compile == "0" or (config.compile == "auto" and not (on_gpu and attention != "sdpa")):
+        return False
+    if not on_gpu:
+        raise UserError(f"COMPILE={config.compile}: needs CUDA, this is {world.device.type}; use COMPILE=auto")
     torch._dynamo.config.recompile_limit = 64  # graphs: the stages of training, and scoring, with their shapes
-    how = "parts" if config.compile == "auto" and attention != "sdpa" else config.compile
-    return how if how in ("whole", "parts") else ""
+    return True
 
 
 def report_result(config: Config, world: World, log: Log, dataset: Dataset, trainer: Trainer,
@@ -4049,9 +3961,8 @@ def main(environ: Mapping[str, str], arguments: Sequence[str] = ()) -> int:
     rank = environ.get("RANK", "0")
     stop = StopRequest()
     try:
-        version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-        if version < MIN_TORCH:
-            raise UserError(f"torch {torch.__version__} is too old: {MIN_TORCH[0]}.{MIN_TORCH[1]} or newer is needed")
+        require(tuple(map(int, torch.__version__.split(".")[:2])) >= MIN_TORCH,
+                f"torch {torch.__version__} is too old: {MIN_TORCH[0]}.{MIN_TORCH[1]} or newer is needed")
         stop.install()
         config, notes = Config.from_env(environ)
         world = World.start(config, environ)

@@ -171,7 +171,7 @@ class Comparison:
 
     def bits_per_byte(self) -> float:
         log: Any = SimpleNamespace(progress=lambda text: None)
-        evaluator = train_gpt.Evaluator(self.config, self.world, log, self.dataset, "")
+        evaluator = train_gpt.Evaluator(self.config, self.world, log, self.dataset, False)
         return evaluator.score(self.model, self.config.eval_seq_len).val_bpb
 
     def bank(self, name: str) -> torch.Tensor:

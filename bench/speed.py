@@ -150,7 +150,7 @@ def report(config: Config, world: World, repeats: int) -> None:
         return
     tokens = config.micro_batch_tokens
     print(f"train_gpt:{train_gpt.VERSION} torch:{torch.__version__} device:{world.describe()} world_size:{world.size} "
-          f"attention:{name} compile:{compiled or 0} params:{trainer.num_params:,}")
+          f"attention:{name} compile:{int(compiled)} params:{trainer.num_params:,}")
     header, rows = ["stage", "tokens/s", "ms a micro-batch", "forward + backward", "forward", "optimizer ms a step",
                     "utilization", "first steps, s"], []
     for stage, m in measured.items():

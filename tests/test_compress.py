@@ -128,7 +128,7 @@ def test_every_setting_that_shapes_the_parameters_is_in_the_header():
             continue
         for other in (not value,) if f.type is bool else (value / 2, value * 2, value + 1):
             try:
-                changed = Config(**{**config.__dict__, f.name: f.type(other)})
+                changed = Config(**{**config.__dict__, f.name: train_gpt.KINDS[f.name](other)})
             except UserError:
                 continue
             assert param_shapes(changed) == param_shapes(config), f.name

@@ -175,7 +175,7 @@ def test_the_model_with_kernels_has_the_gradients_of_the_plain_one(looping):
             for p in model.parameters():
                 p.add_(torch.randn(p.shape, generator=random), alpha=0.02 if p.dim() == 3 else 0.1)
         model.cuda().looping = looping
-        nats = compile_model(model, "parts" if form == "fused" else "")(*batch)
+        nats = compile_model(model, form == "fused")(*batch)
         nats.mean().backward()
         grads[form] = {"nats": nats.detach(), **{name: p.grad for name, p in model.named_parameters()}}
     for name, exact in grads["exact"].items():

@@ -390,7 +390,7 @@ def test_rows_are_unique_used_and_name_config_fields():
     keys = written_keys(table)
     assert len(keys) == len(set(keys)) and set(keys) == set(PARAM_TABLE)
     assert set().union(*map(param_shapes, OPTIONS.values())) == set(PARAM_TABLE), "rows without use"
-    types = {f.name: f.type for f in fields(Config)} | {"embedding_lr": float}  # that of the tied or the untied one
+    types = train_gpt.KINDS | {"embedding_lr": float}  # that of the tied or the untied one
     assert Config(tied_embed_lr=0.1, embed_lr=0.2).embedding_lr == 0.1
     assert Config(tied_embed_lr=0.1, embed_lr=0.2, tie_embeddings=False).embedding_lr == 0.2
     for name, role in PARAM_TABLE.items():

@@ -413,9 +413,8 @@ MISTAKES = {  # name -> (variables, what the line says)
     "no tokenizer": ({"TOKENIZER_PATH": "{file}"}, "TOKENIZER_PATH={file}: not a SentencePiece model"),
     "absent tokenizer": ({"TOKENIZER_PATH": "/nowhere.model"}, "TOKENIZER_PATH=/nowhere.model: no such file"),
     "vocabulary": ({"VOCAB_SIZE": "50"}, "outside VOCAB_SIZE=50"),
-    "compile": ({"COMPILE": "whole"}, "COMPILE=whole: needs CUDA, this is cpu; use COMPILE=auto"),
-    "compile parts": ({"COMPILE": "parts"}, "COMPILE=parts: needs CUDA, this is cpu; use COMPILE=auto"),
-    "compile how": ({"COMPILE": "1"}, "COMPILE=1: must be one of auto, 0, whole, parts"),
+    "compile": ({"COMPILE": "1"}, "COMPILE=1: needs CUDA, this is cpu; use COMPILE=auto"),
+    "compile how": ({"COMPILE": "whole"}, "COMPILE=whole: must be one of auto, 0, 1"),
     "batch schedule": ({"BATCH_SCHEDULE": "0.3@0.5,1@1"}, "BATCH_SCHEDULE: 0.3 x TRAIN_BATCH_TOKENS=512 is not a"),
     "prefixes": ({"PREFIX_LOSS": "0.1"}, "PREFIX_LOSS=0.1: needs the pieces of the tokenizer; set TOKENIZER_PATH"),
     "no gpu": ({"DEVICE": "cuda"}, "DEVICE=cuda: torch finds no CUDA device; check the driver or use DEVICE=cpu"),
@@ -462,9 +461,9 @@ def test_a_mistake_ends_all_processes(data, tmp_path):
 
 
 def test_the_command_line_passes_the_exit_code_on(data, tmp_path):
-    done = run(settings(data, tmp_path / "logs", COMPILE="whole"))
+    done = run(settings(data, tmp_path / "logs", COMPILE="1"))
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr == "error: COMPILE=whole: needs CUDA, this is cpu; use COMPILE=auto\n"
+    assert done.stderr == "error: COMPILE=1: needs CUDA, this is cpu; use COMPILE=auto\n"
 
 
 def test_out_of_memory_names_the_variable(inside, monkeypatch):
