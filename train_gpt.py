@@ -227,6 +227,8 @@ class Config:
     eval_seq_len: Count = 2048  # tokens of the longest context
     eval_stride: Count = 64  # tokens between sliding windows
     eval_mode: str = "sliding"  # stage that is the score: packed (each token once, cheap), sliding or adapted
+    eval_only: str = ""  # artifact that is scored, without training; its model's settings need not be given
+    audit: bool = False  # afterwards: is the score of a sample blind to later tokens, and a sum over all tokens 1?
     eval_budget_seconds: Positive = 600.0  # of evaluation: adaptation, never scoring, is cut where it would take longer
     # --- test-time training, of EVAL_MODE=adapted
     ttt_strategy: str = "documents"  # documents: adapters for each, started anew; stream: all weights, text in a row
@@ -436,8 +438,15 @@ ALIASES: dict[str, str | dict[str, tuple[str, Any] | None]] = {
     "LATE_QAT": {"0": ("late_qat_threshold", 0.0), "1": None}, "PARALLEL_FINAL_LANE": {"mean": None},
     "SMEAR_GATE_BOS_FIX": {"1": None}, "SPARSE_ATTN_GATE_INIT_STD": {"0": None, "0.0": None},
     "FUSED_CE_ENABLED": {"0": None, "1": None}, "CASEOPS_ENABLED": {"0": None, "1": None},
-    **{name: {"0": None} for name in ("LQER_ENABLED", "TTT_ENABLED", "PHASED_TTT_ENABLED", "QAT_ENABLED",
-                                      "OPTROT_ENABLED", "ROPE_YARN")}}
+    "TTT_ENABLED": {"0": None, "1": ("eval_mode", "adapted")}, "TTT_EVAL_SEQ_LEN": "eval_seq_len",
+    "PHASED_TTT_ENABLED": {"0": ("phased_ttt_num_phases", 0), "1": None}, "TTT_LR": "global_ttt_lr",
+    "TTT_EPOCHS": "global_ttt_epochs", "TTT_CHUNK_TOKENS": "global_ttt_chunk_tokens",
+    "TTT_MOMENTUM": "global_ttt_momentum", "TTT_GRAD_CLIP": "global_ttt_grad_clip",
+    "TTT_K_LORA": {"0": ("ttt_targets", "q,v,out,mlp,head"), "1": None},
+    "TTT_MASK": {"no_qv": ("ttt_targets", "k,out,mlp,head"), "": None}, "TTT_O_LORA": {"1": None},
+    "TTT_MLP_LORA": {"1": None},
+    **{name: {"0": None} for name in ("LQER_ENABLED", "QAT_ENABLED", "OPTROT_ENABLED", "ROPE_YARN",
+                                      "NGRAM_TILT_ENABLED")}}
 NAMES = {name.upper(): name for name in KINDS} | ALIASES
 
 
@@ -3484,6 +3493,9 @@ class Evaluator:
 # ====================================================================================================================
 
 
+AUDIT_TOKENS = 4096  # of the sample
+
+
 class Group(NamedTuple):
     """Documents that are scored side by side, chunk by chunk."""
 
@@ -3550,12 +3562,16 @@ class TestTimeTrainer:
         self.adapters: dict[int, tuple[dict[str, Tensor], torch.optim.Optimizer]] = {}
         model.requires_grad_(False).fused = True
 
-    def run(self) -> Score:
-        """-> the score of all targets."""
+    def run(self) -> Ledger:
+        """Scores all targets."""
+        self.run_stream() if self.config.ttt_strategy == "stream" else self.run_documents()
+        self.evaluator.log(f"adaptation scored_chunks:{self.scored_chunks} learned_chunks:{self.learned_chunks} "
+                           f"groups_without:{self.skipped_groups} legal:{int(not self.config.ttt_unsafe_multi_epoch)}")
+        return self.ledger
+
+    def run_documents(self) -> None:
+        """Scores the documents in phases; behind each, all weights learn from what was scored so far."""
         config = self.config
-        if config.ttt_strategy == "stream":
-            self.run_stream()
-            return self.ledger.score(self.world)
         everything = np.argsort(-self.lengths, kind="stable").tolist() if config.ttt_order == "length" \
             else list(range(len(self.lengths)))
         prefix, phases = min(config.phased_ttt_prefix_docs, len(everything)), config.phased_ttt_num_phases
@@ -3565,7 +3581,6 @@ class TestTimeTrainer:
             if last < len(everything):
                 rows = np.concatenate([self.windows_of(document) for document in everything[:last]])
                 self.learn_stream(batch_windows(rows, config.global_ttt_chunk_tokens))
-        return self.ledger.score(self.world)
 
     # --- adapters of documents
     def score_documents(self, documents: Sequence[int]) -> None:
@@ -3744,6 +3759,48 @@ def cosine(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def score_model(config: Config, evaluator: Evaluator, model: GPT, started: float) -> Ledger:
+    """Scores all targets as EVAL_MODE says; `started` on the evaluation's clock."""
+    if config.eval_mode == "adapted":
+        return TestTimeTrainer(config, evaluator, model, started).run()
+    rows = evaluator.rows(config.eval_seq_len if config.eval_mode == "packed" else config.eval_stride)
+    ledger = Ledger(evaluator.dataset)
+    evaluator.score_rows(model, rows[evaluator.world.rank::evaluator.world.size], ledger)
+    return ledger
+
+
+def audit(config: Config, evaluator: Evaluator, make: Callable[[], GPT]) -> dict[str, Any]:
+    """Scores the beginning of the text twice, and once with another token at a random place -> what that tells.
+
+    No target before the changed token may have another score, beyond what two equal runs differ by. `make` gives a
+    model as the artifact has it. Also: how far a sum of probabilities over the vocabulary is from 1.
+    """
+    dataset, world, random = evaluator.dataset, evaluator.world, np.random.default_rng(config.seed)
+    tokens = np.array(dataset.val_tokens[:AUDIT_TOKENS])
+    inside = np.flatnonzero(tokens[2:] != BOS) + 2
+    place, changed = int(random.choice(inside)) if len(inside) else len(tokens), tokens.copy()
+    changed[place:place + 1] = max((int(tokens[place % len(tokens)]) + 1) % config.vocab_size, BOS + 1)
+
+    def nats_of(text: np.ndarray) -> np.ndarray:
+        sample = replace(dataset, val_tokens=text, val_bytes=dataset.val_bytes[:len(text) - 1])
+        quiet = Evaluator(config, world, Log(replace(world, rank=-1), config), sample, False)
+        return np.array(world.sum(score_model(config, quiet, make(), time.perf_counter()).nats.tolist()))
+    first, again, other = nats_of(tokens), nats_of(tokens), nats_of(changed)
+    earlier = np.arange(len(first)) < place - 1  # target i is token i + 1
+    if config.ttt_order == "length":  # of the same document: others may have been scored behind it
+        bounds = document_bounds(tokens[:-1])
+        earlier &= np.arange(len(first)) >= bounds[np.searchsorted(bounds, place - 1, "right") - 1]
+    segments = make_segments(np.zeros(1, np.int64), min(8, len(first)), 8, 0)
+    every = np.arange(config.vocab_size).repeat(min(8, len(first))).reshape(config.vocab_size, -1).T
+    with torch.no_grad():
+        nats = make()(*to_device(make_batch(tokens[:8][:len(first)], every, segments), world.device)).double()
+    noise, change, behind = (float(np.abs(x - first)[mask].max(initial=0)) for x, mask in (
+        (again, slice(None)), (other, earlier), (other, ~earlier)))
+    return {"sample_tokens": len(tokens), "changed_token": place, "noise_nats": noise, "change_before_nats": change,
+            "change_behind_nats": behind, "causal": change <= noise,
+            "probability_error": float((nats.neg().exp().sum(-1) - 1).abs().max())}
+
+
 # ====================================================================================================================
 # 13. main: the pipeline.
 # ====================================================================================================================
@@ -3811,18 +3868,45 @@ def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequ
     write_run_header(log, config, world, source)
     attention_name, attention = choose_attention(config.attention, world.device)
     compiled = use_compile(config, world, attention_name)
+    artifact_path = Path(config.eval_only or config.artifact_path or Path(config.log_dir) / f"{config.run_id}.artifact")
+    if config.eval_only:
+        config = replace(config, **model_fields(reload(config, world, artifact_path, attention)[0].config))
     dataset = open_dataset(config, world)
     describe_dataset(log, dataset, notes)
-    trainer = Trainer(config, world, log, dataset, attention, compiled, fake_quantizer(config))
-    describe_model(log, config, trainer, attention_name)
-    artifact_path = Path(config.artifact_path or Path(config.log_dir) / f"{config.run_id}.artifact")
-    if world.rank == 0:
-        check_disk(config, trainer, artifact_path)
-    if config.preflight:
-        preflight(config, log, trainer, code_bytes)
-        return 0
-
     evaluator = Evaluator(config, world, log, dataset, compiled)
+    facts = {"steps": 0, "train_tokens": 0, "train_seconds": 0.0, "compile_seconds": 0.0, "calibration_seconds": 0.0,
+             "num_params": sum(map(math.prod, param_shapes(config).values()))}
+    if not config.eval_only:
+        trainer = Trainer(config, world, log, dataset, attention, compiled, fake_quantizer(config))
+        describe_model(log, config, trainer, attention_name)
+        if world.rank == 0:
+            check_disk(config, trainer, artifact_path)
+        if config.preflight:
+            preflight(config, log, trainer, code_bytes)
+            return 0
+        facts |= make_artifact(config, trainer, evaluator, stop, artifact_path, code_bytes)
+
+    start = time.perf_counter()
+    model, header, artifact_bytes = reload(config, world, artifact_path, attention)
+    require(header["tokenizer_sha256"] == dataset.tokenizer_sha256, f"{artifact_path}: was made with tokenizer "
+            f"{header['tokenizer_sha256'][:12]}, TOKENIZER_PATH is {dataset.tokenizer_sha256[:12]}: set the right one")
+    if config.eval_mode == "adapted":  # nothing to compile: the kernels do most of it, and adapters come in many shapes
+        evaluator.compiled, model.fused = False, True
+    compile_model(model, evaluator.compiled)
+    evaluator.keep("quantized", evaluator.score(model, config.eval_seq_len))
+    if config.eval_mode != "packed":
+        evaluator.keep(config.eval_mode, score_model(config, evaluator, model, start).score(world))
+    measured = {**facts, "eval_seconds": round(time.perf_counter() - start, 3), "artifact_bytes": artifact_bytes,
+                "code_bytes": code_bytes, "submission_bytes": artifact_bytes + code_bytes,
+                "source_sha256": hashlib.sha256(source).hexdigest()}
+    found = audit(config, evaluator, lambda: reload(config, world, artifact_path, attention)[0]) if config.audit else {}
+    return report_result(config, world, log, dataset, evaluator.stages, measured, found)
+
+
+def make_artifact(config: Config, trainer: Trainer, evaluator: Evaluator, stop: StopRequest, path: Path,
+                  code_bytes: int) -> dict[str, Any]:
+    """Trains, averages, calibrates, and writes the artifact -> what is to be known of that."""
+    world, dataset = trainer.world, evaluator.dataset
     compile_seconds = train(config, trainer, evaluator, stop)
     trainer.model.eval()
     evaluator.keep("raw", evaluator.score(trainer.forward, config.eval_seq_len))
@@ -3831,27 +3915,10 @@ def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequ
     guides, calibration_seconds = calibrate_on_training_text(config, trainer, dataset)
     if world.rank == 0:
         info = {"looping": trainer.model.looping, "tokenizer_sha256": dataset.tokenizer_sha256}
-        data = fit_artifact(config, trainer.params, guides, info, code_bytes, log)
-        write_atomic(artifact_path, lambda file: file.write(data), "ARTIFACT_PATH")
-
-    start = time.perf_counter()
-    model, artifact_bytes = reload(config, world, artifact_path, attention)
-    if config.eval_mode == "adapted":  # nothing to compile: the kernels do most of it, and adapters come in many shapes
-        evaluator.compiled, model.fused = False, True
-    forward = compile_model(model, evaluator.compiled)
-    evaluator.keep("quantized", evaluator.score(forward, config.eval_seq_len))
-    if config.eval_mode == "sliding":
-        evaluator.keep("sliding", evaluator.score(forward, config.eval_stride))
-    if config.eval_mode == "adapted":
-        learner = TestTimeTrainer(config, evaluator, model, start)
-        evaluator.keep("adapted", learner.run())
-        log(f"adaptation scored_chunks:{learner.scored_chunks} learned_chunks:{learner.learned_chunks} "
-            f"groups_without:{learner.skipped_groups} legal:{int(not config.ttt_unsafe_multi_epoch)}")
-    return report_result(config, world, log, dataset, trainer, evaluator.stages, {
-        "compile_seconds": round(compile_seconds, 3), "calibration_seconds": round(calibration_seconds, 3),
-        "eval_seconds": round(time.perf_counter() - start, 3),
-        "artifact_bytes": artifact_bytes, "code_bytes": code_bytes, "submission_bytes": artifact_bytes + code_bytes,
-        "source_sha256": hashlib.sha256(source).hexdigest()})
+        data = fit_artifact(config, trainer.params, guides, info, code_bytes, trainer.log)
+        write_atomic(path, lambda file: file.write(data), "ARTIFACT_PATH")
+    return {"steps": trainer.step, "train_tokens": trainer.tokens, "train_seconds": round(trainer.elapsed_seconds, 3),
+            "compile_seconds": round(compile_seconds, 3), "calibration_seconds": round(calibration_seconds, 3)}
 
 
 def train(config: Config, trainer: Trainer, evaluator: Evaluator, stop: StopRequest) -> float:
@@ -3893,12 +3960,19 @@ def calibrate_on_training_text(config: Config, trainer: Trainer, dataset: Datase
     return guides, seconds
 
 
-def reload(config: Config, world: World, path: Path, attention: Attention) -> tuple[GPT, int]:
-    """Artifact file, read by rank 0 -> (model on every rank, made of nothing but the file's bytes; their number)."""
+def reload(config: Config, world: World, path: Path, attention: Attention) -> tuple[GPT, dict[str, Any], int]:
+    """Artifact file, read by rank 0 -> (model on every rank, made of nothing but the file; its header; its bytes).
+
+    UserError where the environment asks for another model.
+    """
     header, weights, size = None, {}, 0
     if world.rank == 0:
         (header, weights), size = read_artifact(path), path.stat().st_size
     header, size = world.share((header, size))
+    for f in fields(config) if config.eval_only else ():
+        wanted, kept = getattr(config, f.name), header["model"].get(f.name)
+        require(f.name not in header["model"] or wanted in (f.default, kept),
+                f"EVAL_ONLY={path}: was made with {f.name.upper()}={kept}, not {wanted}; leave it out")
     config = artifact_config(header, config)
     kernels = choose_kernels(replace(config, fp8_matmul=False), world.device)
     model = GPT(config, world.dtype, attention, kernels).to(world.device).eval()
@@ -3909,7 +3983,7 @@ def reload(config: Config, world: World, path: Path, attention: Attention) -> tu
                 parameter.copy_(weights[name])
             if world.size > 1:
                 dist.broadcast(parameter.detach(), 0)
-    return model, size
+    return model, header, size
 
 
 def use_compile(config: Config, world: World, attention: str) -> bool:
@@ -3923,14 +3997,14 @@ def use_compile(config: Config, world: World, attention: str) -> bool:
     return True
 
 
-def report_result(config: Config, world: World, log: Log, dataset: Dataset, trainer: Trainer,
-                  stages: Mapping[str, Score], measured: Mapping[str, Any]) -> int:
+def report_result(config: Config, world: World, log: Log, dataset: Dataset, stages: Mapping[str, Score],
+                  measured: Mapping[str, Any], audited: Mapping[str, Any]) -> int:
     """Logs sizes and the result line -> exit code: 3 where the submission is too large, else 0."""
     submission = measured["submission_bytes"]
     official = "quantized" if config.eval_mode == "packed" else config.eval_mode
     score, fits = stages[official], submission <= SIZE_LIMIT_BYTES
     in_time = measured["eval_seconds"] <= LIMIT_SECONDS and \
-        trainer.elapsed_seconds + measured["calibration_seconds"] <= LIMIT_SECONDS
+        measured["train_seconds"] + measured["calibration_seconds"] <= LIMIT_SECONDS
     log(f"artifact_bytes:{measured['artifact_bytes']} code_bytes:{measured['code_bytes']} "
         f"submission_bytes:{submission} limit_bytes:{SIZE_LIMIT_BYTES} fits:{int(fits)}")
     if not fits:
@@ -3939,15 +4013,15 @@ def report_result(config: Config, world: World, log: Log, dataset: Dataset, trai
     result = {
         "version": VERSION, "run_id": config.run_id, "seed": config.seed, "world_size": world.size,
         "device": world.describe(), "torch": torch.__version__, "data_fingerprint": dataset.fingerprint,
-        "overrides": config.overrides(), "steps": trainer.step, "train_tokens": trainer.tokens,
-        "train_seconds": round(trainer.elapsed_seconds, 3), "num_params": trainer.num_params,
+        "overrides": config.overrides(),
         "peak_memory_bytes": int(world.sum([world.peak_memory_bytes()], dist.ReduceOp.MAX)[0]),
         "stages": {name: stage.as_dict() for name, stage in stages.items()}, "official_stage": official,
         "val_loss": score.val_loss, "val_bpb": score.val_bpb, **measured,
         "headroom_bytes": SIZE_LIMIT_BYTES - submission, "fits": fits,
-        "legal": fits and in_time and dataset.leaked_documents == 0 and not config.ttt_unsafe_multi_epoch,
+        "legal": fits and in_time and dataset.leaked_documents == 0 and not config.ttt_unsafe_multi_epoch
+        and audited.get("causal", True) and audited.get("probability_error", 0) < 1e-4,
         "audit": {"scored_targets": score.tokens, "targets": len(dataset.val_tokens) - 1, "scored_bytes": score.bytes,
-                  "leaked_documents": dataset.leaked_documents, "in_time": in_time}}
+                  "leaked_documents": dataset.leaked_documents, "in_time": in_time, **audited}}
     log("result " + json.dumps(result))
     return 0 if fits or config.allow_oversize else 3
 
