@@ -1,0 +1,111 @@
+"""Small texts, models and runs of test-time training. As a program, under torchrun: one rank of such runs."""
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from helpers import randomize, single_world, tiny_config
+
+import train_gpt
+from train_gpt import BOS, GPT, Config, Dataset, Evaluator, TestTimeTrainer, World, document_bounds
+
+SEQ_LEN, VOCAB = 32, 64
+LENGTHS = (9, 1, 100, 40, 1, 33, 150, 16, 2, 64)  # targets of documents: one is longer than rows, two are single tokens
+# what several ranks must do as one does
+RUNS: dict[str, dict[str, Any]] = {
+    "documents": {},
+    "phases": {"phased_ttt_num_phases": 2, "phased_ttt_prefix_docs": 6},
+    "sgd": {"ttt_strategy": "stream", "ttt_optimizer": "sgd", "global_ttt_epochs": 2},
+    "adamw": {"ttt_strategy": "stream", "global_ttt_chunk_tokens": 0, "ttt_freeze_blocks": 1}}
+
+
+class QuietLog:
+    """Keeps what was logged."""
+
+    def __init__(self):
+        self.lines: list[str] = []
+
+    def __call__(self, text: str, to_terminal: bool = True) -> None:
+        self.lines.append(text)
+
+    def progress(self, text: str) -> None:
+        pass
+
+
+def adapt_config(**changes) -> Config:
+    """Settings whose adaptation moves the nats of a tiny model by whole percents."""
+    return tiny_config(**{
+        "eval_mode": "adapted", "eval_seq_len": SEQ_LEN, "eval_stride": 8, "val_batch_tokens": 128, "ttt_batch_size": 4,
+        "ttt_chunk_size": 16, "ttt_lora_rank": 4, "ttt_lora_alpha": 6.0, "ttt_lora_lr": 0.01,
+        "phased_ttt_num_phases": 0, "global_ttt_lr": 0.005, "global_ttt_chunk_tokens": 96} | changes)
+
+
+def make_text(lengths=LENGTHS, seed: int = 0) -> Dataset:
+    """Documents of so many targets; every token depends on the one before it, in a way of the document's own."""
+    random, tokens = np.random.default_rng(seed), []
+    for length in lengths:
+        tokens.append(BOS)
+        token, step = int(random.integers(2, VOCAB)), int(random.integers(1, 20))
+        for _ in range(length - 1):
+            tokens.append(token)
+            token = 2 + (token + step + int(random.integers(0, 2))) % (VOCAB - 2)
+    val = np.array([*tokens, 5], np.uint16)
+    return Dataset(None, val, np.where(val[1:] == BOS, 0, 1 + val[1:].astype(np.int64) % 5), "", "", 0, 0, None, [])
+
+
+def perturbed(text: Dataset, place: int) -> Dataset:
+    """The text with another token in that place; no document begins or ends elsewhere."""
+    tokens = text.val_tokens.copy()
+    assert tokens[place] != BOS
+    tokens[place] = 2 + (int(tokens[place]) - 1) % (VOCAB - 2)
+    return replace(text, val_tokens=tokens)
+
+
+def make_model(config: Config, seed: int = 3) -> GPT:
+    """With loops, if it has any, and no weight that is zero."""
+    model = GPT(config)
+    model.init_weights(0)
+    randomize(model, seed)
+    model.looping = bool(config.num_loops)
+    return model.eval()
+
+
+def make_learner(config: Config, text: Dataset, world: World | None = None, model: GPT | None = None,
+                 started: float | None = None, kind: type = TestTimeTrainer) -> TestTimeTrainer:
+    evaluator = Evaluator(config, world or single_world(), QuietLog(), text, "")
+    started = train_gpt.time.perf_counter() if started is None else started
+    return kind(config, evaluator, model or make_model(config), started)
+
+
+def adapted_nats(config: Config, text: Dataset, **options) -> np.ndarray:
+    """Nats of every target, by a model that is made anew."""
+    learner = make_learner(config, text, **options)
+    learner.run()
+    return learner.ledger.nats.copy()
+
+
+def bounds_of(text: Dataset) -> list[tuple[int, int]]:
+    """(first target, last + 1) of every document."""
+    bounds = document_bounds(text.val_tokens[:-1]).tolist()
+    return list(zip(bounds, bounds[1:]))
+
+
+def main(folder: Path) -> None:
+    """Every run as one rank of torchrun's; writes what this rank scored."""
+    torch.set_num_threads(1)
+    config, text = adapt_config(), make_text()
+    world = World.start(replace(config, device="cpu", train_batch_tokens=768 * 128), os.environ)
+    for name, changes in RUNS.items():
+        learner = make_learner(replace(config, **changes), text, world)
+        score = learner.run()
+        np.savez(folder / f"{name}_{world.rank}", nats=learner.ledger.nats, times=learner.ledger.times,
+                 total=[score.nats, score.tokens, score.bytes])
+    world.close()
+
+
+if __name__ == "__main__":
+    main(Path(os.environ["RESULTS"]))
+    sys.exit(0)
