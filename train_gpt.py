@@ -3791,7 +3791,7 @@ class TestTimeTrainer:
 
     def learn(self, rows: np.ndarray, optimizer: torch.optim.Optimizer, lr_scale: float) -> None:
         """One step of all weights on the targets of windows (W, 3), shared out over ranks."""
-        params = [p for settings in optimizer.param_groups for p in settings["params"]]
+        params, frozen = [p for settings in optimizer.param_groups for p in settings["params"]], []
         total = int((rows[:, 1] - rows[:, 0]).sum())
         for p in params:
             p.requires_grad_(True).grad = torch.zeros_like(p)
@@ -3799,10 +3799,11 @@ class TestTimeTrainer:
             batch, _ = self.evaluator.build(group, int((group[:, 1] - group[:, 0]).sum()), 0)
             (self.model(*to_device(batch, self.world.device)).sum() / total).backward()
         for name, p in self.model.named_parameters():
-            if self.world.size > 1 and p.grad is not None:
+            if self.world.size > 1:
                 dist.all_reduce(p.grad)
-            if p.grad is not None and name not in GLOBAL_ROLES | SKIP_ROLES and len(p) == self.config.num_layers:
-                p.grad[:self.config.ttt_freeze_blocks] = 0
+            if rows := frozen_rows(self.config, name, len(p)):
+                p.grad[rows] = 0
+                frozen.append((p, rows, p.detach()[rows].clone()))
         if self.config.global_ttt_grad_clip:
             torch.nn.utils.clip_grad_norm_(params, self.config.global_ttt_grad_clip)
         for settings in optimizer.param_groups:
@@ -3810,6 +3811,8 @@ class TestTimeTrainer:
         if all(bool(p.grad.isfinite().all()) for p in params):  # else the weights stay as they were
             optimizer.step()
         self.model.requires_grad_(False)
+        for p, rows, values in frozen:  # they have no gradient, but adamw lets weights decay
+            p[rows] = values
 
     def make_optimizer(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         config = self.config
@@ -3825,6 +3828,14 @@ class TestTimeTrainer:
             lr = config.global_ttt_lr * (factor if config.ttt_optimizer == "adamw" else 1.0)
             groups.append({"params": [p], "lr": lr, "base_lr": lr})
         return self.make_optimizer(groups, config.global_ttt_lr)
+
+
+def frozen_rows(config: Config, name: str, rows: int) -> list[int]:
+    """Rows of a parameter that belong to the first TTT_FREEZE_BLOCKS layers."""
+    looped, behind = config.loop_end + 1 - config.loop_start, config.num_layers - rows
+    layers = [] if name in GLOBAL_ROLES | SKIP_ROLES else \
+        [config.loop_start + i % looped if "adapter" in name else behind + i for i in range(rows)]
+    return [i for i, layer in enumerate(layers) if layer < config.ttt_freeze_blocks]
 
 
 def cosine(progress: float) -> float:
