@@ -3587,9 +3587,10 @@ def row_width(end: int, seq_len: int) -> int:
 
 
 def chunk_size(config: Config, length: int) -> int:
-    """Tokens of a chunk where the longest document has `length`."""
+    """Tokens of a chunk where the longest document has `length`; no more than a row holds."""
     parts = parse_schedule("TTT_CHUNK_SCHEDULE", config.ttt_chunk_schedule)
-    return next((int(chunk) for chunk, longest in parts if length <= longest), config.ttt_chunk_size)
+    chunk = next((int(chunk) for chunk, longest in parts if length <= longest), config.ttt_chunk_size)
+    return min(chunk, config.eval_seq_len)
 
 
 def plan_groups(config: Config, lengths: np.ndarray, documents: Sequence[int], ranks: int) -> list[list[Group]]:
