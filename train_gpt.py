@@ -3581,9 +3581,14 @@ class Group(NamedTuple):
     tokens: int  # through the model, for the plan
 
 
-def row_width(end: int, seq_len: int) -> int:
-    """Tokens of the rows that hold the first `end` tokens of documents: one of three widths, so that shapes are few."""
-    return next(width for width in (-(-seq_len // 4), -(-seq_len // 2), seq_len) if width >= min(end, seq_len))
+def row_width(config: Config, documents: int, end: int) -> int:
+    """Tokens of the rows that hold the first `end` tokens of documents: one of three widths, so that shapes are few.
+
+    Groups that are not full have one width.
+    """
+    longest, widths = config.eval_seq_len, (-(-config.eval_seq_len // 4), -(-config.eval_seq_len // 2))
+    fitting = [width for width in widths if width >= end and documents == config.ttt_batch_size]
+    return fitting[0] if fitting else longest
 
 
 def chunk_size(config: Config, length: int) -> int:
@@ -3608,7 +3613,8 @@ def plan_groups(config: Config, lengths: np.ndarray, documents: Sequence[int], r
         longest = int(lengths[list(members)].max())
         chunk = chunk_size(config, longest)
         ends = range(chunk, longest + chunk, chunk)
-        groups.append(Group(members, chunk, len(ends), size * sum(row_width(end, seq_len) for end in ends)))
+        tokens = len(members) * sum(row_width(config, len(members), end) for end in ends)
+        groups.append(Group(members, chunk, len(ends), tokens))
     shares, loads = [[] for _ in range(ranks)], [0] * ranks
     for group in groups if in_a_row else sorted(groups, key=lambda group: -group.tokens):
         rank = loads.index(min(loads))
@@ -3742,7 +3748,7 @@ class TestTimeTrainer:
         config, tokens, documents = self.config, self.dataset.val_tokens, list(group.documents)
         starts, lengths = self.bounds[documents, None], self.lengths[documents, None]
         first, most = step * group.chunk, config.eval_seq_len
-        width = row_width(first + group.chunk, most) if len(documents) == config.ttt_batch_size else most
+        width = row_width(config, len(documents), first + group.chunk)
         ends = np.minimum(first + group.chunk, lengths)
         begins = np.maximum(ends - most, 0)
         seen, scored = begins + np.arange(width), first + np.arange(group.chunk)
