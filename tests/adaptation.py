@@ -1,4 +1,4 @@
-"""Small texts, models and runs of test-time training. As a program, under torchrun: one rank of such runs."""
+"""Small texts, models and runs of test-time training. As a program: worlds of two and of three processes run them."""
 import os
 import sys
 from dataclasses import replace
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import program
 import torch
 from helpers import randomize, single_world, tiny_config
 
@@ -14,10 +15,11 @@ from train_gpt import BOS, GPT, Config, Dataset, Evaluator, TestTimeTrainer, Wor
 
 SEQ_LEN, VOCAB = 32, 64
 LENGTHS = (9, 1, 100, 40, 1, 33, 150, 16, 2, 64)  # targets of documents: one is longer than rows, two are single tokens
-# what several ranks must do as one does
+# what several ranks must do as one does, and the text for it
+RUN_LENGTHS = (9, 1, 70, 40, 33, 16, 5)
 RUNS: dict[str, dict[str, Any]] = {
     "documents": {},
-    "phases": {"phased_ttt_num_phases": 2, "phased_ttt_prefix_docs": 6},
+    "phases": {"phased_ttt_num_phases": 2, "phased_ttt_prefix_docs": 4},
     "sgd": {"ttt_strategy": "stream", "ttt_optimizer": "sgd", "global_ttt_epochs": 2},
     "adamw": {"ttt_strategy": "stream", "global_ttt_chunk_tokens": 0, "ttt_freeze_blocks": 1}}
 
@@ -93,19 +95,35 @@ def bounds_of(text: Dataset) -> list[tuple[int, int]]:
     return list(zip(bounds, bounds[1:]))
 
 
-def main(folder: Path) -> None:
-    """Every run as one rank of torchrun's; writes what this rank scored."""
-    torch.set_num_threads(1)
-    config, text = adapt_config(), make_text()
-    world = World.start(replace(config, device="cpu", train_batch_tokens=768 * 128), os.environ)
+def run_rank(folder: Path, environ: dict[str, str]) -> None:
+    """Every run as one rank, as torchrun starts it; writes what this rank scored."""
+    os.environ.update(environ)
+    config, text = adapt_config(), make_text(RUN_LENGTHS)
+    world = World.start(replace(config, device="cpu", train_batch_tokens=6 * config.micro_batch_tokens), environ)
     for name, changes in RUNS.items():
         learner = make_learner(replace(config, **changes), text, world)
         score = learner.run()
-        np.savez(folder / f"{name}_{world.rank}", nats=learner.ledger.nats, times=learner.ledger.times,
+        np.savez(folder / f"{name}_{world.rank}_of_{world.size}", nats=learner.ledger.nats, times=learner.ledger.times,
                  total=[score.nats, score.tokens, score.bytes])
     world.close()
 
 
+def main(folder: Path) -> int:
+    """Forks the ranks: they need not import anything again."""
+    torch.set_num_threads(1)
+    failed = False
+    for size in (2, 3):
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(program.free_port()), "WORLD_SIZE": str(size)}
+        context = torch.multiprocessing.get_context("fork")
+        ranks = [context.Process(target=run_rank, args=(folder, {"RANK": str(rank), "LOCAL_RANK": "0", **common}))
+                 for rank in range(size)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+        failed = failed or any(rank.exitcode for rank in ranks)
+    return int(failed)
+
+
 if __name__ == "__main__":
-    main(Path(os.environ["RESULTS"]))
-    sys.exit(0)
+    sys.exit(main(Path(os.environ["RESULTS"])))

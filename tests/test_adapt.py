@@ -1,4 +1,5 @@
 """Section 12, test-time training: adapters in the forward pass, the loop of score and adapt, its legality, its edges."""
+import contextlib
 import copy
 import math
 import os
@@ -11,6 +12,7 @@ import reference
 import torch
 from adaptation import (
     LENGTHS,
+    RUN_LENGTHS,
     RUNS,
     SEQ_LEN,
     adapt_config,
@@ -270,6 +272,14 @@ def test_alpha_is_the_strength_of_adapters():
     assert min(np.abs(a - b).max() for i, a in enumerate(found) for b in found[:i]) > 0.02
 
 
+def test_a_chunk_is_at_most_a_row():
+    """Longer ones would ask for targets that their row does not hold."""
+    text = make_text((100, 9))
+    found = [adapted_nats(adapt_config(**changes), text) for changes in (
+        {"ttt_chunk_size": SEQ_LEN}, {"ttt_chunk_size": SEQ_LEN + 9}, {"ttt_chunk_schedule": "40@10,64@1000"})]
+    assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
+
+
 # --- all weights
 def frozen_rows(config: Config) -> dict[str, list[int]]:
     """Rows of banks that belong to the first TTT_FREEZE_BLOCKS layers, for the parameters of adapt_config's model."""
@@ -389,3 +399,157 @@ def test_phases_are_scored_and_learned_as_by_hand(changes, ends):
     assert np.allclose(nats, naive_phases(config, text, order, ends), rtol=2e-3, atol=2e-3)
     without = adapted_nats(replace(config, phased_ttt_num_phases=0), text)
     assert (np.abs(nats - without).max() > 0.05) == bool(ends)
+
+
+# --- the plan, and what scores do not depend on
+@st.composite
+def plan_cases(draw):
+    lengths = draw(st.lists(st.one_of(st.integers(1, 150), st.just(1), st.integers(60, 70)), min_size=1, max_size=40))
+    seq_len = draw(st.sampled_from([5, 16, 32]))
+    documents = sorted(draw(st.sets(st.integers(0, len(lengths) - 1), min_size=1)))
+    config = adapt_config(
+        ttt_batch_size=draw(st.integers(1, 20)), ttt_chunk_size=draw(st.integers(1, 40)),
+        ttt_chunk_schedule=draw(st.sampled_from(["", "4@10", "2@8,8@64"])), ttt_warm_start_a=draw(st.booleans()),
+        ttt_order=draw(st.sampled_from(["stream", "length"])), eval_seq_len=seq_len, eval_stride=seq_len)
+    return config, np.array(lengths), documents, draw(st.integers(1, 9))
+
+
+@settings(deadline=None, max_examples=300)
+@given(plan_cases())
+def test_every_document_has_one_place_in_the_plan(case):
+    config, lengths, documents, ranks = case
+    shares = plan_groups(config, lengths, documents, ranks)
+    planned = [i for share in shares for group in share for i in group.documents]
+    assert len(shares) == ranks and sorted(planned) == documents
+    in_a_row = config.ttt_warm_start_a and config.ttt_order == "stream"
+    loads = [sum(group.tokens for group in share) for share in shares]
+    for share, load in zip(shares, loads):
+        if in_a_row:
+            assert [i for group in share for i in group.documents] == sorted(i for g in share for i in g.documents)
+        else:
+            sizes = [group.tokens for group in share]
+            assert sizes == sorted(sizes, reverse=True)
+        assert not share or load - share[-1].tokens <= min(loads)  # the last one went to who had least
+    everything = [group for share in shares for group in share]
+    for group in everything:
+        longest = int(lengths[list(group.documents)].max())
+        assert 1 <= len(group.documents) <= config.ttt_batch_size and group.chunk <= config.eval_seq_len
+        assert (group.steps - 1) * group.chunk < longest <= group.steps * group.chunk
+        assert group.tokens > 0
+        if longest > 2 * config.eval_seq_len and not in_a_row:
+            assert len(group.documents) <= max(config.ttt_batch_size // 8, 1)
+    if not in_a_row:  # documents of similar length go together, and the longest begin
+        ordered = sorted(everything, key=lambda g: -int(lengths[list(g.documents)].max()))
+        together = [lengths[i] for group in ordered for i in group.documents]
+        assert together == sorted(together, reverse=True)
+
+
+def test_chunks_follow_the_length_of_the_longest_document():
+    config = adapt_config(ttt_chunk_schedule="4@10,8@64", ttt_chunk_size=16, ttt_batch_size=2)
+    groups = plan_groups(config, np.array([10, 1, 64, 11, 150, 65]), range(6), 1)[0]
+    assert sorted((sorted(group.documents), group.chunk) for group in groups) == \
+        [([0, 1], 4), ([2, 3], 8), ([4], 16), ([5], 16)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"ttt_batch_size": 16}, {"eval_seq_len": 30, "ttt_chunk_size": 7}], ids=str)
+def test_the_plan_knows_the_tokens_of_each_group(changes):
+    """The projected seconds are as good as these."""
+    config, text = adapt_config(**changes), make_text((9, 1, 30, 12, 1, 33, 100))
+    learner = make_learner(config, text)
+    for group in plan_groups(config, learner.lengths, range(7), 1)[0]:
+        assert group.tokens == sum(learner.chunk(group, step).batch.ids.numel() for step in range(group.steps))
+
+
+@pytest.mark.parametrize("changes", [{}, {"phased_ttt_num_phases": 2, "phased_ttt_prefix_docs": 5}], ids=str)
+def test_scores_do_not_depend_on_the_neighbors(changes):
+    text, base = make_text(), adapt_config(**changes)
+    expected = adapted_nats(base, text)
+    assert np.abs(expected - unadapted_nats(base, text)).max() > 0.1
+    for size in (1, 3, 64):
+        assert np.allclose(adapted_nats(replace(base, ttt_batch_size=size), text), expected, rtol=2e-3, atol=2e-3)
+    if not changes:
+        assert np.allclose(adapted_nats(replace(base, ttt_order="length"), text), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_scores_do_not_depend_on_the_place_in_a_group():
+    config, text = adapt_config(), make_text((9, 33, 1, 40))
+    found = []
+    for order in ((0, 1, 2, 3), (3, 2, 0, 1)):
+        learner = make_learner(config, text)
+        learner.score_group(train_gpt.Group(order, 16, 3, 0))
+        found.append(learner.ledger.nats)
+        assert (learner.ledger.times == 1).all()
+    assert np.allclose(*found, rtol=2e-3, atol=2e-3)
+
+
+class Apart(World):
+    """A rank of a world whose ranks run one after the other: sums are of the ranks that ran, and never checked."""
+
+    def __init__(self, rank: int, size: int, sums: list[np.ndarray]):
+        super().__init__(rank, size, torch.device("cpu"), torch.float32)
+        self.sums = sums
+
+    def sum(self, values, operation=None):
+        self.sums.append(np.array(values))
+        return np.sum(self.sums, 0).tolist()
+
+
+@pytest.mark.parametrize("size", [2, 3, 40])
+def test_any_number_of_ranks_scores_each_target_once(size):
+    """Also more ranks than documents."""
+    config, text, sums = adapt_config(), make_text(), []
+    learners = [make_learner(config, text, Apart(rank, size, sums)) for rank in range(size)]
+    for learner in learners[:-1]:
+        with contextlib.suppress(AssertionError):  # the sums are those of the ranks so far
+            learner.run()
+    score = learners[-1].run()
+    assert np.array_equal(sum(learner.ledger.times.astype(int) for learner in learners), np.ones(len(text.val_bytes)))
+    nats = sum(learner.ledger.nats for learner in learners)
+    assert np.allclose(nats, adapted_nats(config, text), rtol=2e-3, atol=2e-3)
+    assert score.nats == pytest.approx(nats.sum()) and score.bytes == text.val_bytes.sum()
+    assert sum(learner.scored_chunks > 0 for learner in learners) == min(size, len(plan_groups(
+        config, learners[0].lengths, range(len(LENGTHS)), 1)[0]))
+
+
+@pytest.fixture(scope="module")
+def single():
+    """What one process scores, for each of RUNS."""
+    return {name: adapted_nats(adapt_config(**changes), make_text(RUN_LENGTHS)) for name, changes in RUNS.items()}
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """The folder with what processes of worlds of two and of three scored."""
+    folder = tmp_path_factory.mktemp("ranks")
+    done = program.run({"RESULTS": str(folder), "PYTHONPATH": str(program.ROOT)},
+                       script=program.ROOT / "tests" / "adaptation.py")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_learn_the_same_as_one(single, several, size):
+    for name, expected in single.items():
+        ranks = [np.load(several / f"{name}_{rank}_of_{size}.npz") for rank in range(size)]
+        assert np.array_equal(sum(rank["times"].astype(int) for rank in ranks), np.ones(len(expected)))
+        assert np.allclose(sum(rank["nats"] for rank in ranks), expected, rtol=3e-3, atol=3e-3), name
+        assert sum(rank["times"].any() for rank in ranks) > 1
+        for rank in ranks:
+            assert rank["total"][1] == len(expected)
+            assert rank["total"][0] == pytest.approx(expected.sum(), rel=1e-4)
+
+
+# --- the warm start
+def test_a_warm_start_takes_the_inner_matrices_on():
+    config, text = adapt_config(ttt_warm_start_a=True, ttt_batch_size=1), make_text((40, 9, 70, 33))
+    first, nats_of, expected = first_adapters(config, text), one_row(make_model(config)), []
+    for tokens in texts_of(text, config):
+        nats, first = reference.adapt_document(config, nats_of, tokens, first, config.ttt_chunk_size)
+        expected += nats
+    nats = adapted_nats(config, text)
+    assert np.allclose(nats, expected, rtol=2e-3, atol=2e-3)
+    cold = adapted_nats(replace(config, ttt_warm_start_a=False), text)
+    assert np.allclose(nats[:40], cold[:40], rtol=2e-3, atol=2e-3) and np.abs(nats[40:] - cold[40:]).max() > 0.03
+    by_length = adapted_nats(replace(config, ttt_order="length"), text)
+    assert np.abs(nats - by_length).max() > 0.03  # what is carried over follows the order
+    assert np.allclose(by_length[49:119], cold[49:119], rtol=2e-3, atol=2e-3)  # the longest one comes first
