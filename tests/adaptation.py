@@ -111,6 +111,7 @@ def run_rank(folder: Path, environ: dict[str, str]) -> None:
 def main(folder: Path) -> int:
     """Forks the ranks: they need not import anything again."""
     torch.set_num_threads(1)
+    make_learner(adapt_config(), make_text((1,))).fresh_adapters(1)  # optimizers import half of torch, once
     failed = False
     for size in (2, 3):
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(program.free_port()), "WORLD_SIZE": str(size)}
