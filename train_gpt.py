@@ -3505,15 +3505,21 @@ class Group(NamedTuple):
     tokens: int  # through the model, for the plan
 
 
-def row_width(end: int, seq_len: int) -> int:
-    """Tokens of the rows that hold the first `end` tokens of documents: one of three widths, so that shapes are few."""
-    return next(width for width in (-(-seq_len // 4), -(-seq_len // 2), seq_len) if width >= min(end, seq_len))
+def row_width(config: Config, documents: int, end: int) -> int:
+    """Tokens of the rows that hold the first `end` tokens of documents: one of three widths, so that shapes are few.
+
+    Groups that are not full have one width.
+    """
+    longest, widths = config.eval_seq_len, (-(-config.eval_seq_len // 4), -(-config.eval_seq_len // 2))
+    fitting = [width for width in widths if width >= end and documents == config.ttt_batch_size]
+    return fitting[0] if fitting else longest
 
 
 def chunk_size(config: Config, length: int) -> int:
-    """Tokens of a chunk where the longest document has `length`."""
+    """Tokens of a chunk where the longest document has `length`; no more than a row holds."""
     parts = parse_schedule("TTT_CHUNK_SCHEDULE", config.ttt_chunk_schedule)
-    return next((int(chunk) for chunk, longest in parts if length <= longest), config.ttt_chunk_size)
+    chunk = next((int(chunk) for chunk, longest in parts if length <= longest), config.ttt_chunk_size)
+    return min(chunk, config.eval_seq_len)
 
 
 def plan_groups(config: Config, lengths: np.ndarray, documents: Sequence[int], ranks: int) -> list[list[Group]]:
@@ -3531,7 +3537,8 @@ def plan_groups(config: Config, lengths: np.ndarray, documents: Sequence[int], r
         longest = int(lengths[list(members)].max())
         chunk = chunk_size(config, longest)
         ends = range(chunk, longest + chunk, chunk)
-        groups.append(Group(members, chunk, len(ends), size * sum(row_width(end, seq_len) for end in ends)))
+        tokens = len(members) * sum(row_width(config, len(members), end) for end in ends)
+        groups.append(Group(members, chunk, len(ends), tokens))
     shares, loads = [[] for _ in range(ranks)], [0] * ranks
     for group in groups if in_a_row else sorted(groups, key=lambda group: -group.tokens):
         rank = loads.index(min(loads))
@@ -3668,7 +3675,7 @@ class TestTimeTrainer:
         config, tokens, documents = self.config, self.dataset.val_tokens, list(group.documents)
         starts, lengths = self.bounds[documents, None], self.lengths[documents, None]
         first, most = step * group.chunk, config.eval_seq_len
-        width = row_width(first + group.chunk, most) if len(documents) == config.ttt_batch_size else most
+        width = row_width(config, len(documents), first + group.chunk)
         ends = np.minimum(first + group.chunk, lengths)
         begins = np.maximum(ends - most, 0)
         seen, scored = begins + np.arange(width), first + np.arange(group.chunk)
@@ -3718,7 +3725,7 @@ class TestTimeTrainer:
 
     def learn(self, rows: np.ndarray, optimizer: torch.optim.Optimizer, lr_scale: float) -> None:
         """One step of all weights on the targets of windows (W, 3), shared out over ranks."""
-        params = [p for settings in optimizer.param_groups for p in settings["params"]]
+        params, frozen = [p for settings in optimizer.param_groups for p in settings["params"]], []
         total = int((rows[:, 1] - rows[:, 0]).sum())
         for p in params:
             p.requires_grad_(True).grad = torch.zeros_like(p)
@@ -3726,10 +3733,11 @@ class TestTimeTrainer:
             batch, _ = self.evaluator.build(group, int((group[:, 1] - group[:, 0]).sum()), 0)
             (self.model(*to_device(batch, self.world.device)).sum() / total).backward()
         for name, p in self.model.named_parameters():
-            if self.world.size > 1 and p.grad is not None:
+            if self.world.size > 1:
                 dist.all_reduce(p.grad)
-            if p.grad is not None and name not in GLOBAL_ROLES | SKIP_ROLES and len(p) == self.config.num_layers:
-                p.grad[:self.config.ttt_freeze_blocks] = 0
+            if rows := frozen_rows(self.config, name, len(p)):
+                p.grad[rows] = 0
+                frozen.append((p, rows, p.detach()[rows].clone()))
         if self.config.global_ttt_grad_clip:
             torch.nn.utils.clip_grad_norm_(params, self.config.global_ttt_grad_clip)
         for settings in optimizer.param_groups:
@@ -3737,6 +3745,8 @@ class TestTimeTrainer:
         if all(bool(p.grad.isfinite().all()) for p in params):  # else the weights stay as they were
             optimizer.step()
         self.model.requires_grad_(False)
+        for p, rows, values in frozen:  # they have no gradient, but adamw lets weights decay
+            p[rows] = values
 
     def make_optimizer(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         config = self.config
@@ -3752,6 +3762,14 @@ class TestTimeTrainer:
             lr = config.global_ttt_lr * (factor if config.ttt_optimizer == "adamw" else 1.0)
             groups.append({"params": [p], "lr": lr, "base_lr": lr})
         return self.make_optimizer(groups, config.global_ttt_lr)
+
+
+def frozen_rows(config: Config, name: str, rows: int) -> list[int]:
+    """Rows of a parameter that belong to the first TTT_FREEZE_BLOCKS layers."""
+    looped, behind = config.loop_end + 1 - config.loop_start, config.num_layers - rows
+    layers = [] if name in GLOBAL_ROLES | SKIP_ROLES else \
+        [config.loop_start + i % looped if "adapter" in name else behind + i for i in range(rows)]
+    return [i for i, layer in enumerate(layers) if layer < config.ttt_freeze_blocks]
 
 
 def cosine(progress: float) -> float:
