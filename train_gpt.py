@@ -3485,10 +3485,14 @@ class Ledger:
 
     def score(self, world: World) -> Score:
         """The sum over all ranks. AssertionError where a target was scored twice or never, or a byte counted so."""
-        mine = self.times == 1
-        sums = [self.nats.sum(), self.times.sum(), (self.times > 1).sum(), self.dataset.val_bytes[mine].sum()]
-        nats, tokens, twice, count_bytes = world.sum(sums)
-        assert tokens == len(self.times) and not twice and count_bytes == self.dataset.val_bytes.sum(), \
+        mine, keys = self.times == 1, np.arange(len(self.times), dtype=np.uint64)
+        keys *= np.uint64(0x9E3779B97F4A7C15)  # 24 bits of each place: a target that two ranks have scored does not make
+        keys >>= np.uint64(40)  # up for one that none has
+        sums = [self.nats.sum(), self.times.sum(), (self.times > 1).sum(), self.dataset.val_bytes[mine].sum(),
+                keys[mine].sum()]
+        nats, tokens, twice, count_bytes, seen = world.sum(sums)
+        assert tokens == len(self.times) and not twice and (count_bytes, seen) == (
+            self.dataset.val_bytes.sum(), keys.sum()), \
             f"{tokens:.0f} scores of {len(self.times)} targets, {twice:.0f} repeated, {count_bytes:.0f} bytes"
         return Score(nats, int(tokens), int(count_bytes), time.perf_counter() - self.start)
 
