@@ -553,3 +553,252 @@ def test_a_warm_start_takes_the_inner_matrices_on():
     by_length = adapted_nats(replace(config, ttt_order="length"), text)
     assert np.abs(nats - by_length).max() > 0.03  # what is carried over follows the order
     assert np.allclose(by_length[49:119], cold[49:119], rtol=2e-3, atol=2e-3)  # the longest one comes first
+
+
+# --- legality: what a score may depend on
+SHORT = (9, 1, 60, 40, 33, 16)  # documents of a text that is scored many times
+STRATEGIES = {
+    "documents": {}, "sgd": {"ttt_optimizer": "sgd", "ttt_lora_lr": 0.1}, "long chunks": {"ttt_chunk_size": SEQ_LEN},
+    "phases": {"phased_ttt_num_phases": 2, "phased_ttt_prefix_docs": 4},
+    "phases by length": {"phased_ttt_num_phases": 1, "phased_ttt_prefix_docs": 3, "ttt_order": "length"},
+    "warm start": {"ttt_warm_start_a": True, "ttt_batch_size": 1},
+    "stream": {"ttt_strategy": "stream", "ttt_optimizer": "sgd", "global_ttt_lr": 0.05, "global_ttt_chunk_tokens": 40},
+    "stream in epochs": {"ttt_strategy": "stream", "global_ttt_epochs": 2, "global_ttt_chunk_tokens": 40},
+    "stream by documents": {"ttt_strategy": "stream", "global_ttt_chunk_tokens": 0}}
+
+
+def steps_of(config: Config, text) -> list[list[int]]:
+    """Documents in the order of scoring; those that are scored before anything is learned from them together."""
+    lengths = [b - a for a, b in bounds_of(text)]
+    order = list(range(len(lengths)))
+    if config.ttt_order == "length":
+        order.sort(key=lambda i: (-lengths[i], i))
+    prefix, phases = config.phased_ttt_prefix_docs, config.phased_ttt_num_phases
+    ends = [prefix * (i + 1) // phases for i in range(phases)] if phases else []
+    if config.ttt_warm_start_a:
+        ends = [*range(config.ttt_batch_size, len(order), config.ttt_batch_size)]
+    return [order[a:b] for a, b in zip([0, *ends], [*ends, len(order)])]
+
+
+def may_change(config: Config, text, place: int) -> np.ndarray:
+    """Targets (n,) whose nats may depend on token `place`, which is target place - 1."""
+    if config.ttt_strategy == "stream":
+        return np.arange(len(text.val_bytes)) >= place - 1
+    may, bounds, steps = np.zeros(len(text.val_bytes), bool), bounds_of(text), steps_of(config, text)
+    own = next(i for i, (a, b) in enumerate(bounds) if a <= place - 1 < b)
+    may[place - 1:bounds[own][1]] = True
+    for later in steps[next(k for k, step in enumerate(steps) if own in step) + 1:]:
+        for i in later:
+            may[slice(*bounds[i])] = True
+    return may
+
+
+def places_of(text) -> list[int]:
+    """Tokens to change: early in the longest document, at both ends of a chunk, its last one, the last of all."""
+    begin, end = bounds_of(text)[2]
+    return [begin + 1, begin + 16, begin + 17, end - 1, len(text.val_tokens) - 1]
+
+
+def leaks(config: Config, text, places, **options) -> list[int]:
+    """Those of the places where another token changes what was scored before it, by a single bit or more."""
+    before, found = adapted_nats(config, text, **options), []
+    for place in places:
+        after = adapted_nats(config, perturbed(text, place), **options)
+        if not np.array_equal(after[~may_change(config, text, place)], before[~may_change(config, text, place)]):
+            found.append(place)
+    return found
+
+
+@pytest.mark.parametrize("changes", STRATEGIES.values(), ids=STRATEGIES)
+def test_no_score_depends_on_what_was_not_scored_before(changes):
+    config, text = adapt_config(**changes), make_text(SHORT)
+    before, bounds = adapted_nats(config, text), bounds_of(text)
+    for place in places_of(text):
+        after, may = adapted_nats(config, perturbed(text, place)), may_change(config, text, place)
+        assert np.array_equal(after[~may], before[~may]), place
+        assert after[place - 1] != before[place - 1]
+        if place > places_of(text)[1]:
+            continue
+        # what may depend on it does: else nothing was learned, and all of this were easy
+        found = {i for i, (a, b) in enumerate(bounds) if i != 2 and (after[a:b] != before[a:b]).any()}
+        allowed = {i for i, (a, b) in enumerate(bounds) if i != 2 and may[a]}
+        deaf = {i for i, (a, b) in enumerate(bounds) if b - a <= 16 and config.ttt_warm_start_a}  # B = 0 in a first chunk
+        assert allowed - deaf <= found <= allowed
+        a, b = bounds[2]
+        if config.global_ttt_chunk_tokens:  # learned within the document: the token itself is out of sight by then
+            assert b - a > place - a + SEQ_LEN and after[b - 1] != before[b - 1]
+
+
+class Peeks(train_gpt.TestTimeTrainer):
+    """Trains on a chunk, then scores it."""
+
+    def score(self, chunk, adapters):
+        _, optimizer = self.adapters[len(adapters["q_in"])]
+        super().score(chunk, adapters).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return super().score(chunk, adapters)
+
+
+class Carries(train_gpt.TestTimeTrainer):
+    """Starts no document anew."""
+
+    def fresh_adapters(self, documents):
+        return self.adapters.get(documents) or super().fresh_adapters(documents)
+
+
+class Hindsight(train_gpt.TestTimeTrainer):
+    """Keeps what the adapters would have scored at the end."""
+
+    def score_group(self, group):
+        super().score_group(group)
+        adapters, _ = self.adapters[len(group.documents)]
+        for step in range(group.steps):
+            chunk = self.chunk(group, step)
+            nats = self.score(chunk, adapters).detach().double().numpy()
+            self.ledger.nats[chunk.place[chunk.place >= 0]] = nats[chunk.place >= 0]
+
+
+class Blends(train_gpt.TestTimeTrainer):
+    """One set of adapters for the documents of a group: each learns from all."""
+
+    def adapt(self, scored, weights, optimizer):
+        super().adapt(scored, weights, optimizer)
+        with torch.no_grad():
+            for settings in optimizer.param_groups:
+                for p in settings["params"]:
+                    p.copy_(p.mean(0, keepdim=True).expand_as(p))
+
+
+@pytest.mark.parametrize("kind, changes", [
+    (Peeks, {}), (Carries, {"ttt_batch_size": 1}), (Hindsight, {}), (Blends, {}),
+    (train_gpt.TestTimeTrainer, {"ttt_strategy": "stream", "ttt_unsafe_multi_epoch": 1})], ids=str)
+def test_planted_leaks_are_found(kind, changes):
+    """The test above is no good if it does not see these."""
+    config, text = adapt_config(**changes), make_text(SHORT)
+    places = places_of(text)[1:4]
+    assert leaks(config, text, places, kind=kind)
+    assert not leaks(replace(config, ttt_unsafe_multi_epoch=0), text, places)
+
+
+class Watched(train_gpt.TestTimeTrainer):
+    """Writes down what is scored, and checks what is learned from."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.scored_places, self.last, self.steps, self.learned = np.zeros(len(self.ledger.times), int), None, 0, []
+
+    def score(self, chunk, adapters):
+        assert self.last is None or self.last[0].grad_fn is not None
+        self.last = super().score(chunk, adapters), chunk
+        self.scored_places[chunk.place[chunk.place >= 0]] += 1
+        return self.last[0]
+
+    def adapt(self, scored, weights, optimizer):
+        result, chunk = self.last
+        places, shares = chunk.place.reshape(len(chunk.rows) // self.group.chunk, -1), weights.view(
+            -1, self.group.chunk).numpy()
+        assert scored is result and weights is chunk.weights
+        assert (shares[places < 0] == 0).all() and (self.scored_places[places[shares > 0]] == 1).all()
+        for i, row in zip(self.group.documents, places):  # the mean, unless it is the document's last chunk
+            more = self.scored_places[self.bounds[i]:self.bounds[i + 1]].sum() < self.lengths[i]
+            mean = (row >= 0) / max((row >= 0).sum(), 1) * more
+            assert np.allclose(shares[self.group.documents.index(i)], mean, rtol=1e-6)
+        assert self.learned_chunks < self.scored_chunks
+        super().adapt(scored, weights, optimizer)
+        assert self.learned_chunks <= self.scored_chunks
+        self.steps += 1
+
+    def score_group(self, group):
+        self.group = group
+        super().score_group(group)
+
+    def learn(self, rows, optimizer, lr_scale):
+        for start, end, _ in rows:
+            assert (self.ledger.times[start:end] == 1).all()
+            self.learned.append((int(start), int(end)))
+        super().learn(rows, optimizer, lr_scale)
+
+
+@pytest.mark.parametrize("changes", STRATEGIES.values(), ids=STRATEGIES)
+def test_nothing_is_learned_from_what_has_no_score(changes):
+    config, text = adapt_config(**changes), make_text(SHORT)
+    learner = make_learner(config, text, kind=Watched)
+    score = learner.run()
+    assert (learner.ledger.times == 1).all() and score.tokens == len(text.val_bytes)
+    bounds = bounds_of(text)
+    if config.ttt_strategy == "documents":
+        assert (learner.scored_places == 1).all()
+        assert learner.steps == learner.learned_chunks > 0
+        assert learner.learned_chunks < learner.scored_chunks
+        steps = steps_of(config, text)[:-1] if config.phased_ttt_num_phases else []
+        expected = [i for k in range(len(steps)) for step in steps[:k + 1] for i in step]  # a prefix that grows
+        expected = [piece for i in expected for piece in pieces_in(*bounds[i])]
+    else:
+        assert learner.steps == 0
+        every = config.global_ttt_chunk_tokens
+        ends = [*range(every, bounds[-1][1], every), bounds[-1][1]] if every else [b for _, b in bounds]
+        expected = []
+        for first, last in zip([0, *ends], ends[:-1]):  # never from the last chunk
+            inside = [(max(a, first), min(b, last)) for document in bounds for a, b in pieces_in(*document)]
+            expected += [(a, b) for a, b in inside if a < b] * config.global_ttt_epochs
+    assert learner.learned == expected
+
+
+def pieces_in(first: int, last: int) -> list[tuple[int, int]]:
+    return [(a, min(a + SEQ_LEN, last)) for a in range(first, last, SEQ_LEN)]
+
+
+def test_an_unsafe_run_is_caught_learning_early():
+    learner = make_learner(adapt_config(ttt_strategy="stream", ttt_unsafe_multi_epoch=1), make_text(SHORT),
+                           kind=Watched)
+    with pytest.raises(AssertionError):
+        learner.run()
+
+
+def test_no_chunk_is_learned_from_twice():
+    learner = make_learner(adapt_config(), make_text((40, 33)))
+    adapters, optimizer = learner.fresh_adapters(2)
+    group = train_gpt.Group((0, 1), 16, 3, 0)
+    chunk = learner.chunk(group, 0)
+    scored = learner.score(chunk, adapters)
+    with pytest.raises(AssertionError):  # nothing is scored yet
+        learner.adapt(scored, chunk.weights, optimizer)
+    learner.scored_chunks = 1
+    learner.adapt(scored, chunk.weights, optimizer)
+    with pytest.raises(AssertionError):
+        learner.adapt(learner.score(chunk, adapters), chunk.weights, optimizer)
+    assert learner.learned_chunks == 1
+
+
+# --- the ledger
+def filled(text, places) -> Ledger:
+    ledger = Ledger(text)
+    for place in places:
+        ledger.add(np.array([place, -1]), np.array([0.5, 9.0]))
+    return ledger
+
+
+def test_the_ledger_sums_every_target_once():
+    text = make_text((5, 3, 1))
+    score = filled(text, [8, 0, 1, 2, 3, 4, 5, 7, 6]).score(single_world())
+    assert (score.nats, score.tokens, score.bytes) == (4.5, 9, int(text.val_bytes.sum())) and score.seconds > 0
+
+
+@pytest.mark.parametrize("places", [[*range(9), 4], [*range(8)], [*range(8), 3], [0, 0, *range(2, 9)], [], [*range(9)] * 2])
+def test_the_ledger_refuses_what_is_not_once(places):
+    with pytest.raises(AssertionError, match=f"{len(places)} scores of 9 targets"):
+        filled(make_text((5, 3, 1)), places).score(single_world())
+
+
+def test_the_ledger_refuses_bytes_that_are_counted_twice():
+    """A target whose bytes count in one rank, and another target in another: as many targets, as many bytes or not."""
+    text = make_text((5, 3, 1))
+    first, others = (3, 4), [i for i in range(9) if text.val_bytes[i] == text.val_bytes[3] and i != 3]
+    assert len(others) > 0 and text.val_bytes[4] != text.val_bytes[3]
+    for lost in (first[1], others[0]):  # different bytes, and the same
+        sums = []
+        with contextlib.suppress(AssertionError):
+            filled(text, [i for i in range(9) if i not in (lost, 0)]).score(Apart(0, 2, sums))
+        with pytest.raises(AssertionError, match="9 scores of 9 targets"):
+            filled(text, [0, 3]).score(Apart(1, 2, sums))
