@@ -3673,7 +3673,7 @@ class TestTimeTrainer:
         done, start = 0, time.perf_counter()
         for group in shares[self.world.rank]:
             elapsed = time.perf_counter() - start
-            if done and time.perf_counter() + elapsed / done * group.tokens > self.deadline:
+            if time.perf_counter() + elapsed / max(done, 1) * group.tokens > self.deadline:
                 self.skipped_groups += 1
                 rows = np.concatenate([self.windows_of(document) for document in group.documents])
                 self.evaluator.score_rows(self.model, rows, self.ledger)
@@ -3779,14 +3779,17 @@ class TestTimeTrainer:
         packed = np.concatenate([self.windows_of(document) for document in range(len(self.lengths))])
         for _ in range(config.ttt_unsafe_multi_epoch):  # not legal: learns from what has no score yet
             self.learn_stream(batch_windows(packed, config.global_ttt_chunk_tokens or 32768))
+        scoring_seconds = 0.0
         ends = self.bounds[1:] if not config.global_ttt_chunk_tokens else \
             np.append(np.arange(config.global_ttt_chunk_tokens, self.bounds[-1], config.global_ttt_chunk_tokens),
                       self.bounds[-1])
         optimizer, before = self.weight_optimizer(), 0
         for i, end in enumerate(ends.tolist()):
-            mine = rows[(rows[:, 2] >= before) & (rows[:, 2] < end)][world.rank::world.size]
+            mine, start = rows[(rows[:, 2] >= before) & (rows[:, 2] < end)][world.rank::world.size], time.perf_counter()
             self.evaluator.score_rows(self.model, mine, self.ledger)
-            if end != ends[-1] and not config.ttt_unsafe_multi_epoch:
+            scoring_seconds += time.perf_counter() - start
+            if end != ends[-1] and not config.ttt_unsafe_multi_epoch and \
+                    self.in_time(scoring_seconds / end * (ends[-1] - end)):
                 inside = packed[(packed[:, 0] < end) & (packed[:, 1] > before)]
                 inside = np.stack((inside[:, 0].clip(before), inside[:, 1].clip(max=end), inside[:, 0].clip(before)), 1)
                 for _ in range(config.global_ttt_epochs):
@@ -3797,8 +3800,16 @@ class TestTimeTrainer:
         """Trains all weights on chunks of windows (W, 3), one after the other."""
         optimizer = self.weight_optimizer()
         for i, rows in enumerate(chunks):
+            if not self.in_time(0.0):
+                break
             for _ in range(self.config.global_ttt_epochs):
                 self.learn(rows, optimizer, cosine(i / len(chunks)))
+
+    def in_time(self, scoring_seconds: float) -> bool:
+        """Whether every rank can learn and still score the rest in so many seconds; if not, it counts as skipped."""
+        late = self.world.sum([time.perf_counter() + scoring_seconds > self.deadline])[0] > 0
+        self.skipped_groups += late
+        return not late
 
     def learn(self, rows: np.ndarray, optimizer: torch.optim.Optimizer, lr_scale: float) -> None:
         """One step of all weights on the targets of windows (W, 3), shared out over ranks."""
