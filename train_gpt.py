@@ -3675,8 +3675,7 @@ class TestTimeTrainer:
             elapsed = time.perf_counter() - start
             if time.perf_counter() + elapsed / max(done, 1) * group.tokens > self.deadline:
                 self.skipped_groups += 1
-                rows = np.concatenate([self.windows_of(document) for document in group.documents])
-                self.evaluator.score_rows(self.model, rows, self.ledger)
+                self.score_without(group, self.ledger)
                 continue
             self.score_group(group)
             done += group.tokens
@@ -3695,6 +3694,16 @@ class TestTimeTrainer:
                 self.adapt(scored, chunk.weights, optimizer)
         for place, nats in kept:
             self.ledger.add(place, nats.cpu().double().numpy())
+        places = np.concatenate([place[place >= 0] for place, _ in kept])
+        if len(lost := places[~np.isfinite(self.ledger.nats[places])]):  # the rest of a document whose adapters broke
+            self.score_without(group, plain := Ledger(self.dataset))
+            self.ledger.nats[lost] = plain.nats[lost]
+            self.evaluator.log(f"adaptation: {len(lost)} targets had no number, scored without adapters")
+
+    def score_without(self, group: Group, ledger: Ledger) -> None:
+        """Scores the documents of a group with the weights alone."""
+        rows = np.concatenate([self.windows_of(document) for document in group.documents])
+        self.evaluator.score_rows(self.model, rows, ledger)
 
     def score(self, chunk: Chunk, adapters: Mapping[str, Tensor]) -> Tensor:
         """-> nats (B x C,) with their graph."""
