@@ -3406,10 +3406,14 @@ class Ledger:
 
     def score(self, world: World) -> Score:
         """The sum over all ranks. AssertionError where a target was scored twice or never, or a byte counted so."""
-        mine = self.times == 1
-        sums = [self.nats.sum(), self.times.sum(), (self.times > 1).sum(), self.dataset.val_bytes[mine].sum()]
-        nats, tokens, twice, count_bytes = world.sum(sums)
-        assert tokens == len(self.times) and not twice and count_bytes == self.dataset.val_bytes.sum(), \
+        mine, keys = self.times == 1, np.arange(len(self.times), dtype=np.uint64)
+        keys *= np.uint64(0x9E3779B97F4A7C15)  # 24 bits of each place: a target that two ranks have scored does not make
+        keys >>= np.uint64(40)  # up for one that none has
+        sums = [self.nats.sum(), self.times.sum(), (self.times > 1).sum(), self.dataset.val_bytes[mine].sum(),
+                keys[mine].sum()]
+        nats, tokens, twice, count_bytes, seen = world.sum(sums)
+        assert tokens == len(self.times) and not twice and (count_bytes, seen) == (
+            self.dataset.val_bytes.sum(), keys.sum()), \
             f"{tokens:.0f} scores of {len(self.times)} targets, {twice:.0f} repeated, {count_bytes:.0f} bytes"
         return Score(nats, int(tokens), int(count_bytes), time.perf_counter() - self.start)
 
@@ -3596,10 +3600,9 @@ class TestTimeTrainer:
         done, start = 0, time.perf_counter()
         for group in shares[self.world.rank]:
             elapsed = time.perf_counter() - start
-            if done and time.perf_counter() + elapsed / done * group.tokens > self.deadline:
+            if time.perf_counter() + elapsed / max(done, 1) * group.tokens > self.deadline:
                 self.skipped_groups += 1
-                rows = np.concatenate([self.windows_of(document) for document in group.documents])
-                self.evaluator.score_rows(self.model, rows, self.ledger)
+                self.score_without(group, self.ledger)
                 continue
             self.score_group(group)
             done += group.tokens
@@ -3618,6 +3621,16 @@ class TestTimeTrainer:
                 self.adapt(scored, chunk.weights, optimizer)
         for place, nats in kept:
             self.ledger.add(place, nats.cpu().double().numpy())
+        places = np.concatenate([place[place >= 0] for place, _ in kept])
+        if len(lost := places[~np.isfinite(self.ledger.nats[places])]):  # the rest of a document whose adapters broke
+            self.score_without(group, plain := Ledger(self.dataset))
+            self.ledger.nats[lost] = plain.nats[lost]
+            self.evaluator.log(f"adaptation: {len(lost)} targets had no number, scored without adapters")
+
+    def score_without(self, group: Group, ledger: Ledger) -> None:
+        """Scores the documents of a group with the weights alone."""
+        rows = np.concatenate([self.windows_of(document) for document in group.documents])
+        self.evaluator.score_rows(self.model, rows, ledger)
 
     def score(self, chunk: Chunk, adapters: Mapping[str, Tensor]) -> Tensor:
         """-> nats (B x C,) with their graph."""
@@ -3702,14 +3715,17 @@ class TestTimeTrainer:
         packed = np.concatenate([self.windows_of(document) for document in range(len(self.lengths))])
         for _ in range(config.ttt_unsafe_multi_epoch):  # not legal: learns from what has no score yet
             self.learn_stream(batch_windows(packed, config.global_ttt_chunk_tokens or 32768))
+        scoring_seconds = 0.0
         ends = self.bounds[1:] if not config.global_ttt_chunk_tokens else \
             np.append(np.arange(config.global_ttt_chunk_tokens, self.bounds[-1], config.global_ttt_chunk_tokens),
                       self.bounds[-1])
         optimizer, before = self.weight_optimizer(), 0
         for i, end in enumerate(ends.tolist()):
-            mine = rows[(rows[:, 2] >= before) & (rows[:, 2] < end)][world.rank::world.size]
+            mine, start = rows[(rows[:, 2] >= before) & (rows[:, 2] < end)][world.rank::world.size], time.perf_counter()
             self.evaluator.score_rows(self.model, mine, self.ledger)
-            if end != ends[-1] and not config.ttt_unsafe_multi_epoch:
+            scoring_seconds += time.perf_counter() - start
+            if end != ends[-1] and not config.ttt_unsafe_multi_epoch and \
+                    self.in_time(scoring_seconds / end * (ends[-1] - end)):
                 inside = packed[(packed[:, 0] < end) & (packed[:, 1] > before)]
                 inside = np.stack((inside[:, 0].clip(before), inside[:, 1].clip(max=end), inside[:, 0].clip(before)), 1)
                 for _ in range(config.global_ttt_epochs):
@@ -3720,8 +3736,16 @@ class TestTimeTrainer:
         """Trains all weights on chunks of windows (W, 3), one after the other."""
         optimizer = self.weight_optimizer()
         for i, rows in enumerate(chunks):
+            if not self.in_time(0.0):
+                break
             for _ in range(self.config.global_ttt_epochs):
                 self.learn(rows, optimizer, cosine(i / len(chunks)))
+
+    def in_time(self, scoring_seconds: float) -> bool:
+        """Whether every rank can learn and still score the rest in so many seconds; if not, it counts as skipped."""
+        late = self.world.sum([time.perf_counter() + scoring_seconds > self.deadline])[0] > 0
+        self.skipped_groups += late
+        return not late
 
     def learn(self, rows: np.ndarray, optimizer: torch.optim.Optimizer, lr_scale: float) -> None:
         """One step of all weights on the targets of windows (W, 3), shared out over ranks."""

@@ -2,7 +2,7 @@
 import contextlib
 import copy
 import math
-import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -553,3 +553,512 @@ def test_a_warm_start_takes_the_inner_matrices_on():
     by_length = adapted_nats(replace(config, ttt_order="length"), text)
     assert np.abs(nats - by_length).max() > 0.03  # what is carried over follows the order
     assert np.allclose(by_length[49:119], cold[49:119], rtol=2e-3, atol=2e-3)  # the longest one comes first
+
+
+# --- legality: what a score may depend on
+SHORT = (9, 1, 60, 40, 33, 16)  # documents of a text that is scored many times
+STRATEGIES = {
+    "documents": {}, "sgd": {"ttt_optimizer": "sgd", "ttt_lora_lr": 0.1}, "long chunks": {"ttt_chunk_size": SEQ_LEN},
+    "phases": {"phased_ttt_num_phases": 2, "phased_ttt_prefix_docs": 4},
+    "phases by length": {"phased_ttt_num_phases": 1, "phased_ttt_prefix_docs": 3, "ttt_order": "length"},
+    "warm start": {"ttt_warm_start_a": True, "ttt_batch_size": 1},
+    "stream": {"ttt_strategy": "stream", "ttt_optimizer": "sgd", "global_ttt_lr": 0.05, "global_ttt_chunk_tokens": 40},
+    "stream in epochs": {"ttt_strategy": "stream", "global_ttt_epochs": 2, "global_ttt_chunk_tokens": 40},
+    "stream by documents": {"ttt_strategy": "stream", "global_ttt_chunk_tokens": 0}}
+
+
+def steps_of(config: Config, text) -> list[list[int]]:
+    """Documents in the order of scoring; those that are scored before anything is learned from them together."""
+    lengths = [b - a for a, b in bounds_of(text)]
+    order = list(range(len(lengths)))
+    if config.ttt_order == "length":
+        order.sort(key=lambda i: (-lengths[i], i))
+    prefix, phases = config.phased_ttt_prefix_docs, config.phased_ttt_num_phases
+    ends = [prefix * (i + 1) // phases for i in range(phases)] if phases else []
+    if config.ttt_warm_start_a:
+        ends = [*range(config.ttt_batch_size, len(order), config.ttt_batch_size)]
+    return [order[a:b] for a, b in zip([0, *ends], [*ends, len(order)])]
+
+
+def may_change(config: Config, text, place: int) -> np.ndarray:
+    """Targets (n,) whose nats may depend on token `place`, which is target place - 1."""
+    if config.ttt_strategy == "stream":
+        return np.arange(len(text.val_bytes)) >= place - 1
+    may, bounds, steps = np.zeros(len(text.val_bytes), bool), bounds_of(text), steps_of(config, text)
+    own = next(i for i, (a, b) in enumerate(bounds) if a <= place - 1 < b)
+    may[place - 1:bounds[own][1]] = True
+    for later in steps[next(k for k, step in enumerate(steps) if own in step) + 1:]:
+        for i in later:
+            may[slice(*bounds[i])] = True
+    return may
+
+
+def places_of(text) -> list[int]:
+    """Tokens to change: early in the longest document, at both ends of a chunk, its last one, the last of all."""
+    begin, end = bounds_of(text)[2]
+    return [begin + 1, begin + 16, begin + 17, end - 1, len(text.val_tokens) - 1]
+
+
+def leaks(config: Config, text, places, **options) -> list[int]:
+    """Those of the places where another token changes what was scored before it, by a single bit or more."""
+    before, found = adapted_nats(config, text, **options), []
+    for place in places:
+        after = adapted_nats(config, perturbed(text, place), **options)
+        if not np.array_equal(after[~may_change(config, text, place)], before[~may_change(config, text, place)]):
+            found.append(place)
+    return found
+
+
+@pytest.mark.parametrize("changes", STRATEGIES.values(), ids=STRATEGIES)
+def test_no_score_depends_on_what_was_not_scored_before(changes):
+    config, text = adapt_config(**changes), make_text(SHORT)
+    before, bounds = adapted_nats(config, text), bounds_of(text)
+    for place in places_of(text):
+        after, may = adapted_nats(config, perturbed(text, place)), may_change(config, text, place)
+        assert np.array_equal(after[~may], before[~may]), place
+        assert after[place - 1] != before[place - 1]
+        if place > places_of(text)[1]:
+            continue
+        # what may depend on it does: else nothing was learned, and all of this were easy
+        found = {i for i, (a, b) in enumerate(bounds) if i != 2 and (after[a:b] != before[a:b]).any()}
+        allowed = {i for i, (a, b) in enumerate(bounds) if i != 2 and may[a]}
+        deaf = {i for i, (a, b) in enumerate(bounds) if b - a <= 16 and config.ttt_warm_start_a}  # B = 0 in a first chunk
+        assert allowed - deaf <= found <= allowed
+        a, b = bounds[2]
+        if config.global_ttt_chunk_tokens:  # learned within the document: the token itself is out of sight by then
+            assert b - a > place - a + SEQ_LEN and after[b - 1] != before[b - 1]
+
+
+class Peeks(train_gpt.TestTimeTrainer):
+    """Trains on a chunk, then scores it."""
+
+    def score(self, chunk, adapters):
+        _, optimizer = self.adapters[len(adapters["q_in"])]
+        super().score(chunk, adapters).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return super().score(chunk, adapters)
+
+
+class Carries(train_gpt.TestTimeTrainer):
+    """Starts no document anew."""
+
+    def fresh_adapters(self, documents):
+        return self.adapters.get(documents) or super().fresh_adapters(documents)
+
+
+class Hindsight(train_gpt.TestTimeTrainer):
+    """Keeps what the adapters would have scored at the end."""
+
+    def score_group(self, group):
+        super().score_group(group)
+        adapters, _ = self.adapters[len(group.documents)]
+        for step in range(group.steps):
+            chunk = self.chunk(group, step)
+            nats = self.score(chunk, adapters).detach().double().numpy()
+            self.ledger.nats[chunk.place[chunk.place >= 0]] = nats[chunk.place >= 0]
+
+
+class Blends(train_gpt.TestTimeTrainer):
+    """One set of adapters for the documents of a group: each learns from all."""
+
+    def adapt(self, scored, weights, optimizer):
+        super().adapt(scored, weights, optimizer)
+        with torch.no_grad():
+            for settings in optimizer.param_groups:
+                for p in settings["params"]:
+                    p.copy_(p.mean(0, keepdim=True).expand_as(p))
+
+
+@pytest.mark.parametrize("kind, changes", [
+    (Peeks, {}), (Carries, {"ttt_batch_size": 1}), (Hindsight, {}), (Blends, {}),
+    (train_gpt.TestTimeTrainer, {"ttt_strategy": "stream", "ttt_unsafe_multi_epoch": 1})], ids=str)
+def test_planted_leaks_are_found(kind, changes):
+    """The test above is no good if it does not see these."""
+    config, text = adapt_config(**changes), make_text(SHORT)
+    places = places_of(text)[1:4]
+    assert leaks(config, text, places, kind=kind)
+    assert not leaks(replace(config, ttt_unsafe_multi_epoch=0), text, places)
+
+
+class Watched(train_gpt.TestTimeTrainer):
+    """Writes down what is scored, and checks what is learned from."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.scored_places, self.last, self.steps, self.learned = np.zeros(len(self.ledger.times), int), None, 0, []
+
+    def score(self, chunk, adapters):
+        assert self.last is None or self.last[0].grad_fn is not None
+        self.last = super().score(chunk, adapters), chunk
+        self.scored_places[chunk.place[chunk.place >= 0]] += 1
+        return self.last[0]
+
+    def adapt(self, scored, weights, optimizer):
+        result, chunk = self.last
+        places, shares = chunk.place.reshape(len(chunk.rows) // self.group.chunk, -1), weights.view(
+            -1, self.group.chunk).numpy()
+        assert scored is result and weights is chunk.weights
+        assert (shares[places < 0] == 0).all() and (self.scored_places[places[shares > 0]] == 1).all()
+        for i, row in zip(self.group.documents, places):  # the mean, unless it is the document's last chunk
+            more = self.scored_places[self.bounds[i]:self.bounds[i + 1]].sum() < self.lengths[i]
+            mean = (row >= 0) / max((row >= 0).sum(), 1) * more
+            assert np.allclose(shares[self.group.documents.index(i)], mean, rtol=1e-6)
+        assert self.learned_chunks < self.scored_chunks
+        super().adapt(scored, weights, optimizer)
+        assert self.learned_chunks <= self.scored_chunks
+        self.steps += 1
+
+    def score_group(self, group):
+        self.group = group
+        super().score_group(group)
+
+    def learn(self, rows, optimizer, lr_scale):
+        for start, end, _ in rows:
+            assert (self.ledger.times[start:end] == 1).all()
+            self.learned.append((int(start), int(end)))
+        super().learn(rows, optimizer, lr_scale)
+
+
+@pytest.mark.parametrize("changes", STRATEGIES.values(), ids=STRATEGIES)
+def test_nothing_is_learned_from_what_has_no_score(changes):
+    config, text = adapt_config(**changes), make_text(SHORT)
+    learner = make_learner(config, text, kind=Watched)
+    score = learner.run()
+    assert (learner.ledger.times == 1).all() and score.tokens == len(text.val_bytes)
+    bounds = bounds_of(text)
+    if config.ttt_strategy == "documents":
+        assert (learner.scored_places == 1).all()
+        assert learner.steps == learner.learned_chunks > 0
+        assert learner.learned_chunks < learner.scored_chunks
+        steps = steps_of(config, text)[:-1] if config.phased_ttt_num_phases else []
+        expected = [i for k in range(len(steps)) for step in steps[:k + 1] for i in step]  # a prefix that grows
+        expected = [piece for i in expected for piece in pieces_in(*bounds[i])]
+    else:
+        assert learner.steps == 0
+        every = config.global_ttt_chunk_tokens
+        ends = [*range(every, bounds[-1][1], every), bounds[-1][1]] if every else [b for _, b in bounds]
+        expected = []
+        for first, last in zip([0, *ends], ends[:-1]):  # never from the last chunk
+            inside = [(max(a, first), min(b, last)) for document in bounds for a, b in pieces_in(*document)]
+            expected += [(a, b) for a, b in inside if a < b] * config.global_ttt_epochs
+    assert learner.learned == expected
+
+
+def pieces_in(first: int, last: int) -> list[tuple[int, int]]:
+    return [(a, min(a + SEQ_LEN, last)) for a in range(first, last, SEQ_LEN)]
+
+
+def test_an_unsafe_run_is_caught_learning_early():
+    learner = make_learner(adapt_config(ttt_strategy="stream", ttt_unsafe_multi_epoch=1), make_text(SHORT),
+                           kind=Watched)
+    with pytest.raises(AssertionError):
+        learner.run()
+
+
+def test_no_chunk_is_learned_from_twice():
+    learner = make_learner(adapt_config(), make_text((40, 33)))
+    adapters, optimizer = learner.fresh_adapters(2)
+    group = train_gpt.Group((0, 1), 16, 3, 0)
+    chunk = learner.chunk(group, 0)
+    scored = learner.score(chunk, adapters)
+    with pytest.raises(AssertionError):  # nothing is scored yet
+        learner.adapt(scored, chunk.weights, optimizer)
+    learner.scored_chunks = 1
+    learner.adapt(scored, chunk.weights, optimizer)
+    with pytest.raises(AssertionError):
+        learner.adapt(learner.score(chunk, adapters), chunk.weights, optimizer)
+    assert learner.learned_chunks == 1
+
+
+# --- the ledger
+def filled(text, places) -> Ledger:
+    ledger = Ledger(text)
+    for place in places:
+        ledger.add(np.array([place, -1]), np.array([0.5, 9.0]))
+    return ledger
+
+
+def test_the_ledger_sums_every_target_once():
+    text = make_text((5, 3, 1))
+    score = filled(text, [8, 0, 1, 2, 3, 4, 5, 7, 6]).score(single_world())
+    assert (score.nats, score.tokens, score.bytes) == (4.5, 9, int(text.val_bytes.sum())) and score.seconds > 0
+
+
+@pytest.mark.parametrize("places", [[*range(9), 4], [*range(8)], [*range(8), 3], [0, 0, *range(2, 9)], [], [*range(9)] * 2])
+def test_the_ledger_refuses_what_is_not_once(places):
+    with pytest.raises(AssertionError, match=f"{len(places)} scores of 9 targets"):
+        filled(make_text((5, 3, 1)), places).score(single_world())
+
+
+def test_the_ledger_refuses_bytes_that_are_counted_twice():
+    """A target whose bytes count in one rank, and another target in another: as many targets, as many bytes or not."""
+    text = make_text((5, 3, 1))
+    first, others = (3, 4), [i for i in range(9) if text.val_bytes[i] == text.val_bytes[3] and i != 3]
+    assert len(others) > 0 and text.val_bytes[4] != text.val_bytes[3]
+    for lost in (first[1], others[0]):  # different bytes, and the same
+        sums = []
+        with contextlib.suppress(AssertionError):
+            filled(text, [i for i in range(9) if i not in (lost, 0)]).score(Apart(0, 2, sums))
+        with pytest.raises(AssertionError, match="9 scores of 9 targets"):
+            filled(text, [0, 3]).score(Apart(1, 2, sums))
+
+
+# --- edges
+@pytest.mark.parametrize("lengths", [(1,), (1, 1, 1), (150,), (16,), (17, 1), (33, 32, 31)], ids=str)
+@pytest.mark.parametrize("head", [False, True])
+def test_documents_of_any_length(lengths, head):
+    """Longer than any row, of one token, of whole chunks, and one that begins before the first BOS."""
+    config, text, expected = adapt_config(), make_text(lengths), []
+    if head:
+        text = replace(text, val_tokens=text.val_tokens[1:], val_bytes=text.val_bytes[1:])
+        if len(text.val_bytes) == 0:
+            return
+    for tokens in texts_of(text, config):
+        expected += reference.adapt_document(config, one_row(make_model(config)), tokens, first_adapters(config, text),
+                                             config.ttt_chunk_size)[0]
+    learner = make_learner(config, text)
+    assert learner.run().tokens == len(text.val_bytes)
+    assert np.allclose(learner.ledger.nats, expected, rtol=2e-3, atol=2e-3)
+
+
+class Poisoned(train_gpt.TestTimeTrainer):
+    """The gradients of one document are no numbers, in some steps."""
+
+    document, steps, value = 3, range(100), math.nan
+
+    def score_group(self, group):
+        self.group, self.step = group, 0
+        super().score_group(group)
+
+    def score(self, chunk, adapters):
+        nats = super().score(chunk, adapters)
+        if self.document in self.group.documents and self.step in self.steps:
+            i, size = self.group.documents.index(self.document), self.group.chunk
+            mask = torch.arange(len(nats)) // size == i
+            nats.register_hook(lambda grad: torch.where(mask, self.value, grad))
+        self.step += 1
+        return nats
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_document_whose_gradients_are_no_numbers_rests(value):
+    config, text = adapt_config(ttt_beta1=0.5), make_text(SHORT)
+    healthy, without = adapted_nats(config, text), unadapted_nats(config, text)
+    own = slice(*bounds_of(text)[3])
+    always = adapted_nats(config, text, kind=type("Always", (Poisoned,), {"value": value}))
+    assert np.array_equal(np.delete(always, own), np.delete(healthy, own))
+    assert np.allclose(always[own], without[own], rtol=1e-5)  # A decays; B stays 0
+    once = adapted_nats(config, text, kind=type("Once", (Poisoned,), {"value": value, "steps": [1]}))
+    assert np.array_equal(np.delete(once, own), np.delete(healthy, own))
+    first, second, third = (slice(own.start + i, own.start + i + 16) for i in (0, 16, 32))
+    third = slice(third.start, own.stop)
+    assert np.array_equal(once[first], healthy[first]) and np.array_equal(once[second], healthy[second])
+    assert np.isfinite(once).all() and not np.array_equal(once[third], healthy[third])
+    assert not np.allclose(once[third], without[third], rtol=1e-3)  # what was learned before stays
+
+
+class Broken(train_gpt.TestTimeTrainer):
+    """The adapters of one document are no numbers from its second chunk on."""
+
+    document = 3
+
+    def score_group(self, group):
+        self.group = group
+        super().score_group(group)
+
+    def adapt(self, scored, weights, optimizer):
+        super().adapt(scored, weights, optimizer)
+        if self.document in self.group.documents:
+            adapters, _ = self.adapters[len(self.group.documents)]
+            with torch.no_grad():
+                adapters["v_out"][self.group.documents.index(self.document)] = math.nan
+
+
+def test_targets_that_adapters_give_no_number_are_scored_without():
+    config, text = adapt_config(), make_text(SHORT)
+    healthy, (a, b) = adapted_nats(config, text), bounds_of(text)[3]
+    learner = make_learner(config, text, kind=Broken)
+    score = learner.run()
+    nats = learner.ledger.nats
+    assert np.isfinite(nats).all() and score.tokens == len(nats) and score.nats == pytest.approx(nats.sum())
+    assert np.array_equal(np.delete(nats, slice(a + 16, b)), np.delete(healthy, slice(a + 16, b)))
+    plain = make_learner(config, text)
+    plain.evaluator.score_rows(plain.model, plain.windows_of(3), plain.ledger)
+    assert np.allclose(nats[a + 16:b], plain.ledger.nats[a + 16:b], rtol=1e-5)
+    assert learner.evaluator.log.lines == [f"adaptation: {b - a - 16} targets had no number, scored without adapters"]
+    # and that depends on what comes before each target only
+    place = a + 25
+    changed = adapted_nats(config, perturbed(text, place), kind=Broken)
+    assert np.array_equal(changed[:place - 1], nats[:place - 1]) and np.array_equal(changed[b:], nats[b:])
+
+
+def test_steps_of_all_weights_that_are_no_numbers_are_left_out():
+    config, text = adapt_config(**STRATEGIES["stream"]), make_text(SHORT)
+    learner, healthy = make_learner(config, text), adapted_nats(config, text)
+    original = learner.learn
+
+    def learn(rows, optimizer, lr_scale):
+        if rows[0, 0] == 0:  # the first chunk
+            forward, learner.model.nats = learner.model.nats, lambda *x: forward(*x) * math.nan
+            original(rows, optimizer, lr_scale)
+            learner.model.nats = forward
+            assert all(torch.equal(p, before[name]) for name, p in learner.model.named_parameters())
+        else:
+            original(rows, optimizer, lr_scale)
+    before = {name: p.clone() for name, p in learner.model.named_parameters()}
+    learner.learn = learn
+    learner.run()
+    nats, every = learner.ledger.nats, config.global_ttt_chunk_tokens
+    assert np.isfinite(nats).all() and np.array_equal(nats[:every], healthy[:every])
+    assert np.abs(nats - healthy).max() > 1e-3 and not torch.equal(learner.model.q_proj, before["q_proj"])
+
+
+@pytest.mark.parametrize("changes", [{}, {"phased_ttt_num_phases": 2, "phased_ttt_prefix_docs": 4},
+                                     {"ttt_strategy": "stream"}], ids=str)
+def test_a_budget_that_is_over_leaves_the_scoring(changes):
+    config, text = adapt_config(**changes), make_text(SHORT)
+    learner = make_learner(config, text, started=-1e9)
+    before = {name: p.clone() for name, p in learner.model.named_parameters()}
+    score = learner.run()
+    assert score.tokens == len(text.val_bytes) and (learner.ledger.times == 1).all()
+    assert learner.learned_chunks == learner.scored_chunks == 0
+    assert all(torch.equal(p, before[name]) for name, p in learner.model.named_parameters())
+    plain = make_learner(config, text)
+    stride = config.eval_stride if config.ttt_strategy == "stream" else config.eval_seq_len
+    assert score.nats == pytest.approx(plain.evaluator.score(plain.model, stride).nats, rel=1e-5)
+    if not changes:
+        assert learner.skipped_groups == len(plan_groups(config, learner.lengths, range(len(SHORT)), 1)[0])
+    assert learner.skipped_groups > 0
+
+
+class Clocked(train_gpt.TestTimeTrainer):
+    """Scoring a chunk takes a second per token of its rows, anything else no time."""
+
+    now = 0.0
+
+    def score(self, chunk, adapters):
+        Clocked.now += chunk.batch.ids.numel()
+        return super().score(chunk, adapters)
+
+    def score_group(self, group):
+        super().score_group(group)
+        self.adapted = [*getattr(self, "adapted", []), group]
+
+
+def test_a_budget_cuts_the_groups_that_do_not_fit(monkeypatch):
+    text = make_text(LENGTHS)
+    config = adapt_config(ttt_batch_size=2)
+    everything = plan_groups(config, np.array(LENGTHS), range(len(LENGTHS)), 1)[0]
+    healthy = adapted_nats(config, text)
+    for budget in (everything[0].tokens + 1.0, 700.0, 1e9):
+        Clocked.now = 0.0
+        monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: Clocked.now)
+        learner = make_learner(replace(config, eval_budget_seconds=budget), text, kind=Clocked)
+        learner.run()
+        monkeypatch.undo()
+        assert (learner.ledger.times == 1).all() and Clocked.now <= budget
+        assert Clocked.now == sum(group.tokens for group in learner.adapted)
+        left = [group for group in everything if group not in learner.adapted]
+        assert learner.skipped_groups == len(left) and bool(left) == (budget < 1e9)
+        assert all(Clocked.now + group.tokens > budget for group in left[-1:]) or not left
+        for group in everything:
+            for i in group.documents:
+                a, b = bounds_of(text)[i]
+                same = np.array_equal(learner.ledger.nats[a:b], healthy[a:b])
+                assert same if group in learner.adapted else not same or b - a <= config.ttt_chunk_size
+
+
+def test_a_budget_of_a_stream_keeps_the_time_to_score_the_rest(monkeypatch):
+    """Here a target takes a second, and a step of all weights fifty."""
+    config, text, clock = adapt_config(**STRATEGIES["stream"]), make_text(SHORT), [0.0]
+    learned = []
+    for budget in (150.0, 215.0, 290.0, 1e9):
+        clock[0] = 0.0
+        monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: clock[0])
+        learner = make_learner(replace(config, eval_budget_seconds=budget), text)
+        score_rows, learn = learner.evaluator.score_rows, learner.learn
+
+        def scored(forward, rows, ledger, score_rows=score_rows):
+            clock[0] += (rows[:, 1] - rows[:, 2]).sum()
+            score_rows(forward, rows, ledger)
+
+        def stepped(*arguments, learn=learn):
+            clock[0] += 50.0
+            learn(*arguments)
+        learner.evaluator.score_rows, learner.learn = scored, stepped
+        learner.run()
+        monkeypatch.undo()
+        learned.append((clock[0] - 159) / 50)
+        assert (learner.ledger.times == 1).all() and learner.skipped_groups == 3 - learned[-1]
+        assert clock[0] <= budget + 60  # a step more, and what rows of chunks differ by
+    assert learned[0] == 0 and learned[-1] == 3 and learned == sorted(learned) and len({*learned}) > 2
+
+
+# --- settings
+@pytest.mark.parametrize("variables, words", [
+    ({"TTT_TARGETS": "q,w"}, ["TTT_TARGETS=q,w", "q,k,v,out,mlp,head"]),
+    ({"TTT_TARGETS": "q,q"}, ["TTT_TARGETS=q,q", "each once"]),
+    ({"TTT_TARGETS": ""}, ["TTT_TARGETS="]),
+    ({"TTT_CHUNK_SCHEDULE": "8"}, ["TTT_CHUNK_SCHEDULE=8", "must look like"]),
+    ({"TTT_CHUNK_SCHEDULE": "0@10"}, ["TTT_CHUNK_SCHEDULE=0@10", "whole tokens above 0", "8@256,24@2000"]),
+    ({"TTT_CHUNK_SCHEDULE": "2.5@10"}, ["TTT_CHUNK_SCHEDULE=2.5@10", "whole tokens above 0"]),
+    ({"TTT_CHUNK_SCHEDULE": "8@0"}, ["TTT_CHUNK_SCHEDULE=8@0", "above 0"]),
+    ({"TTT_FREEZE_BLOCKS": "12"}, ["TTT_FREEZE_BLOCKS=12", "NUM_LAYERS=11"]),
+    ({"GLOBAL_TTT_CHUNK_TOKENS": "0"}, ["GLOBAL_TTT_CHUNK_TOKENS=0", "TTT_STRATEGY=documents"]),
+    ({"TTT_UNSAFE_MULTI_EPOCH": "1"}, ["TTT_UNSAFE_MULTI_EPOCH=1", "TTT_STRATEGY=documents"]),
+    ({"TTT_STRATEGY": "phases"}, ["TTT_STRATEGY=phases", "documents, stream"]),
+    ({"TTT_ORDER": "random"}, ["TTT_ORDER=random", "stream, length"]),
+    ({"TTT_OPTIMIZER": "adam"}, ["TTT_OPTIMIZER=adam", "adamw, sgd"]),
+    ({"TTT_BATCH_SIZE": "0"}, ["TTT_BATCH_SIZE=0"]), ({"TTT_CHUNK_SIZE": "0"}, ["TTT_CHUNK_SIZE=0"]),
+    ({"TTT_LORA_RANK": "0"}, ["TTT_LORA_RANK=0"]), ({"TTT_LORA_ALPHA": "0"}, ["TTT_LORA_ALPHA=0"]),
+    ({"EVAL_BUDGET_SECONDS": "0"}, ["EVAL_BUDGET_SECONDS=0"]), ({"TTT_BETA2": "1"}, ["TTT_BETA2=1"]),
+    ({"PHASED_TTT_NUM_PHASES": "-1"}, ["PHASED_TTT_NUM_PHASES=-1"]), ({"GLOBAL_TTT_LR": "nan"}, ["GLOBAL_TTT_LR=nan"]),
+    ({"TTT_MOMENTUM": "0.9"}, ["TTT_MOMENTUM", "GLOBAL_TTT_MOMENTUM"]),
+    ({"EVAL_MODE": "ttt"}, ["EVAL_MODE=ttt", "adapted"])], ids=str)
+def test_settings_that_make_no_sense_are_refused(variables, words):
+    with pytest.raises(UserError) as caught:
+        Config.from_env(variables)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+# --- whole programs
+ADAPTED = {"EVAL_MODE": "adapted", "TTT_LORA_RANK": 4, "TTT_LORA_ALPHA": 8, "TTT_LORA_LR": 0.003, "TTT_CHUNK_SIZE": 16,
+           "TTT_BATCH_SIZE": 4, "GLOBAL_TTT_CHUNK_TOKENS": 256, "PHASED_TTT_PREFIX_DOCS": 6}
+
+
+def test_the_program_adapts(tmp_path):
+    data = program.write_data(tmp_path / "data")
+    done = program.run(program.settings(data, tmp_path / "logs", **ADAPTED))
+    assert (done.returncode, done.stderr) == (0, "")
+    result = program.result_of(done.stdout)
+    adapted, plain = result["stages"]["adapted"], result["stages"]["quantized"]
+    assert list(result["stages"]) == ["raw", "averaged", "quantized", "adapted"]
+    assert result["official_stage"] == "adapted" and result["val_bpb"] == adapted["val_bpb"] < plain["val_bpb"]
+    assert (adapted["tokens"], adapted["bytes"]) == (plain["tokens"], plain["bytes"]) == (1499, plain["bytes"])
+    assert result["legal"] and result["audit"]["scored_targets"] == result["audit"]["targets"] == 1499
+    line, = (line for line in done.stdout.splitlines() if line.startswith("adaptation "))
+    values = dict(word.split(":") for word in line.split()[1:])
+    assert int(values["scored_chunks"]) > int(values["learned_chunks"]) > 0
+    assert (values["groups_without"], values["legal"]) == ("0", "1")
+    assert f"final_adapted_exact val_loss:{adapted['val_loss']:.8f}" in done.stdout
+    assert adapted["seconds"] <= result["eval_seconds"] < 100
+
+
+def test_a_run_that_learns_before_it_scores_is_not_legal(tmp_path, capsys):
+    data, handlers = program.write_data(tmp_path / "data"), [(n, signal.getsignal(n)) for n in (signal.SIGINT,
+                                                                                              signal.SIGTERM)]
+    try:
+        for epochs in (0, 2):
+            code = train_gpt.main(program.settings(
+                data, tmp_path / "logs", **ADAPTED, TTT_STRATEGY="stream", TTT_UNSAFE_MULTI_EPOCH=epochs,
+                GLOBAL_TTT_LR=0.003, RUN_ID=f"run{epochs}"))
+            output = capsys.readouterr().out
+            result = program.result_of(output)
+            assert code == 0 and result["legal"] == (epochs == 0)
+            line, = (line for line in output.splitlines() if line.startswith("adaptation "))
+            assert line.endswith(f"legal:{int(epochs == 0)}")
+            assert result["stages"]["adapted"]["tokens"] == 1499
+    finally:
+        for number, handler in handlers:
+            signal.signal(number, handler)
