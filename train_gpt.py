@@ -698,6 +698,12 @@ def make_batch(inputs: np.ndarray, targets: np.ndarray, segments: Segments) -> B
     return Batch(ids, labels, segments)
 
 
+def window_batch(config: Config, window: np.ndarray, seq_len: int, num_segments: int = 0) -> Batch:
+    """T + 1 tokens in a row -> a batch of their segments and next tokens."""
+    starts = cut_segments(window[:-1], seq_len, config.document_mask)
+    return make_batch(window[:-1], window[1:], make_segments(starts, len(window) - 1, seq_len, num_segments))
+
+
 def map_tensors(change: Callable[..., Tensor], batch: Batch, *others: Batch) -> Batch:
     """The batch with change(tensor, the others' ...) for each of its tensors."""
     ids, targets, boundaries, positions = (change(*tensors) for tensors in zip(*(
@@ -2227,10 +2233,7 @@ class Optimizer:
 
 def training_progress(config: Config, step: int, elapsed_seconds: float) -> float:
     """Share of the training budget that is used: of the wallclock or of ITERATIONS, whichever is further."""
-    progress = step / config.iterations
-    if config.max_wallclock_seconds:
-        progress = max(progress, elapsed_seconds / training_budget_seconds(config))
-    return min(progress, 1.0)
+    return min(max(step / config.iterations, elapsed_seconds / training_budget_seconds(config)), 1.0)
 
 
 def training_budget_seconds(config: Config) -> float:
@@ -2324,14 +2327,14 @@ def is_looping(config: Config, progress: float) -> bool:
 #    The clock is rank 0's; each step all ranks agree on it and on stopping, so that none takes a step alone.
 # ====================================================================================================================
 
-# What the parameters and the function they compute depend on: stored in checkpoints and artifacts.
-MODEL_FIELDS = (
-    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_hidden", "mlp_activation",
-    "leaky_relu_slope", "projection_norm", "tie_embeddings", "embed_dim", "vocab_bias", "logit_softcap", "softcap_type",
-    "rope_base", "rope_dims", "rope_scaling", "rope_stretch", "train_seq_len", "key_offset", "value_residual",
-    "ln_scale", "xsa_last_n", "xsa_learned", "mudd_hidden", "skip_gates_enabled", "num_loops", "loop_start", "loop_end",
-    "depth_lora_rank", "parallel_start_layer", "gptj_block", "attn_gate", "sparse_attn_gate_scale", "gate_window",
-    "smear_gate", "bigram_hash_buckets", "bigram_hash_dim", "bigram_hash", "document_mask")
+# What the parameters and the function they compute depend on, stored in checkpoints and artifacts: what Config says of
+# the model, but for what matters in training alone.
+TRAINING_ALONE = {"tied_embed_init_std", "embed_init", "matrix_init", "resid_mix_init", "z_loss", "qk_gain_init",
+                  "enable_looping_at"}
+MODEL_FIELDS = ["vocab_size", "train_seq_len", "document_mask", *(name for name in list(KINDS)[
+    list(KINDS).index("num_layers"):list(KINDS).index("matrix_lr")] if name not in TRAINING_ALONE)]
+# Attributes of a Trainer that its checkpoints hold besides weights.
+COUNTERS = ("step", "tokens", "elapsed_seconds", "step_seconds", "finished", "last_loss", "num_snapshots")
 
 
 def model_fields(config: Config) -> dict[str, Any]:
@@ -2346,8 +2349,7 @@ class Pending(NamedTuple):
     """A step that the device may still be working on."""
 
     step: int
-    progress: float  # before it
-    stage: Stage
+    schedule: str  # what the log says of its learning rate and stage
     loss: Tensor  # on the CPU, valid after `done`
     done: Any  # CUDA event or None
 
@@ -2380,13 +2382,15 @@ class Trainer:
         self.num_segments = segment_bound(config.micro_batch_tokens, dataset.max_documents, config) if compiled else 0
         self.loader = TrainLoader(config, world, dataset.train, self.num_segments, dataset.prefixes)
         self.averages = {name: p.detach().clone() for name, p in self.params.items()} if config.ema_decay else {}
-        self.snapshots, self.num_snapshots = {}, 0  # their sum, by parameter (SWA)
+        self.snapshots: dict[str, Any] = {}  # their sum, by parameter (SWA)
+        self.num_snapshots = 0
         self.column_weights = torch.ones(1 + len(auxiliary_weights(config)), device=world.device)  # of losses in a step
         self.graphs: dict[Stage, Recorded] = {}
         self.graph_pool: Any = None
         self.step, self.elapsed_seconds, self.saved_seconds, self.finished = 0, 0.0, 0.0, False
         self.tokens = 0  # of the training stream used so far, by all ranks
-        self.last_loss, self.settled_step, self.logged_twentieths = math.nan, 0, 0
+        self.pending: list[Pending] = []  # steps, oldest first
+        self.last_loss, self.logged_twentieths = math.nan, 0
         self.step_seconds = 0.0  # of the latest step, by the agreed clock
         self.num_params = sum(p.numel() for p in self.params.values())
         self.checkpoint_path = Path(config.log_dir) / f"{config.run_id}.checkpoint"
@@ -2443,10 +2447,8 @@ class Trainer:
     @torch.no_grad()
     def take_snapshot(self) -> None:
         """Adds the averaged weights, or the present ones, to the sum (SWA)."""
-        weights = self.averages or {name: p.detach() for name, p in self.params.items()}
-        if not self.num_snapshots:
-            self.snapshots = {name: torch.zeros_like(value) for name, value in weights.items()}
-        torch._foreach_add_(list(self.snapshots.values()), list(weights.values()))
+        for name, value in (self.averages or self.params).items():
+            self.snapshots[name] = value + self.snapshots.get(name, 0)
         self.num_snapshots += 1
 
     def warmup(self, steps: int) -> dict[Stage, float]:
@@ -2460,12 +2462,11 @@ class Trainer:
         window[::512] = BOS
         for stage in stages(config):
             self.enter(stage)
-            starts = cut_segments(window[:-1], stage.seq_len, config.document_mask)
-            bound = max(self.num_segments, len(starts)) if self.num_segments else 0
-            segments = make_segments(starts, len(window) - 1, stage.seq_len, bound)
-            columns = [window[1:]] * (1 + len(auxiliary_weights(config)))
-            targets = np.stack(columns, 1) if stage.auxiliary else window[1:]
-            batch = to_device(make_batch(window[:-1], targets, segments), self.world.device)
+            needed = len(cut_segments(window, stage.seq_len, config.document_mask))
+            batch = window_batch(config, window, stage.seq_len, self.num_segments and max(self.num_segments, needed))
+            if stage.auxiliary:
+                batch = batch._replace(targets=torch.stack([batch.targets] * len(self.column_weights), 2))
+            batch = to_device(batch, self.world.device)
             for _ in range(steps):
                 self.world.synchronize()
                 start = time.perf_counter()
@@ -2486,7 +2487,7 @@ class Trainer:
         config, stop.deferred = self.config, True
         budget, last_step = training_budget_seconds(config), config.force_stop_step or config.iterations
         in_flight = 1 if self.world.device.type == "cuda" else 0
-        self.start, pending, interrupted, plain = time.perf_counter() - self.elapsed_seconds, None, False, False
+        self.start, interrupted, plain = time.perf_counter() - self.elapsed_seconds, False, False
         while self.step < last_step:
             clock, stops = self.world.sum([(time.perf_counter() - self.start) * (self.world.rank == 0), stop.received])
             if plain:  # nothing but a step since the last look at the clock
@@ -2495,20 +2496,20 @@ class Trainer:
             if interrupted or clock + (1 + in_flight) * self.step_seconds > budget:
                 break
             if config.checkpoint_every_seconds and clock - self.saved_seconds >= config.checkpoint_every_seconds:
-                self.settle(pending)
-                self.saved_seconds, pending, plain = clock, None, False
+                self.settle()
+                self.saved_seconds, plain = clock, False
                 self.save()
             progress = training_progress(config, self.step, clock)
             loss = self.train_step(self.next_batches(progress), progress)
             self.step += 1
             if warmdown(config, progress, self.step) < config.swa_start_frac and self.step % config.swa_every == 0:
                 self.take_snapshot()
-            pending, before = self.launch(loss, progress), pending
-            self.settle(before if in_flight else pending)
+            self.launch(loss, progress)
+            self.settle(in_flight)
             if config.val_loss_every and self.step % config.val_loss_every == 0:
-                self.settle(pending)
+                self.settle()
                 self.validate(validate)
-        self.settle(pending)
+        self.settle()
         self.elapsed_seconds = self.world.share(time.perf_counter() - self.start)
         self.log.progress("")
         stop.deferred = False
@@ -2531,33 +2532,32 @@ class Trainer:
         first, self.tokens = self.tokens // part, self.tokens + count * part
         return [self.loader.micro(first + j, stage.seq_len, stage.auxiliary) for j in range(count)]
 
-    def launch(self, loss: Tensor, progress: float) -> Pending:
+    def launch(self, loss: Tensor, progress: float) -> None:
         """Sends the loss on its way to the host without waiting for it."""
-        if self.world.device.type != "cuda":
-            return Pending(self.step, progress, self.stage, loss.cpu(), None)
-        host = torch.empty((), pin_memory=True).copy_(loss, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-        return Pending(self.step, progress, self.stage, host, done)
+        host, done = loss.to("cpu", non_blocking=True), None
+        if self.world.device.type == "cuda":
+            (done := torch.cuda.Event()).record()
+        scale = lr_multiplier(self.config, progress, self.step - 1)
+        schedule = f"lr_multiplier:{scale:.3f} looping:{int(self.stage.looping)}"
+        self.pending.append(Pending(self.step, schedule, host, done))
 
-    def settle(self, pending: Pending | None) -> None:
-        """Waits for a step, checks its loss, and logs a progress line where one is due."""
-        if pending is None or pending.step <= self.settled_step:
-            return
-        if pending.done:
-            pending.done.synchronize()
-        self.settled_step, self.last_loss = pending.step, pending.loss.item()
-        if not math.isfinite(self.last_loss):
-            self.diverged(f"train_loss:{self.last_loss}", pending.step)
-        config, every, seconds = self.config, self.config.train_log_every, time.perf_counter() - self.start
-        text = (f"step:{pending.step}/{config.iterations} train_loss:{self.last_loss:.4f} "
-                f"train_time:{seconds * 1000:.0f}ms step_avg:{seconds * 1000 / pending.step:.2f}ms")
-        twentieths = int(training_progress(config, pending.step, seconds) * 20)
-        if pending.step % every == 0 if every else twentieths > self.logged_twentieths or pending.step == 1:
-            self.logged_twentieths = twentieths
-            scale = lr_multiplier(config, pending.progress, pending.step - 1)
-            self.log(f"{text} lr_multiplier:{scale:.3f} looping:{int(pending.stage.looping)}")
-        self.log.progress(text)
+    def settle(self, in_flight: int = 0) -> None:
+        """Waits for all steps but the newest ones, checks their losses, and logs a progress line where one is due."""
+        while len(self.pending) > in_flight:
+            step, schedule, loss, done = self.pending.pop(0)
+            if done:
+                done.synchronize()
+            self.last_loss = loss.item()
+            if not math.isfinite(self.last_loss):
+                self.diverged(f"train_loss:{self.last_loss}", step)
+            config, every, seconds = self.config, self.config.train_log_every, time.perf_counter() - self.start
+            text = (f"step:{step}/{config.iterations} train_loss:{self.last_loss:.4f} "
+                    f"train_time:{seconds * 1000:.0f}ms step_avg:{seconds * 1000 / step:.2f}ms")
+            twentieths = int(training_progress(config, step, seconds) * 20)
+            if step % every == 0 if every else twentieths > self.logged_twentieths or step == 1:
+                self.logged_twentieths = twentieths
+                self.log(f"{text} {schedule}")
+            self.log.progress(text)
 
     def diverged(self, what: str, step: int) -> None:
         """Raises UserError."""
@@ -2589,12 +2589,9 @@ class Trainer:
             self.diverged("weights that are not finite", self.step)
         optimizer = {} if self.finished else self.optimizer.state_dict()
         if self.world.rank == 0:
-            state = {
-                "model": model_fields(self.config), "fingerprint": self.fingerprint, "step": self.step,
-                "elapsed_seconds": self.elapsed_seconds, "step_seconds": self.step_seconds, "finished": self.finished,
-                "looping": self.model.looping, "loss": self.last_loss, "optimizer": optimizer, "tokens": self.tokens,
-                "averages": self.averages, "snapshots": self.snapshots, "num_snapshots": self.num_snapshots,
-                "params": {name: p.detach() for name, p in self.params.items()}}
+            state = {"model": model_fields(self.config), "fingerprint": self.fingerprint, "looping": self.model.looping,
+                     "params": self.model.state_dict(), "averages": self.averages, "snapshots": self.snapshots,
+                     "optimizer": optimizer, **{name: getattr(self, name) for name in COUNTERS}}
             write_atomic(self.checkpoint_path, lambda file: torch.save(state, file), "LOG_DIR")
         self.last_checkpoint = str(self.checkpoint_path)
         self.log(f"checkpoint step:{self.step} path:{self.checkpoint_path}")
@@ -2614,15 +2611,13 @@ class Trainer:
                 f"holds {self.fingerprint[:12]}: use the same data")
         if bool(state["averages"]) != bool(self.averages):
             raise UserError(f"RESUME={path}: EMA_DECAY={self.config.ema_decay} switches averaging on or off; keep it")
-        for name, parameter in self.params.items():
-            parameter.copy_(state["params"][name])
-            if self.averages:
-                self.averages[name].copy_(state["averages"][name])
+        self.model.load_state_dict(state["params"])
+        for name, average in self.averages.items():
+            average.copy_(state["averages"][name])
         self.snapshots = {name: value.to(self.world.device) for name, value in state["snapshots"].items()}
-        self.num_snapshots, self.tokens = state["num_snapshots"], state["tokens"]
-        self.step, self.elapsed_seconds, self.finished = state["step"], state["elapsed_seconds"], state["finished"]
-        self.last_loss, self.saved_seconds = state["loss"], self.elapsed_seconds
-        self.settled_step, self.step_seconds = self.step, state["step_seconds"]
+        for name in COUNTERS:
+            setattr(self, name, state[name])
+        self.saved_seconds = self.elapsed_seconds
         if self.finished:
             self.model.looping = state["looping"]
         else:  # what this run's own schedule says
@@ -3515,9 +3510,7 @@ def calibrate_on_training_text(config: Config, trainer: Trainer, dataset: Datase
 
     def piece(i: int) -> Batch:
         window = stream.slice((i * world.size + world.rank) * len(stream) // (count * world.size), tokens + 1)
-        starts = cut_segments(window[:-1], config.train_seq_len, config.document_mask)
-        segments = make_segments(starts, tokens, config.train_seq_len, 0)
-        return to_device(make_batch(window[:-1], window[1:], segments), world.device)
+        return to_device(window_batch(config, window, config.train_seq_len), world.device)
     guides = calibrate(config, world, trainer.model, map(piece, range(count)))
     world.synchronize()
     seconds = world.sum([time.perf_counter() - start], dist.ReduceOp.MAX)[0]
