@@ -284,8 +284,7 @@ class Config:
             yield self.loop_start <= self.loop_end < self.num_layers, \
                 "{loop_start} {loop_end}: no range of {num_layers}"
             yield not 0 < self.parallel_start_layer <= self.loop_end, \
-                "{loop_end}: must be below {parallel_start_layer}, lanes that were joined do not part again; " \
-                "NUM_LOOPS=0 = no loops"
+                "{loop_end}: must be below {parallel_start_layer}, joined lanes do not part; NUM_LOOPS=0 = no loops"
         yield not self.depth_lora_rank or self.num_loops > 0, \
             "{depth_lora_rank} {num_loops}: adapters belong to looped layers"
         yield not self.value_residual or self.num_loops == 0 or self.loop_end + 1 < self.num_layers, \
@@ -348,16 +347,15 @@ NEWTON_SCHULZ = {
     "quintic": ((3.4445, -4.7750, 2.0315),) * 10,  # Keller Jordan's Muon
 }
 CHOICES = {
-    "train_order": ("sequential", "strided"), "device": ("auto", "cuda", "cpu"),
-    "compile": ("auto", "0", "1"), "attention": ("auto", "fa3", "fa4", "varlen", "sdpa"),
-    "muon_coefficients": tuple(NEWTON_SCHULZ), "mlp_activation": ("leaky2", "swiglu"),
+    "train_order": ("sequential", "strided"), "device": ("auto", "cuda", "cpu"), "compile": ("auto", "0", "1"),
+    "attention": ("auto", "fa3", "fa4", "varlen", "sdpa"), "muon_coefficients": tuple(NEWTON_SCHULZ),
+    "mlp_activation": ("leaky2", "swiglu"), "softcap_type": ("tanh", "poly5", "two_sided"),
     "embed_init": ("normal", "overtone"), "matrix_init": ("orthogonal", "uniform"),
-    "resid_mix_init": ("identity", "phase"), "softcap_type": ("tanh", "poly5", "two_sided"),
-    "rope_scaling": ("none", "ntk", "yarn"), "attn_gate": ("sparse", "dense", "output"),
-    "smear_gate": ("off", "input", "static", "mean"), "bigram_hash": ("92821", "36313", "1000003", "31"),
-    "matrix_quantizer": ("tcq", "gptq", "rtn", "fp16"), "embed_quantizer": ("tcq", "gptq", "rtn", "fp16"),
-    "compressor": ("rans", "brotli", "zstd", "lzma", "zlib"), "eval_mode": ("packed", "sliding"),
-}
+    "resid_mix_init": ("identity", "phase"), "rope_scaling": ("none", "ntk", "yarn"),
+    "attn_gate": ("sparse", "dense", "output"), "smear_gate": ("off", "input", "static", "mean"),
+    "bigram_hash": ("92821", "36313", "1000003", "31"), "eval_mode": ("packed", "sliding"),
+    **dict.fromkeys(("matrix_quantizer", "embed_quantizer"), ("tcq", "gptq", "rtn", "fp16")),
+    "compressor": ("rans", "brotli", "zstd", "lzma", "zlib")}
 KINDS = get_type_hints(Config)  # field -> bool, int, float or str
 FAMILY_WORDS = {"TTT", "EMA", "SWA", "GPTQ", "LQER", "MUON", "LOOP", "LOOPS", "LOOPING", "ROPE", "XSA", "QAT", "SMEAR",
                 "SMEARGATE", "LORA", "WARMDOWN", "BIGRAM", "SOFTCAP"}
@@ -368,9 +366,7 @@ def parse_value(variable: str, text: str, kind: Any) -> Any:
     """'1' -> True, 1, 1.0 or '1'. UserError names the variable."""
     text = text.strip()
     try:
-        if kind is bool:
-            return {"0": False, "1": True, "false": False, "true": True}[text.lower()]
-        return kind(text.replace("_", "")) if kind is int else kind(text)
+        return {"0": False, "1": True, "false": False, "true": True}[text.lower()] if kind is bool else kind(text)
     except (ValueError, KeyError):
         wanted = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
         raise UserError(f"{variable}={text}: must be {wanted}") from None
@@ -456,14 +452,13 @@ class World:
         if size > 1 and "RANK" not in environ:
             raise UserError(f"WORLD_SIZE={size} without RANK: start several processes with torchrun, or unset it")
         device = choose_device(config, local)
-        if device.type == "cuda":
+        if on_gpu := device.type == "cuda":
             torch.cuda.set_device(device)
-        half = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        half = on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)
         world = cls(rank, size, device, torch.bfloat16 if half else torch.float32)
         config.accumulation_steps(size)
         if "RANK" in environ and not dist.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
         torch.set_float32_matmul_precision("high")
         return world
 
@@ -610,19 +605,14 @@ PREPARE_HINT = "python data/prepare.py SOURCE... makes shards from any text"
 
 def resolve_path(text: str) -> Path:
     """A path as given, or, when absent, below a parent folder of this file: copies in records/*/* find data/ too."""
-    path = Path(text)
-    if not path.is_absolute() and not path.exists():
-        for parent in Path(__file__).resolve().parents:
-            if (parent / path).exists():
-                return parent / path
-    return path
+    places = [Path(text), *(parent / text for parent in Path(__file__).resolve().parents)]
+    return next((place for place in places if place.exists()), places[0])
 
 
 def read_shard(path: Path) -> np.ndarray:
     """Shard file -> its tokens (n,) uint16, memory-mapped. UserError for a file that is none, or not a whole one."""
     try:
-        size = path.stat().st_size
-        header = np.fromfile(path, "<i4", SHARD_HEADER_INTS)
+        size, header = path.stat().st_size, np.fromfile(path, "<i4", SHARD_HEADER_INTS)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; make it readable") from None
     if len(header) < SHARD_HEADER_INTS or header[0] != SHARD_MAGIC or header[1] != 1:
@@ -718,10 +708,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def coprime_stride(rows: int) -> int:
     """A step through `rows` rows, about 0.618 of them long, that meets every row once before it meets one twice."""
-    stride = max(round(rows * 0.6180339887), 1)
-    while math.gcd(stride, rows) != 1:
-        stride += 1
-    return stride
+    first = max(round(rows * 0.6180339887), 1)
+    return next(stride for stride in range(first, rows + 2) if math.gcd(stride, rows) == 1)
 
 
 def auxiliary_targets(config: Config, targets: Sequence[np.ndarray], prefixes: np.ndarray | None) -> np.ndarray:
@@ -749,25 +737,22 @@ class TrainLoader:
     def __init__(self, config: Config, world: World, stream: TokenStream, num_segments: int,
                  prefixes: np.ndarray | None = None):
         self.config, self.world, self.stream, self.num_segments = config, world, stream, num_segments
-        self.prefixes = prefixes
-        self.worker = ThreadPoolExecutor(1)
+        self.prefixes, self.worker = prefixes, ThreadPoolExecutor(1)
         self.pending: dict[tuple[int, int, bool], Any] = {}
         self.num_rows = max(len(stream) // config.train_seq_len, 1)
         self.stride = coprime_stride(self.num_rows)
 
     def build(self, index: int, seq_len: int, auxiliary: bool) -> Batch:
-        config, tokens = self.config, self.config.micro_batch_tokens
-        row, index, further = config.train_seq_len, index * self.world.size + self.world.rank, 3  # targets seen ahead
+        config, tokens, further = self.config, self.config.micro_batch_tokens, 3  # targets seen ahead
+        row = config.train_seq_len if config.train_order == "strided" else tokens
+        first = (index * self.world.size + self.world.rank) * tokens // row
+        rows = range(first, first + tokens // row)
         if config.train_order == "strided":
-            count = tokens // row
-            rows = [(index * count + i) * self.stride % self.num_rows for i in range(count)]
-            windows = [self.stream.slice(i * row, row + further) for i in rows]
-        else:
-            windows = [self.stream.slice(index * tokens, tokens + further)]
-        starts = [cut_segments(window[:-further], seq_len, config.document_mask) for window in windows]
-        starts = np.concatenate([part + i * row for i, part in enumerate(starts)])
-        inputs, *targets = (np.concatenate([window[i:len(window) - further + i] for window in windows])
-                            for i in range(1 + further))
+            rows = [i * self.stride % self.num_rows for i in rows]
+        windows = np.stack([self.stream.slice(i * row, row + further) for i in rows])
+        starts = np.concatenate([i * row + cut_segments(window[:-further], seq_len, config.document_mask)
+                                 for i, window in enumerate(windows)])
+        inputs, *targets = (windows[:, i:i + row].reshape(-1) for i in range(1 + further))
         columns = auxiliary_targets(config, targets, self.prefixes) if auxiliary else targets[0]
         batch = make_batch(inputs, columns, make_segments(starts, tokens, seq_len, self.num_segments))
         return map_tensors(Tensor.pin_memory, batch) if self.world.device.type == "cuda" else batch
@@ -966,16 +951,14 @@ def table_bytes(tokens: np.ndarray, tokenizer: Any) -> np.ndarray:
     previous, target = tokens[:-1], tokens[1:]
     val_bytes = count[target] + (space[target] & ~(silent[previous] & drops_space))
     bounds = document_bounds(tokens)
-    documents = len(bounds) - 1
+    documents, strange = len(bounds) - 1, 0  # strange: this tokenizer would have cut them differently
     sample = sorted({*range(min(8, documents)), *range(0, documents, max(documents // 24, 1))})
-    strange = 0  # documents that this tokenizer would have cut differently
     for i in sample:
-        start, end = bounds[i], bounds[i + 1]
-        text = tokenizer.decode(tokens[start + 1:end].tolist())
-        strange += tokenizer.encode(text) != tokens[start + 1:end].tolist()
-        require((by_table := int(val_bytes[start:end - 1].sum())) == (decoded := len(text.encode())),
-                f"validation document {i}: {by_table} bytes by the piece table, {decoded} decoded: TOKENIZER_PATH does "
-                "not fit these shards")
+        ids, by_table = tokens[bounds[i] + 1:bounds[i + 1]].tolist(), val_bytes[bounds[i]:bounds[i + 1] - 1].sum()
+        text = tokenizer.decode(ids)
+        strange += tokenizer.encode(text) != ids
+        require(by_table == len(text.encode()), f"validation document {i}: {by_table} bytes by the piece table, "
+                f"{len(text.encode())} decoded: TOKENIZER_PATH does not fit these shards")
     require(10 * strange <= len(sample), f"TOKENIZER_PATH: encodes {strange} of {len(sample)} decoded validation "
             "documents to other tokens than the shards hold: set the tokenizer that made them")
     return val_bytes
@@ -2290,9 +2273,9 @@ def stage_at(config: Config, progress: float, step: int) -> Stage:
     threshold = config.late_qat_threshold
     quantizing = 0 < config.qat_start <= progress or warmdown(config, progress, step) < threshold
     auxiliary = (config.prefix_loss > 0 or config.mtp_loss > 0) and aux_multiplier(config, progress) > 0
-    return Stage(is_looping(config, progress), quantizing, auxiliary,
-                 int(scheduled(config, "train_seq_schedule", progress, config.train_seq_len)),
-                 scheduled(config, "batch_schedule", progress, 1.0))
+    seq_len = int(scheduled(config, "train_seq_schedule", progress, config.train_seq_len))
+    share = scheduled(config, "batch_schedule", progress, 1.0)
+    return Stage(is_looping(config, progress), quantizing, auxiliary, seq_len, share)
 
 
 def stages(config: Config) -> dict[Stage, float]:
@@ -2345,23 +2328,6 @@ class Interrupted(Exception):
     """Training was stopped by a signal after its checkpoint, the argument, was written."""
 
 
-class Pending(NamedTuple):
-    """A step that the device may still be working on."""
-
-    step: int
-    schedule: str  # what the log says of its learning rate and stage
-    loss: Tensor  # on the CPU, valid after `done`
-    done: Any  # CUDA event or None
-
-
-class Recorded(NamedTuple):
-    """A micro-batch's forward and backward pass as one launch."""
-
-    graph: torch.cuda.CUDAGraph
-    inputs: Batch  # where it reads
-    loss: Tensor  # where it writes
-
-
 class Trainer:
     """Model, optimizer and averages, and the loop over steps."""
 
@@ -2385,13 +2351,15 @@ class Trainer:
         self.snapshots: dict[str, Any] = {}  # their sum, by parameter (SWA)
         self.num_snapshots = 0
         self.column_weights = torch.ones(1 + len(auxiliary_weights(config)), device=world.device)  # of losses in a step
-        self.graphs: dict[Stage, Recorded] = {}
+        # by stage, a micro-batch's forward and backward pass as one launch; where it reads; where it writes the loss
+        self.graphs: dict[Stage, tuple[torch.cuda.CUDAGraph, Batch, Tensor]] = {}
         self.graph_pool: Any = None
-        self.step, self.elapsed_seconds, self.saved_seconds, self.finished = 0, 0.0, 0.0, False
-        self.tokens = 0  # of the training stream used so far, by all ranks
-        self.pending: list[Pending] = []  # steps, oldest first
+        self.step, self.tokens, self.finished = 0, 0, False  # tokens: used of the stream so far, by all ranks
+        self.elapsed_seconds, self.step_seconds, self.saved_seconds = 0.0, 0.0, 0.0  # in all, for a step, when saved
+        # steps that the device may still be working on, oldest first: number, the schedules in words, loss on the CPU,
+        # and the event after which that is valid (none on a CPU)
+        self.pending: list[tuple[int, str, Tensor, Any]] = []
         self.last_loss, self.logged_twentieths = math.nan, 0
-        self.step_seconds = 0.0  # of the latest step, by the agreed clock
         self.num_params = sum(p.numel() for p in self.params.values())
         self.checkpoint_path = Path(config.log_dir) / f"{config.run_id}.checkpoint"
         self.last_checkpoint = config.resume
@@ -2417,9 +2385,10 @@ class Trainer:
     def micro_step(self, batch: Batch) -> Tensor:
         """Forward and backward, gradients added up, by the stage's CUDA graph if it has one -> share of the loss."""
         if recorded := self.graphs.get(self.stage._replace(batch_share=1.0)):
-            map_tensors(Tensor.copy_, recorded.inputs, batch)
-            recorded.graph.replay()
-            return recorded.loss
+            graph, inputs, loss = recorded
+            map_tensors(Tensor.copy_, inputs, batch)
+            graph.replay()
+            return loss
         nats = self.forward(*batch)
         columns = nats.view(len(nats), -1).mean(0)  # of targets
         columns = columns * self.column_weights[:len(columns)]
@@ -2437,7 +2406,7 @@ class Trainer:
         with torch.cuda.graph(graph, self.graph_pool, capture_error_mode="thread_local"):
             loss = self.micro_step(inputs)
         self.graph_pool = graph.pool()
-        self.graphs[self.stage._replace(batch_share=1.0)] = Recorded(graph, inputs, loss)
+        self.graphs[self.stage._replace(batch_share=1.0)] = graph, inputs, loss
 
     def enter(self, stage: Stage) -> None:
         """Switches the model to the graph of a stage."""
@@ -2539,7 +2508,7 @@ class Trainer:
             (done := torch.cuda.Event()).record()
         scale = lr_multiplier(self.config, progress, self.step - 1)
         schedule = f"lr_multiplier:{scale:.3f} looping:{int(self.stage.looping)}"
-        self.pending.append(Pending(self.step, schedule, host, done))
+        self.pending.append((self.step, schedule, host, done))
 
     def settle(self, in_flight: int = 0) -> None:
         """Waits for all steps but the newest ones, checks their losses, and logs a progress line where one is due."""
@@ -2701,16 +2670,6 @@ def rtn_decode(arrays: Arrays, shape: tuple[int, ...]) -> Tensor:
     return rescaled(torch.from_numpy(arrays["codes"]).float(), arrays, shape)
 
 
-def fp16_encode(weight: Tensor, *_: Any) -> Arrays:
-    """The nearest float16, clamped to its range."""
-    return {"values": weight.clamp(-65504.0, 65504.0).half().cpu().numpy()}
-
-
-def fp16_decode(arrays: Arrays, shape: tuple[int, ...]) -> Tensor:
-    """float16 -> float32 of this shape."""
-    return torch.from_numpy(arrays["values"]).float().view(shape)
-
-
 @functools.cache
 def trellis(states: int) -> tuple[Tensor, Tensor]:
     """-> next state (S, 2) by the parity of a code; odd (S,): code k stands for k + odd / 2 steps in a state.
@@ -2790,7 +2749,9 @@ def tcq_decode(arrays: Arrays, shape: tuple[int, ...], states: int = 8) -> Tenso
 
 QUANTIZERS = {
     "rtn": Quantizer(rtn_encode, rtn_decode), "gptq": Quantizer(functools.partial(search_encode, 1), rtn_decode),
-    "tcq": Quantizer(functools.partial(search_encode, 8), tcq_decode), "fp16": Quantizer(fp16_encode, fp16_decode)}
+    "tcq": Quantizer(functools.partial(search_encode, 8), tcq_decode), "fp16": Quantizer(  # the nearest in its range
+        lambda weight, *_: {"values": weight.clamp(-65504.0, 65504.0).half().cpu().numpy()},
+        lambda arrays, shape: torch.from_numpy(arrays["values"]).float().view(shape))}
 
 
 BLOCK_PRODUCTS = (("q_proj", "k_proj", "v_proj"), ("out_proj",), ("up_proj",), ("down_proj",))  # in order
@@ -3526,12 +3487,10 @@ def reload(config: Config, world: World, path: Path, attention: Attention, compi
     header, size = world.share((header, size))
     model = GPT(artifact_config(header, config), world.dtype, attention).to(world.device).eval()
     model.looping = header["looping"]
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if world.rank == 0:
-                parameter.copy_(weights[name])
-            if world.size > 1:
-                dist.broadcast(parameter.detach(), 0)
+    if world.rank == 0:
+        model.load_state_dict(weights)
+    for parameter in model.parameters() if world.size > 1 else ():
+        dist.broadcast(parameter.detach(), 0)
     return compile_model(model, compiled), size
 
 
@@ -3580,9 +3539,7 @@ def main(environ: Mapping[str, str], arguments: Sequence[str] = ()) -> int:
     if arguments:
         print(help_text())
         return 0 if set(arguments) <= {"-h", "--help"} else 2
-    world = log = None
-    rank = environ.get("RANK", "0")
-    stop = StopRequest()
+    log, rank, stop = None, environ.get("RANK", "0"), StopRequest()
     try:
         require(tuple(map(int, torch.__version__.split(".")[:2])) >= MIN_TORCH,
                 f"torch {torch.__version__} is too old: {MIN_TORCH[0]}.{MIN_TORCH[1]} or newer is needed")
@@ -3607,7 +3564,7 @@ def main(environ: Mapping[str, str], arguments: Sequence[str] = ()) -> int:
             message, code = f"error: another process is gone ({first_line(error):.200})", 2
         else:
             raise
-    if log and log.file and rank == "0":
+    if log:
         log(message, to_terminal=False)
     prefix = f"rank {rank}: " if rank.isdigit() and rank != "0" else ""
     print(prefix + message, file=sys.stderr, flush=True)
