@@ -139,13 +139,8 @@ class Config:
     tie_embeddings: bool = True  # the embedding is also the head
     embed_dim: int = 0  # width of embedding and head, with projections to D and back; 0 = D
     vocab_bias: bool = False  # learned bias of each token's logit
-    tied_embed_init_std: float = 0.005  # of the embedding
-    embed_init: str = "normal"  # normal, or overtone: singular values fall with the root of their index
-    matrix_init: str = "orthogonal"  # orthogonal, or uniform within 1 / sqrt(columns)
-    resid_mix_init: str = "identity"  # identity, or phase: early layers read the embedding, late ones the stream
     logit_softcap: Positive = 30.0  # logits = cap x tanh(logits / cap)
     softcap_type: str = "tanh"  # tanh, poly5, or two_sided: learned caps for positive and negative logits
-    z_loss: float = 0.0  # weight of logsumexp(logits)^2 in training
     rope_base: Positive = 10000.0  # of the rotation frequencies
     rope_dims: int = 16  # channels per head that rotate; 0 = no positions
     rope_scaling: str = "none"  # for longer contexts than TRAIN_SEQ_LEN: none, ntk or yarn
@@ -153,7 +148,6 @@ class Config:
     key_offset: bool = False  # key channels that do not rotate are those of the previous token
     value_residual: bool = False  # values are blended with the first layer's, in layers behind the loops
     ln_scale: bool = True  # block inputs are scaled by 1 / sqrt(layer + 1)
-    qk_gain_init: float = 5.0  # start of the learned gain on normalized queries
     xsa_last_n: int = 11  # layers, from the end, with exclusive self attention; 0 = off
     xsa_learned: bool = False  # its strength is learned per head, from 1
     mudd_hidden: int = 0  # MUDD connections: earlier streams reach the head, weighed by a network this wide; 0 = off
@@ -161,7 +155,6 @@ class Config:
     num_loops: int = 2  # extra passes over layers LOOP_START..LOOP_END; 0 = no depth recurrence
     loop_start: int = 3  # first looped layer
     loop_end: int = 5  # last looped layer
-    enable_looping_at: Fraction = 0.35  # fraction at which looping starts
     depth_lora_rank: int = 0  # adapters of queries and values for each visit of a looped layer; 0 = off
     parallel_start_layer: int = 8  # from here attention and MLP run on two lanes; 0 = off
     gptj_block: bool = False  # other layers' attention and MLP read the same input
@@ -172,6 +165,14 @@ class Config:
     bigram_hash_buckets: int = 0  # rows of a table of hashed token pairs, added to the embedding; 0 = off
     bigram_hash_dim: Count = 128  # its width
     bigram_hash: str = "92821"  # the hash, by its multiplier: 92821, 36313, 1000003 or 31
+    # --- model, what matters in training alone
+    tied_embed_init_std: float = 0.005  # of the embedding
+    embed_init: str = "normal"  # normal, or overtone: singular values fall with the root of their index
+    matrix_init: str = "orthogonal"  # orthogonal, or uniform within 1 / sqrt(columns)
+    resid_mix_init: str = "identity"  # identity, or phase: early layers read the embedding, late ones the stream
+    z_loss: float = 0.0  # weight of logsumexp(logits)^2 in training
+    qk_gain_init: float = 5.0  # start of the learned gain on normalized queries
+    enable_looping_at: Fraction = 0.35  # fraction at which looping starts
     # --- optimizer
     matrix_lr: float = 0.026  # Muon
     tied_embed_lr: float = 0.03  # Adam, embedding
@@ -294,7 +295,7 @@ class Config:
                 f"{{{name}}}: never reached, the multiplier does not fall below {{min_lr}}"
         yield not (self.qat_start and self.late_qat_threshold), "{qat_start} {late_qat_threshold}: set one of them"
         for name, full in (("train_seq_schedule", self.train_seq_len), ("batch_schedule", 1)):
-            values, ends = zip(*parse_schedule(name.upper(), getattr(self, name)) or [(full, 1)])
+            values, ends = zip(*parse_schedule(getattr(self, name), name.upper()) or [(full, 1)])
             yield list(ends) == sorted(set(ends)) and ends[-1] == 1 and min(values) > 0 and max(values) == full \
                 and (full == 1 or all(float(value).is_integer() for value in values)), \
                 f"{{{name}}}: needs values above 0, the largest {full} (tokens: whole numbers), at rising fractions " \
@@ -372,7 +373,7 @@ def parse_value(variable: str, text: str, kind: Any) -> Any:
         raise UserError(f"{variable}={text}: must be {wanted}") from None
 
 
-def parse_schedule(variable: str, text: str) -> list[tuple[float, float]]:
+def parse_schedule(text: str, variable: str = "") -> list[tuple[float, float]]:
     """'1024@0.1,2048@1' -> [(1024.0, 0.1), (2048.0, 1.0)]: each value holds until that fraction of the training."""
     try:
         return [(float(value), float(until)) for value, until in (part.split("@") for part in text.split(",") if text)]
@@ -799,14 +800,8 @@ def document_bounds(ids: np.ndarray) -> np.ndarray:
 
 
 def document_keys(ids: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """A cheap 64-bit key per document, from its length and five of its tokens: equal documents have equal keys."""
-    start, length = bounds[:-1].astype(np.uint64), np.diff(bounds).astype(np.uint64)
-    key = length
-    for numerator in (1, 2, 4, 6, 7):
-        token = ids[(start + length * np.uint64(numerator) // np.uint64(8)).astype(np.int64)].astype(np.uint64)
-        key = (key ^ token) * np.uint64(0x9E3779B97F4A7C15)
-        key ^= key >> np.uint64(29)
-    return key
+    """A cheap 64-bit key per document, from its length and the sum of its tokens: equal documents have equal keys."""
+    return np.add.reduceat(ids, bounds[:-1], dtype=np.uint64) << np.uint64(32) | np.diff(bounds).astype(np.uint64)
 
 
 def digest(data: np.ndarray) -> bytes:
@@ -823,8 +818,7 @@ class ShardScan(NamedTuple):
     leaked: set[bytes]  # digests of documents that are also in validation
 
 
-def scan_shard(stream: TokenStream, shard: int, val_keys: np.ndarray, val_digests: set[bytes],
-               window_tokens: int) -> ShardScan:
+def scan_shard(stream: TokenStream, shard: int, keys: np.ndarray, digests: set[bytes], window_tokens: int) -> ShardScan:
     """Reads a shard once. Documents are looked up whole: one that continues in the next shard belongs to this one."""
     ids, end = np.array(stream.shards[shard]), int(stream.offsets[shard + 1])
     sha256 = hashlib.sha256(ids.data).hexdigest()
@@ -835,11 +829,11 @@ def scan_shard(stream: TokenStream, shard: int, val_keys: np.ndarray, val_digest
     bounds = document_bounds(whole)
     if shard and len(bounds) > 2 and whole[0] != BOS:
         bounds = bounds[1:]  # the head belongs to the previous shard
-    candidates = np.flatnonzero(np.isin(document_keys(whole, bounds), val_keys))
-    digests = {digest(whole[bounds[i]:bounds[i + 1]]) for i in candidates}
+    candidates = np.flatnonzero(np.isin(document_keys(whole, bounds), keys))
+    leaked = digests & {digest(whole[bounds[i]:bounds[i + 1]]) for i in candidates}
     places = np.flatnonzero(np.concatenate((ids, stream.slice(end, window_tokens))) == BOS)
     counts = np.searchsorted(places, places + window_tokens) - np.arange(len(places))
-    return ShardScan(sha256, int(ids.max()), int(counts.max(initial=0)), digests & val_digests)
+    return ShardScan(sha256, int(ids.max()), int(counts.max(initial=0)), leaked)
 
 
 def open_dataset(config: Config, world: World) -> Dataset:
@@ -2254,8 +2248,7 @@ def aux_multiplier(config: Config, progress: float) -> float:
 
 def scheduled(config: Config, name: str, progress: float, default: float) -> float:
     """Value of a schedule string at this progress."""
-    parts = parse_schedule(name.upper(), getattr(config, name))
-    return next((value for value, until in parts if progress <= until), default)
+    return next((value for value, until in parse_schedule(getattr(config, name)) if progress <= until), default)
 
 
 class Stage(NamedTuple):
@@ -2281,8 +2274,7 @@ def stage_at(config: Config, progress: float, step: int) -> Stage:
 def stages(config: Config) -> dict[Stage, float]:
     """Every stage that a run may pass -> its share of the progress, to a thousandth."""
     found = [stage_at(config, i / 1000, i * config.iterations // 1000) for i in range(1000)]
-    ends = [end for name in ("train_seq_schedule", "batch_schedule")
-            for _, end in parse_schedule(name.upper(), getattr(config, name))]
+    ends = [end for text in (config.train_seq_schedule, config.batch_schedule) for _, end in parse_schedule(text)]
     others = [stage_at(config, end, int(end * config.iterations)) for end in ends]
     unsure = (False, True) if config.warmdown_iters and config.late_qat_threshold else ()  # the clock decides when
     others += [stage._replace(quantizing=on) for stage in found + others for on in unsure]
@@ -2310,12 +2302,10 @@ def is_looping(config: Config, progress: float) -> bool:
 #    The clock is rank 0's; each step all ranks agree on it and on stopping, so that none takes a step alone.
 # ====================================================================================================================
 
-# What the parameters and the function they compute depend on, stored in checkpoints and artifacts: what Config says of
-# the model, but for what matters in training alone.
-TRAINING_ALONE = {"tied_embed_init_std", "embed_init", "matrix_init", "resid_mix_init", "z_loss", "qk_gain_init",
-                  "enable_looping_at"}
-MODEL_FIELDS = ["vocab_size", "train_seq_len", "document_mask", *(name for name in list(KINDS)[
-    list(KINDS).index("num_layers"):list(KINDS).index("matrix_lr")] if name not in TRAINING_ALONE)]
+# What the parameters and the function they compute depend on, stored in checkpoints and artifacts: settings of the
+# data, and all of the model but for what matters in training alone.
+MODEL_FIELDS = ["vocab_size", "train_seq_len", "document_mask",
+                *list(KINDS)[list(KINDS).index("num_layers"):list(KINDS).index("tied_embed_init_std")]]
 # Attributes of a Trainer that its checkpoints hold besides weights.
 COUNTERS = ("step", "tokens", "elapsed_seconds", "step_seconds", "finished", "last_loss", "num_snapshots")
 
@@ -2456,13 +2446,13 @@ class Trainer:
         config, stop.deferred = self.config, True
         budget, last_step = training_budget_seconds(config), config.force_stop_step or config.iterations
         in_flight = 1 if self.world.device.type == "cuda" else 0
-        self.start, interrupted, plain = time.perf_counter() - self.elapsed_seconds, False, False
+        self.start, plain = time.perf_counter() - self.elapsed_seconds, False
         while self.step < last_step:
             clock, stops = self.world.sum([(time.perf_counter() - self.start) * (self.world.rank == 0), stop.received])
             if plain:  # nothing but a step since the last look at the clock
                 self.step_seconds = clock - self.elapsed_seconds
-            self.elapsed_seconds, interrupted, plain = clock, stops > 0, True
-            if interrupted or clock + (1 + in_flight) * self.step_seconds > budget:
+            self.elapsed_seconds, plain = clock, True
+            if stops or clock + (1 + in_flight) * self.step_seconds > budget:
                 break
             if config.checkpoint_every_seconds and clock - self.saved_seconds >= config.checkpoint_every_seconds:
                 self.settle()
@@ -2482,7 +2472,7 @@ class Trainer:
         self.elapsed_seconds = self.world.share(time.perf_counter() - self.start)
         self.log.progress("")
         stop.deferred = False
-        if interrupted or self.world.sum([stop.received])[0]:
+        if self.world.sum([stop.received])[0]:
             self.save()
             raise Interrupted(self.checkpoint_path)
         if self.step < last_step:
@@ -2517,8 +2507,7 @@ class Trainer:
             if done:
                 done.synchronize()
             self.last_loss = loss.item()
-            if not math.isfinite(self.last_loss):
-                self.diverged(f"train_loss:{self.last_loss}", step)
+            self.check(math.isfinite(self.last_loss), f"train_loss:{self.last_loss}", step)
             config, every, seconds = self.config, self.config.train_log_every, time.perf_counter() - self.start
             text = (f"step:{step}/{config.iterations} train_loss:{self.last_loss:.4f} "
                     f"train_time:{seconds * 1000:.0f}ms step_avg:{seconds * 1000 / step:.2f}ms")
@@ -2528,11 +2517,11 @@ class Trainer:
                 self.log(f"{text} {schedule}")
             self.log.progress(text)
 
-    def diverged(self, what: str, step: int) -> None:
-        """Raises UserError."""
+    def check(self, finite: bool, what: str, step: int) -> None:
+        """UserError where training diverged."""
         kept = self.last_checkpoint or "none; CHECKPOINT_EVERY_SECONDS writes some"
-        raise UserError(f"{what} at step {step}: training diverged; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR. "
-                        f"Last checkpoint: {kept}")
+        require(finite, f"{what} at step {step}: training diverged; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR. Last "
+                f"checkpoint: {kept}")
 
     def validate(self, validate: Callable[[], Any]) -> None:
         """Scores the present weights; the clock stands still."""
@@ -2554,8 +2543,8 @@ class Trainer:
     # --- checkpoints
     def save(self) -> None:
         """Writes the checkpoint over the older one, whole or not at all; all ranks take part."""
-        if not all(bool(p.isfinite().all()) for p in self.params.values()):  # the loss shows it one step later
-            self.diverged("weights that are not finite", self.step)
+        finite = all(bool(p.isfinite().all()) for p in self.params.values())  # the loss shows it one step later
+        self.check(finite, "weights that are not finite", self.step)
         optimizer = {} if self.finished else self.optimizer.state_dict()
         if self.world.rank == 0:
             state = {"model": model_fields(self.config), "fingerprint": self.fingerprint, "looping": self.model.looping,
@@ -2835,8 +2824,7 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     damped = torch.where(diagonal > 0, diagonal, 1) + 0.01 * diagonal.mean(-1, keepdim=True)
     hessian.diagonal(dim1=1, dim2=2).copy_(damped)
     factor = torch.linalg.cholesky(hessian.flip(1, 2)).flip(1, 2)
-    return torch.linalg.solve_triangular(factor, torch.eye(len(factor[0]), device=factor.device).expand_as(factor),
-                                         upper=True)
+    return torch.linalg.solve_triangular(factor, torch.eye(len(factor[0]), device=factor.device), upper=True)
 
 
 def labels(config: Config, name: str, layer: int) -> list[str]:
@@ -2950,17 +2938,16 @@ def quantize(config: Config, weights: Mapping[str, Tensor], guides: Mapping[str,
 def predicted_bytes(config: Config) -> int:
     """Entropy of the codes of normal weights, plus scales and float16 tensors: about what a good coder reaches."""
     total = 0.0
-    pieces = [(piece, math.prod(shape) * len(range(shape[0])[layers]) / shape[0], shape[-1])
-              for name, shape in param_shapes(config).items()
-              for piece, layers in cut_bank(config, name, shape).items()]
-    for piece, count, columns in pieces:
-        quantizer, bits, clip_sigmas = quantizer_of(config, piece)
-        if quantizer == "fp16":
-            total += 2 * count
-        else:  # a step of s standard deviations leaves log2(sqrt(2 pi e) / s) bits
-            levels = max(2 ** (bits - 1) - 1, 1)
-            per_weight = max(math.log2(math.sqrt(2 * math.pi * math.e) * levels / clip_sigmas), 0.0)
-            total += count * min(per_weight, math.log2(levels + 2 ** (bits - 1))) / 8 + 2 * count / columns
+    for name, shape in param_shapes(config).items():
+        for piece, layers in cut_bank(config, name, shape).items():
+            count = math.prod(shape) * len(range(shape[0])[layers]) / shape[0]
+            quantizer, bits, clip_sigmas = quantizer_of(config, piece)
+            if quantizer == "fp16":
+                total += 2 * count
+            else:  # a step of s standard deviations leaves log2(sqrt(2 pi e) / s) bits
+                levels = max(2 ** (bits - 1) - 1, 1)
+                per_weight = max(math.log2(math.sqrt(2 * math.pi * math.e) * levels / clip_sigmas), 0.0)
+                total += count * (min(per_weight, math.log2(levels + 2 ** (bits - 1))) / 8 + 2 / shape[-1])
     return int(total)
 
 
@@ -3015,8 +3002,7 @@ def rans_encode(data: bytes) -> bytes:
         quotient, rest = np.divmod(state, frequency[row])
         state = (quotient << bits) + rest + start[row]
     header = struct.pack("<QHBB", len(data), lanes, first, last - first)
-    return b"".join([header, frequencies.astype("<u2").tobytes(), state.astype("<u4").tobytes(),
-                     np.concatenate(words[::-1]).tobytes()])
+    return b"".join(map(bytes, (header, frequencies.astype("<u2"), state.astype("<u4"), np.concatenate(words[::-1]))))
 
 
 def rans_decode(data: bytes) -> bytes:
@@ -3511,8 +3497,7 @@ def report_result(config: Config, world: World, log: Log, dataset: Dataset, trai
     submission = measured["submission_bytes"]
     official = "quantized" if config.eval_mode == "packed" else config.eval_mode
     score, fits = stages[official], submission <= SIZE_LIMIT_BYTES
-    in_time = measured["eval_seconds"] <= LIMIT_SECONDS and \
-        trainer.elapsed_seconds + measured["calibration_seconds"] <= LIMIT_SECONDS
+    in_time = max(measured["eval_seconds"], trainer.elapsed_seconds + measured["calibration_seconds"]) <= LIMIT_SECONDS
     log(f"artifact_bytes:{measured['artifact_bytes']} code_bytes:{measured['code_bytes']} "
         f"submission_bytes:{submission} limit_bytes:{SIZE_LIMIT_BYTES} fits:{int(fits)}")
     if not fits:
