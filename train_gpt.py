@@ -72,6 +72,21 @@ def require(holds: object, complaint: str) -> None:
         raise UserError(complaint)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+@contextlib.contextmanager
+def refusing(kinds: type[Exception] | tuple[type[Exception], ...], complaint: str):
+    """Turns errors of these kinds into UserErrors with this complaint, in which {} is what the error says."""
+    try:
+        yield
+    except kinds as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(complaint.replace("{}", f"{reason:.200}")) from None
+
+
 # ====================================================================================================================
 # 1. config: environment variables -> one frozen Config. Every setting is a field; its variable is the name in capitals.
 #    Nothing else reads the environment, but World.start for the variables that torchrun sets.
@@ -251,7 +266,7 @@ class Config:
         for condition, complaint in self.checks():
             require(condition, complaint.format_map(shown))
 
-    def checks(self) -> Iterator[tuple[bool, str]]:
+    def checks(self) -> Iterator[tuple[object, str]]:
         """Yields (holds, complaint) for every rule; {field} in a complaint is shown as FIELD=value."""
         for f in fields(self):
             value, kind = getattr(self, f.name), KINDS[f.name]
@@ -264,7 +279,7 @@ class Config:
                 yield value in CHOICES[f.name], f"{{{f.name}}}: must be one of {', '.join(CHOICES[f.name])}"
         yield from self.rules()
 
-    def rules(self) -> Iterator[tuple[bool, str]]:
+    def rules(self) -> Iterator[tuple[object, str]]:
         """The same for those between settings."""
         for whole, part in (("model_dim", "num_heads"), ("num_heads", "num_kv_heads"), ("num_heads", "muon_head_group"),
                             ("num_kv_heads", "muon_head_group"), ("train_batch_tokens", "micro_batch_tokens")):
@@ -286,8 +301,7 @@ class Config:
                 "{loop_start} {loop_end}: no range of {num_layers}"
             yield not 0 < self.parallel_start_layer <= self.loop_end, \
                 "{loop_end}: must be below {parallel_start_layer}, joined lanes do not part; NUM_LOOPS=0 = no loops"
-        yield not self.depth_lora_rank or self.num_loops > 0, \
-            "{depth_lora_rank} {num_loops}: adapters belong to looped layers"
+        yield self.num_loops or not self.depth_lora_rank, "{depth_lora_rank} {num_loops}: adapters need looped layers"
         yield not self.value_residual or self.num_loops == 0 or self.loop_end + 1 < self.num_layers, \
             "VALUE_RESIDUAL=1 {loop_end}: no layer behind the loops takes the first layer's values"
         for name in ("swa_start_frac", "late_qat_threshold"):
@@ -365,20 +379,15 @@ NOT_OURS = {"COMPILER"}  # close to a field, but everybody's
 
 def parse_value(variable: str, text: str, kind: Any) -> Any:
     """'1' -> True, 1, 1.0 or '1'. UserError names the variable."""
-    text = text.strip()
-    try:
+    text, wanted = text.strip(), {bool: "0 or 1", int: "a whole number", float: "a number"}.get(kind)
+    with refusing((ValueError, KeyError), f"{variable}={text}: must be {wanted}"):
         return {"0": False, "1": True, "false": False, "true": True}[text.lower()] if kind is bool else kind(text)
-    except (ValueError, KeyError):
-        wanted = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
-        raise UserError(f"{variable}={text}: must be {wanted}") from None
 
 
 def parse_schedule(text: str, variable: str = "") -> list[tuple[float, float]]:
     """'1024@0.1,2048@1' -> [(1024.0, 0.1), (2048.0, 1.0)]: each value holds until that fraction of the training."""
-    try:
+    with refusing(ValueError, f"{variable}={text}: must look like 1024@0.1,2048@1"):
         return [(float(value), float(until)) for value, until in (part.split("@") for part in text.split(",") if text)]
-    except ValueError:
-        raise UserError(f"{variable}={text}: must look like 1024@0.1,2048@1") from None
 
 
 # Other published names -> ours, or {value: (our field, its value), or None where we do so anyway}; other values are
@@ -467,11 +476,11 @@ class World:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def sum(self, values: Sequence[float], operation: Any = dist.ReduceOp.SUM) -> list[float]:
-        """Sums over ranks, or another operation, in float64."""
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sums over ranks, in float64."""
         buffer = torch.tensor(values, dtype=torch.float64)
         if self.size > 1:
-            dist.all_reduce(buffer, operation)
+            dist.all_reduce(buffer)
         return buffer.tolist()
 
     def share(self, value: Any) -> Any:
@@ -538,22 +547,12 @@ class Log:
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return str(error).partition("\n")[0] or type(error).__name__
-
-
-@contextlib.contextmanager
-def naming_path(path: Path, variable: str):
+def naming_path(path: Path, variable: str) -> contextlib.AbstractContextManager[None]:
     """Turns OSError into a UserError that names the file and the variable that moves it elsewhere.
 
     RuntimeError too: torch.save's writer turns a full disk into that.
     """
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"{path}: {reason}; free the space or the permission, or set {variable}") from None
+    return refusing((OSError, RuntimeError), f"{path}: {{}}; free the space or the permission, or set {variable}")
 
 
 def write_atomic(path: Path, write: Callable[[Any], Any], variable: str) -> None:
@@ -583,13 +582,11 @@ class StopRequest:
             signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: Any) -> None:
-        now = time.monotonic()
-        if self.received and now - self.received_at < 2:
-            return
-        if self.received or not self.deferred:
+        if self.deferred and not self.received:
+            self.received, self.received_at = True, time.monotonic()
+        elif not self.received or time.monotonic() - self.received_at > 2:
             self.ending = True
             raise KeyboardInterrupt
-        self.received, self.received_at = True, now
 
 
 # ====================================================================================================================
@@ -612,10 +609,8 @@ def resolve_path(text: str) -> Path:
 
 def read_shard(path: Path) -> np.ndarray:
     """Shard file -> its tokens (n,) uint16, memory-mapped. UserError for a file that is none, or not a whole one."""
-    try:
+    with refusing(OSError, f"{path}: {{}}; make it readable"):
         size, header = path.stat().st_size, np.fromfile(path, "<i4", SHARD_HEADER_INTS)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; make it readable") from None
     if len(header) < SHARD_HEADER_INTS or header[0] != SHARD_MAGIC or header[1] != 1:
         raise UserError(f"{path}: no token shard (its header does not start with {SHARD_MAGIC}, 1); {PREPARE_HINT}")
     expected = 4 * SHARD_HEADER_INTS + 2 * int(header[2])
@@ -642,8 +637,7 @@ class TokenStream:
             shard = int(np.searchsorted(self.offsets, start, "right")) - 1
             part = self.shards[shard][start - self.offsets[shard]:][:count]
             parts.append(part)
-            count -= len(part)
-            start = (start + len(part)) % len(self)
+            count, start = count - len(part), (start + len(part)) % len(self)
         return np.concatenate(parts)
 
 
@@ -885,10 +879,8 @@ def load_tokenizer(config: Config, optional: bool) -> tuple[Any, str]:
         return None, ""
     require(path.is_file(), f"TOKENIZER_PATH={path}: no such file, but it counts the bytes of the text; {PREPARE_HINT}")
     model = path.read_bytes()
-    try:
+    with refusing(RuntimeError, f"TOKENIZER_PATH={path}: not a SentencePiece model"):
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
-    except RuntimeError:
-        raise UserError(f"TOKENIZER_PATH={path}: not a SentencePiece model") from None
     require((size := tokenizer.vocab_size()) == config.vocab_size, f"TOKENIZER_PATH={path}: has {size} pieces, "
             f"VOCAB_SIZE={config.vocab_size}: set the one that made the shards")
     require((bos := tokenizer.bos_id()) in (BOS, -1), f"TOKENIZER_PATH={path}: its BOS is {bos}, shards use {BOS}")
@@ -976,10 +968,9 @@ def read_sidecar(val: TokenStream, paths: Sequence[Path], tokenizer: Any) -> np.
         pieces = [tokenizer.id_to_piece(i) for i in range(tokenizer.vocab_size())]
         length = np.array([len(p) if p.isascii() and p.isalpha() else 0 for p in pieces], np.int64)[tokens]
         wrong = np.flatnonzero((length > 0) & (counts != length))
-        if 1000 * len(wrong) > np.count_nonzero(length):
-            place = int(wrong[0])
-            raise UserError(f"{paths[0]}: counts {counts[place]} bytes for token {place} = {pieces[tokens[place]]!r}; "
-                            "it is not the sidecar of these shards or TOKENIZER_PATH is not theirs")
+        place = next(iter(wrong.tolist()), 0)
+        require(1000 * len(wrong) <= np.count_nonzero(length), f"{paths[0]}: counts {counts[place]} bytes for token "
+                f"{place} = {pieces[tokens[place]]!r}; it is not the sidecar of these shards or TOKENIZER_PATH is not theirs")
     return counts[1:]
 
 
@@ -2557,11 +2548,9 @@ class Trainer:
     @torch.no_grad()
     def load(self, path: str) -> None:
         """Continues from a checkpoint. UserError for a file that is none, or belongs to another model or other data."""
-        try:
+        with refusing(Exception, f"RESUME={path}: no readable checkpoint ({{}})"):  # whatever a broken file leads to
             state = torch.load(path, map_location="cpu", weights_only=True)
             saved_model, saved_data = state["model"], state["fingerprint"]
-        except Exception as error:  # whatever an unpickler can make of a broken file
-            raise UserError(f"RESUME={path}: no readable checkpoint ({first_line(error):.120})") from None
         for name, value in model_fields(self.config).items():
             require((saved := saved_model.get(name)) == value,
                     f"RESUME={path}: was trained with {name.upper()}={saved}, now {value}: use the same settings")
@@ -3423,8 +3412,8 @@ def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequ
         evaluator.score_stage("sliding", forward, config.eval_stride)
     return report_result(config, world, log, dataset, trainer, evaluator.stages, {
         "compile_seconds": round(compile_seconds, 3), "calibration_seconds": round(calibration_seconds, 3),
-        "eval_seconds": round(time.perf_counter() - start, 3),
-        "artifact_bytes": artifact_bytes, "code_bytes": code_bytes, "submission_bytes": artifact_bytes + code_bytes,
+        "eval_seconds": round(time.perf_counter() - start, 3), "artifact_bytes": artifact_bytes,
+        "code_bytes": code_bytes, "submission_bytes": artifact_bytes + code_bytes,
         "source_sha256": hashlib.sha256(source).hexdigest()})
 
 
@@ -3460,7 +3449,7 @@ def calibrate_on_training_text(config: Config, trainer: Trainer, dataset: Datase
         return to_device(window_batch(config, window, config.train_seq_len), world.device)
     guides = calibrate(config, world, trainer.model, map(piece, range(count)))
     world.synchronize()
-    seconds = world.sum([time.perf_counter() - start], dist.ReduceOp.MAX)[0]
+    seconds = max(world.gather(time.perf_counter() - start))
     trainer.log(f"calibration tokens:{count * world.size * tokens} seconds:{seconds:.3f}")
     return guides, seconds
 
@@ -3485,8 +3474,7 @@ def use_compile(config: Config, world: World, attention: str) -> bool:
     on_gpu = world.device.type == "cuda"
     if config.compile == "0" or (config.compile == "auto" and not (on_gpu and attention != "sdpa")):
         return False
-    if not on_gpu:
-        raise UserError(f"COMPILE={config.compile}: needs CUDA, this is {world.device.type}; use COMPILE=auto")
+    require(on_gpu, f"COMPILE={config.compile}: needs CUDA, this is {world.device.type}; use COMPILE=auto")
     torch._dynamo.config.recompile_limit = 64  # graphs: the stages of training, and scoring, with their shapes
     return True
 
@@ -3508,10 +3496,9 @@ def report_result(config: Config, world: World, log: Log, dataset: Dataset, trai
         "device": world.describe(), "torch": torch.__version__, "data_fingerprint": dataset.fingerprint,
         "overrides": config.overrides(), "steps": trainer.step, "train_tokens": trainer.tokens,
         "train_seconds": round(trainer.elapsed_seconds, 3), "num_params": trainer.num_params,
-        "peak_memory_bytes": int(world.sum([world.peak_memory_bytes()], dist.ReduceOp.MAX)[0]),
-        "stages": {name: stage.as_dict() for name, stage in stages.items()}, "official_stage": official,
-        "val_loss": score.val_loss, "val_bpb": score.val_bpb, **measured,
-        "headroom_bytes": SIZE_LIMIT_BYTES - submission, "fits": fits,
+        "peak_memory_bytes": max(world.gather(world.peak_memory_bytes())), "official_stage": official,
+        "stages": {name: stage.as_dict() for name, stage in stages.items()}, "val_loss": score.val_loss,
+        "val_bpb": score.val_bpb, **measured, "headroom_bytes": SIZE_LIMIT_BYTES - submission, "fits": fits,
         "legal": fits and in_time and dataset.leaked_documents == 0,
         "audit": {"scored_targets": score.tokens, "targets": len(dataset.val_tokens) - 1, "scored_bytes": score.bytes,
                   "leaked_documents": dataset.leaked_documents, "in_time": in_time}}
