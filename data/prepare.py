@@ -4,11 +4,14 @@
 
     python data/prepare.py stdlib --name stdlib --vocab-size 1024 --val-docs 60
     python data/prepare.py docs.jsonl.zst --name mine --tokenizer some.model --val-first 50000
+    python data/prepare.py docs_selected.jsonl --like fineweb --vocab-size 8192 --caseops
 
 The same request gives the same bytes whatever --workers is, also when it was killed and started again. The texts are
-read three times (scan, tokenizer sample, encode) and never held in memory. Layouts: data/README.md.
+read three times (scan, tokenizer sample, encode) and never held in memory: what grows with the corpus is 24 bytes a
+document, and 60 while the split is made (FineWeb's 15 million: 0.9 GB). Layouts: data/README.md.
 """
 import argparse
+import array
 import collections
 import contextlib
 import dataclasses
@@ -33,13 +36,17 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import caseops
 import numpy as np
 import sentencepiece as spm
 import zstandard
 
-VERSION = 1  # of manifest.json and of everything below that decides the output bytes
+VERSION = 2  # of manifest.json and of everything below that decides the output bytes
 MAGIC, HEADER_INTS, BOS_ID = 20240520, 256, 1  # shard header: magic, version 1, count, zeros (int32)
 MAX_VOCAB_SIZE = 65_535  # token ids are stored as uint16
+BYTE260 = "byte260"  # the tokenizer whose token is 4 + the byte, in the place of a model file
+CASEOPS, PUBLISHED_CASEOPS = "caseops", "_lossless_caps_caseops_v1_reserved"  # in names: ours, and what it stands for
+FINEWEB_VAL_DOCS = 50_000  # of docs_selected.jsonl, in all published data; 40,000 of them in training is issue 2127
 MIN_VOCAB_SIZE = 4 + 256 + 2  # pad, bos, eos, unk; the bytes; space and newline
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.zst")
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
@@ -56,8 +63,8 @@ class InputError(ValueError):
 
 
 # ------------------------------------------------------------------------------------------------ files and progress
-def write_atomic(path: Path, *parts: bytes) -> None:
-    """Writes the joined parts to `path`: whole or not at all (temporary name, then rename)."""
+def write_atomic(path: Path, *parts: Any) -> None:
+    """Writes the joined parts (bytes or buffers) to `path`: whole or not at all (temporary name, then rename)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     with open(temporary, "wb") as file:
@@ -216,6 +223,7 @@ class Document(NamedTuple):
     source: int
     path: Path
     text: bytes
+    counted: bool = False  # bytes per token are wanted
 
 
 def read_documents(sources: list[Source], config: argparse.Namespace, stage: str,
@@ -243,9 +251,9 @@ def read_documents(sources: list[Source], config: argparse.Namespace, stage: str
 # ------------------------------------------------------------------------------------------------ scan and split
 @dataclasses.dataclass
 class Scan:
-    """What one pass over the documents leaves in memory: 40 bytes for each."""
+    """What one pass over the documents leaves in memory: 24 bytes for each."""
 
-    keys: np.ndarray  # (documents, 4) big-endian uint64: SHA-256 of the seed and the text's SHA-256
+    keys: np.ndarray  # (documents, 2) uint64: the first half of the document's key
     sizes: np.ndarray  # (documents,) int64, UTF-8 bytes
     sources: list[dict[str, Any]]  # for the manifest
     dropped: collections.Counter[str]
@@ -256,14 +264,19 @@ def document_key(text: bytes, seed: int) -> bytes:
     return hashlib.sha256(f"{seed}:".encode() + hashlib.sha256(text).digest()).digest()
 
 
+def key_words(key: bytes) -> tuple[int, int]:
+    """The half of a document's key that is kept: numbers in its order. Among 2^32 documents two share one by 2^-64."""
+    return int.from_bytes(key[:8], "big"), int.from_bytes(key[8:16], "big")
+
+
 def scan(sources: list[Source], config: argparse.Namespace) -> Scan:
     """First pass. InputError where there is no document."""
-    keys, sizes, dropped = bytearray(), [], collections.Counter({"not_utf8": 0, "empty": 0})
+    keys, sizes, dropped = array.array("Q"), array.array("q"), collections.Counter({"not_utf8": 0, "empty": 0})
     counts = [[0, 0] for _ in sources]
     hashes = [hashlib.sha256() for _ in sources]
     for document in read_documents(sources, config, "scan", dropped):
         key = document_key(document.text, config.seed)
-        keys += key
+        keys.extend(key_words(key))
         sizes.append(len(document.text))
         counts[document.source][0] += 1
         counts[document.source][1] += len(document.text)
@@ -275,7 +288,7 @@ def scan(sources: list[Source], config: argparse.Namespace) -> Scan:
     rows = [{"name": source.name, "files": len(source.files), "documents": count, "bytes": size,
              "sha256_keys": h.hexdigest()}
             for source, (count, size), h in zip(sources, counts, hashes, strict=True)]
-    return Scan(np.frombuffer(keys, ">u8").reshape(-1, 4), np.array(sizes, np.int64), rows, dropped)
+    return Scan(np.frombuffer(keys, np.uint64).reshape(-1, 2), np.frombuffer(sizes, np.int64), rows, dropped)
 
 
 def read_again(sources: list[Source], config: argparse.Namespace, stage: str, scanned: Scan) -> Iterator[Document]:
@@ -285,7 +298,7 @@ def read_again(sources: list[Source], config: argparse.Namespace, stage: str, sc
     for document in read_documents(sources, config, stage):
         number = document.number
         key = document_key(document.text, config.seed)
-        if number >= len(scanned.sizes) or scanned.keys[number].tobytes() != key:
+        if number >= len(scanned.sizes) or tuple(scanned.keys[number].tolist()) != key_words(key):
             raise InputError(f"{document.path}: {remedy}")
         yield document
     if number + 1 != len(scanned.sizes):
@@ -295,21 +308,25 @@ def read_again(sources: list[Source], config: argparse.Namespace, stage: str, sc
 def split(keys: np.ndarray, config: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     """Decides the side of every document.
 
-    keys (documents, 4) -> sides (documents,) uint8 of TRAIN, VAL, DUPLICATE (an equal text is in val), and the first
+    keys (documents, 2) -> sides (documents,) uint8 of TRAIN, VAL, DUPLICATE (an equal text is in val), and the first
     copy of every text in the order of the keys. --val-docs and --val-fraction take the texts with the smallest keys,
     one copy each; --val-first takes the first documents as they are. InputError where one side would be empty.
     """
     order = np.lexsort(keys.T[::-1])  # stable: equal texts stay in reading order
-    is_first = np.ones(len(keys), bool)
-    is_first[1:] = (keys[order[1:]] != keys[order[:-1]]).any(axis=1)
+    is_first, ordered = np.ones(len(keys), bool), keys[order]
+    is_first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    del ordered
     firsts = order[is_first]
     group = np.empty(len(keys), np.int64)  # rank of the document's text among the different texts
     group[order] = np.cumsum(is_first) - 1
+    del order
     options = ((name, getattr(config, name)) for name in ("val_docs", "val_first", "val_fraction"))
     option, value = next(pair for pair in options if pair[1] is not None)
     count = max(1, math.floor(value * len(firsts) + 0.5)) if option == "val_fraction" else value
     chosen = np.arange(min(count, len(keys))) if option == "val_first" else firsts[:count]
-    sides = np.where(np.isin(group, group[chosen]), DUPLICATE, TRAIN).astype(np.uint8)
+    in_val = np.zeros(len(firsts), bool)
+    in_val[group[chosen]] = True
+    sides = np.where(in_val[group], np.uint8(DUPLICATE), np.uint8(TRAIN))
     sides[chosen] = VAL
     if count >= len(keys if option == "val_first" else firsts) or not (sides == TRAIN).any():
         raise InputError(f"--{option.replace('_', '-')} {value}: no training text is left of {len(keys)} documents "
@@ -326,10 +343,15 @@ def sample_texts(sources: list[Source], config: argparse.Namespace, scanned: Sca
     wanted, texts = set(candidates[:max(count, 1)].tolist()), []
     for document in read_documents(sources, config, "tokenizer sample"):
         if document.number in wanted:
-            texts.append(document.text.decode())
+            texts.append(transform(document.text.decode(), config.caseops))
             if len(texts) == len(wanted):
                 break
     return texts
+
+
+def transform(text: str, mode: str | None) -> str:
+    """What the tokenizer is given: the text, or its CaseOps form."""
+    return caseops.encode(text, mode) if mode else text
 
 
 def training_chunks(texts: Iterable[str]) -> Iterator[str]:
@@ -339,21 +361,28 @@ def training_chunks(texts: Iterable[str]) -> Iterator[str]:
             yield from (part[i:i + CHUNK_CHARS] for i in range(0, len(part), CHUNK_CHARS))
 
 
-def train_tokenizer(texts: list[str], vocab_size: int, coverage: float) -> bytes:
-    """BPE with byte fallback that keeps every character -> bytes of a SentencePiece model.
+TRAINER = {  # the model file records num_threads: a constant keeps its bytes the same
+    "model_type": "bpe", "byte_fallback": True, "split_digits": True, "add_dummy_prefix": False, "pad_id": 0,
+    "bos_id": BOS_ID, "eos_id": 2, "unk_id": 3, "num_threads": 1, "minloglevel": 2}
+LOSSLESS = {  # pieces may cross spaces, line ends and scripts ("):\n        self."): 5 to 9 % fewer tokens on Python
+    "normalization_rule_name": "identity", "remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True,
+    "split_by_whitespace": False, "split_by_unicode_script": False, "max_sentencepiece_length": 32,
+    "max_sentence_length": 8 * CHUNK_CHARS, "required_chars": f"{SPACE_MARK}\n"}
+LIKE_FINEWEB = {  # as read from the published models: NFKC, and every run of white space becomes one space
+    "normalization_rule_name": "nmt_nfkc", "max_sentence_length": 8 * CHUNK_CHARS}
 
-    Pieces may cross spaces, line ends and scripts ("):\\n        self."): 5 to 9 % fewer tokens on Python source than
-    words alone. InputError where the text is too small or has too many characters for `vocab_size`.
+
+def train_tokenizer(texts: list[str], config: argparse.Namespace) -> bytes:
+    """BPE with byte fallback -> bytes of a SentencePiece model; one that keeps every character, unless --like fineweb.
+
+    InputError where the text is too small or has too many characters for the vocabulary.
     """
-    model = io.BytesIO()
+    model, vocab_size = io.BytesIO(), config.vocab_size
     try:
         spm.SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
-            sentence_iterator=training_chunks(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-            add_dummy_prefix=False, allow_whitespace_only_pieces=True, split_by_whitespace=False,
-            split_by_unicode_script=False, max_sentencepiece_length=32, max_sentence_length=8 * CHUNK_CHARS,
-            character_coverage=coverage, required_chars=f"{SPACE_MARK}\n", pad_id=0, bos_id=BOS_ID, eos_id=2, unk_id=3,
-            num_threads=1, minloglevel=2)  # the model file records num_threads: a constant keeps its bytes the same
+            sentence_iterator=training_chunks(texts), model_writer=model, vocab_size=vocab_size,
+            character_coverage=config.character_coverage, **TRAINER, **(LIKE_FINEWEB if config.like else LOSSLESS),
+            user_defined_symbols=list(caseops.OPERATORS) if config.caseops else [])
     except RuntimeError as error:
         what, problem, size = f"--vocab-size {vocab_size}", str(error), sum(map(len, texts))
         if limit := re.search(r"value <= (\d+)", problem):
@@ -366,16 +395,57 @@ def train_tokenizer(texts: list[str], vocab_size: int, coverage: float) -> bytes
     return model.getvalue()
 
 
-def load_tokenizer(model: bytes, where: str) -> spm.SentencePieceProcessor:
-    """InputError for a file that is no model or does not suit the shard format."""
+def protobuf(field: int, value: int | bytes) -> bytes:
+    """One field of a protocol buffer message; numbers below 128 times 128 only."""
+    def number(n: int) -> bytes:
+        return bytes([n]) if n < 128 else bytes([n & 127 | 128, n >> 7])
+    return number(field << 3) + number(value) if isinstance(value, int) else \
+        number(field << 3 | 2) + number(len(value)) + value
+
+
+def byte260_model() -> bytes:
+    """The published byte vocabulary (pad 0, bos 1, eos 2, unk 3, then 4 + byte) as a SentencePiece model.
+
+    All pieces are bytes and spaces are not escaped, so that any text is spelled in its UTF-8 bytes, and trainer and
+    tools need to know nothing of it. SentencePiece's own trainer makes no model without characters. Field numbers are
+    those of sentencepiece_model.proto.
+    """
+    control, unknown, byte = 3, 2, 6
+    names = [(b"<pad>", control), (b"<s>", control), (b"</s>", control), (b"<unk>", unknown)]
+    names += [(b"<0x%02X>" % i, byte) for i in range(256)]
+    pieces = [protobuf(1, protobuf(1, name) + protobuf(3, kind)) for name, kind in names]
+    model_type, vocab_size, byte_fallback, bpe = 3, 4, 35, 2
+    trainer = [(model_type, bpe), (vocab_size, len(names)), (byte_fallback, 1), (40, 3), (41, BOS_ID), (42, 2), (43, 0)]
+    dummy_prefix, extra_whitespaces, escape_whitespaces = 3, 4, 5
+    normalizer = [(1, b"identity"), (dummy_prefix, 0), (extra_whitespaces, 0), (escape_whitespaces, 0)]
+    return b"".join([*pieces, protobuf(2, b"".join(protobuf(*item) for item in trainer)),
+                     protobuf(3, b"".join(protobuf(*item) for item in normalizer))])
+
+
+def given_model(config: argparse.Namespace) -> bytes | None:
+    """The model of --tokenizer; None where one is to be trained."""
+    if config.tokenizer is None:
+        return None
+    return byte260_model() if config.tokenizer == BYTE260 else Path(config.tokenizer).read_bytes()
+
+
+def load_tokenizer(model: bytes, where: str, mode: str | None = None) -> spm.SentencePieceProcessor:
+    """InputError for a file that is no model or does not suit the shard format, any text, or CaseOps."""
     try:
         tokenizer = spm.SentencePieceProcessor()
         tokenizer.LoadFromSerializedProto(model)  # unlike the constructor, it complains about an empty file
     except RuntimeError:
         raise InputError(f"--tokenizer {where}: not a SentencePiece model; give a .model file") from None
-    if tokenizer.vocab_size() > MAX_VOCAB_SIZE or tokenizer.bos_id() != BOS_ID:
-        raise InputError(f"--tokenizer {where}: vocabulary {tokenizer.vocab_size()}, BOS id {tokenizer.bos_id()}; "
+    size = tokenizer.vocab_size()
+    if size > MAX_VOCAB_SIZE or tokenizer.bos_id() != BOS_ID:
+        raise InputError(f"--tokenizer {where}: vocabulary {size}, BOS id {tokenizer.bos_id()}; "
                          f"shards need at most {MAX_VOCAB_SIZE} pieces (uint16) and BOS id {BOS_ID}")
+    if (count := sum(map(tokenizer.IsByte, range(size)))) != 256:
+        raise InputError(f"--tokenizer {where}: has {count} byte pieces: it would lose characters that are not in its "
+                         "vocabulary, and their bytes; take one that was trained with byte_fallback")
+    if mode and not caseops.has_operators(tokenizer):
+        raise InputError(f"--tokenizer {where}: has no pieces for the operators of --caseops {mode}; take a CaseOps "
+                         "tokenizer, or leave --caseops away")
     return tokenizer
 
 
@@ -386,20 +456,37 @@ def cached_tokenizer(path: str, sha256: str) -> spm.SentencePieceProcessor:
     return load_tokenizer(Path(path).read_bytes(), path)
 
 
-def encode_batch(path: str, sha256: str, check: bool, batch: list[Document]) -> list[tuple[np.ndarray, str | None]]:
-    """Runs in a worker: documents -> (uint16 tokens with BOS first, reason why decode(encode(x)) != x or None)."""
-    tokenizer = cached_tokenizer(path, sha256)
-    result = []
-    for document in batch:
-        text, reason = document.text.decode(), None
-        ids = tokenizer.encode(text)  # pyright: ignore[reportAttributeAccessIssue]
-        if check and (back := tokenizer.decode(ids)) != text:  # pyright: ignore[reportAttributeAccessIssue]
+class Encoded(NamedTuple):
+    tokens: np.ndarray  # (n,) uint16, BOS first
+    counts: np.ndarray | None  # (n,) bytes of text of each token, for documents that want them
+    reason: str | None  # why the tokens do not give the text back
+
+
+def encode_document(tokenizer: spm.SentencePieceProcessor, document: Document, mode: str | None,
+                    check: bool) -> Encoded:
+    text, reason, counts = document.text.decode(), None, None
+    given = transform(text, mode)
+    if document.counted:
+        ids, found = caseops.tokens_and_bytes(tokenizer, given)
+        counts = np.concatenate(([0], found)).astype(np.uint16)
+    else:
+        ids = tokenizer.encode(given)  # pyright: ignore[reportAttributeAccessIssue]
+    tokens = np.array([BOS_ID, *ids], np.uint16)
+    if check:
+        back = tokenizer.decode(tokens[1:].tolist())  # pyright: ignore[reportAttributeAccessIssue]
+        back = caseops.decode(back, strict=False) if mode else back
+        if back != text:
             place = next((i for i, (a, b) in enumerate(zip(text, back)) if a != b), min(len(text), len(back)))
             reason = "the tokenizer changes the text"
             if text[place:place + 1] == SPACE_MARK:
                 reason = "the text holds U+2581, SentencePiece's mark for a space"
-        result.append((np.array([BOS_ID, *ids], np.uint16), reason))
-    return result
+    return Encoded(tokens, counts, reason)
+
+
+def encode_batch(path: str, sha256: str, mode: str | None, check: bool, batch: list[Document]) -> list[Encoded]:
+    """Runs in a worker. `check` compares decode(encode(x)) with x."""
+    tokenizer = cached_tokenizer(path, sha256)
+    return [encode_document(tokenizer, document, mode, check) for document in batch]
 
 
 def start_worker() -> None:
@@ -462,12 +549,23 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 # ------------------------------------------------------------------------------------------------ shards and state
+def shard_parts(parts: list[np.ndarray]) -> list[Any]:
+    """Pieces of a shard's numbers -> the buffers of its file, which are not copied."""
+    header = np.zeros(HEADER_INTS, "<i4")
+    header[:3] = MAGIC, 1, sum(map(len, parts))
+    return [header.data, *(np.ascontiguousarray(part, "<u2").data for part in parts)]
+
+
 class ShardWriter:
-    """Cuts the tokens of one side into shards of `shard_tokens`; each file appears whole, under its final name."""
+    """Cuts the tokens of one side into shards of `shard_tokens`; each file appears whole, under its final name.
+
+    Where documents come with counts of bytes, each shard has a sidecar of the same form that holds them.
+    """
 
     def __init__(self, folder: Path, side: str, shard_tokens: int, shards: list[dict[str, Any]]):
         self.folder, self.side, self.shard_tokens, self.shards = folder, side, shard_tokens, shards
         self.parts: list[np.ndarray] = []
+        self.count_parts: list[np.ndarray] = []
         self.pending_tokens = 0
         self.sha256_text = hashlib.sha256()
         self.totals = {"documents": 0, "tokens": 0, "bytes": 0}
@@ -479,36 +577,46 @@ class ShardWriter:
         self.totals["documents"] += 1
         self.totals["bytes"] += len(text)
 
-    def add(self, index: int, tokens: np.ndarray) -> bool:
+    def add(self, index: int, encoded: Encoded) -> bool:
         """Appends document `index`; True when a shard was finished."""
         used = self.used_tokens if index == self.document else 0
         finished = False
-        while used < len(tokens):
-            part = tokens[used:used + self.shard_tokens - self.pending_tokens]
-            self.parts.append(part)
-            self.pending_tokens += len(part)
-            used += len(part)
+        while used < len(encoded.tokens):
+            end = used + self.shard_tokens - self.pending_tokens
+            self.parts.append(encoded.tokens[used:end])
+            if encoded.counts is not None:
+                self.count_parts.append(encoded.counts[used:end])
+            self.pending_tokens += len(self.parts[-1])
+            used += len(self.parts[-1])
             if self.pending_tokens == self.shard_tokens:
                 self.flush(index, used)
                 finished = True
         return finished
 
+    def write(self, kind: str, parts: list[np.ndarray]) -> dict[str, Any]:
+        """One file -> its name and SHA-256."""
+        name, buffers = f"fineweb_{self.side}_{kind}{len(self.shards):06d}.bin", shard_parts(parts)
+        write_atomic(self.folder / name, *buffers)
+        sha256 = hashlib.sha256()
+        for buffer in buffers:
+            sha256.update(buffer)
+        return {"file": name, "sha256": sha256.hexdigest()}
+
     def flush(self, index: int, used_tokens: int) -> None:
         """Writes what is pending as the next shard; what follows starts at token `used_tokens` of document `index`."""
         if not self.pending_tokens:
             return
-        header = np.zeros(HEADER_INTS, "<i4")
-        header[:3] = MAGIC, 1, self.pending_tokens
-        content = header.tobytes() + np.concatenate(self.parts).astype("<u2").tobytes()
-        name = f"fineweb_{self.side}_{len(self.shards):06d}.bin"
-        write_atomic(self.folder / name, content)
-        self.shards.append({"file": name, "tokens": self.pending_tokens, "sha256": hashlib.sha256(content).hexdigest(),
-                            "document": index, "used_tokens": used_tokens})
-        self.parts, self.pending_tokens = [], 0
+        shard: dict[str, Any] = {"tokens": self.pending_tokens, "document": index, "used_tokens": used_tokens}
+        if self.count_parts:
+            counted = sum(int(part.sum(dtype=np.int64)) for part in self.count_parts)
+            shard["sidecar"] = {**self.write("bytes_", self.count_parts), "bytes": counted}
+        self.shards.append({**self.write("", self.parts), **shard})
+        self.parts, self.count_parts, self.pending_tokens = [], [], 0
 
     def summary(self) -> dict[str, Any]:
         self.totals["tokens"] = sum(shard["tokens"] for shard in self.shards)
-        shards = [{key: shard[key] for key in ("file", "tokens", "sha256")} for shard in self.shards]
+        shards = [{key: shard[key] for key in ("file", "tokens", "sha256", "sidecar") if key in shard}
+                  for shard in self.shards]
         return {**self.totals, "sha256_text": self.sha256_text.hexdigest(), "shards": shards}
 
 
@@ -517,7 +625,7 @@ class Job:
 
     def __init__(self, config: argparse.Namespace, request: str):
         self.folder = Path(config.out) / "datasets" / config.name
-        self.model_path = Path(config.out) / "tokenizers" / f"{config.name}.model"
+        self.model_path = Path(config.out) / "tokenizers" / f"{config.tokenizer_name}.model"
         self.manifest_path, self.state_path = self.folder / "manifest.json", self.folder / "prepare_state.json"
         self.request = request
         self.state = self.new_state()
@@ -574,8 +682,9 @@ class Job:
         """The tokenizer and all finished shards of a manifest or a state have the recorded hashes."""
         shards = [shard for side in ("train", "val")
                   for shard in (found[side]["shards"] if isinstance(found[side], dict) else found[side])]
+        files = shards + [shard["sidecar"] for shard in shards if "sidecar" in shard]
         return (tokenizer is None or file_sha256(self.model_path) == tokenizer) and all(
-            file_sha256(self.folder / shard["file"]) == shard["sha256"] for shard in shards)
+            file_sha256(self.folder / file["file"]) == file["sha256"] for file in files)
 
     def save(self) -> None:
         write_json(self.state_path, self.state)
@@ -585,7 +694,8 @@ class Job:
 def request_of(config: argparse.Namespace, sources: list[Source]) -> str:
     """SHA-256 over everything that decides the output: options, tokenizer, names and sizes of the source files."""
     options = {name: value for name, value in vars(config).items() if name not in ("workers", "force", "out")}
-    options["tokenizer"] = config.tokenizer and file_sha256(Path(config.tokenizer))
+    model = given_model(config)
+    options["tokenizer"] = None if model is None else hashlib.sha256(model).hexdigest()
     files = [[str(path), path.stat().st_size] for source in sources for path in source.files]
     versions = [VERSION, spm.__version__, platform.python_version()]
     return hashlib.sha256(json.dumps([versions, options, files], sort_keys=True).encode()).hexdigest()
@@ -595,14 +705,13 @@ def make_tokenizer(config: argparse.Namespace, job: Job,
                    read_sample: Callable[[], list[str]]) -> spm.SentencePieceProcessor:
     """The given, the already trained or a newly trained tokenizer; its file is at job.model_path afterwards."""
     if job.state["tokenizer"] is None:
-        if config.tokenizer:
-            model = Path(config.tokenizer).read_bytes()
-        else:
+        model = given_model(config)
+        if model is None:
             start, texts = time.perf_counter(), read_sample()
-            model = train_tokenizer(texts, config.vocab_size, config.character_coverage)
+            model = train_tokenizer(texts, config)
             print(f"tokenizer: {config.vocab_size} pieces from {len(texts):,} documents, "
                   f"{time.perf_counter() - start:.0f} seconds", flush=True)
-        tokenizer = load_tokenizer(model, str(config.tokenizer or job.model_path))
+        tokenizer = load_tokenizer(model, str(config.tokenizer or job.model_path), config.caseops)
         job.save()
         write_atomic(job.model_path, model)
         job.state["tokenizer"] = hashlib.sha256(model).hexdigest()
@@ -616,31 +725,33 @@ def encode(config: argparse.Namespace, job: Job, sources: list[Source], scanned:
     """Last pass: documents -> shards of both sides. Drops and counts documents that do not survive the round trip."""
     writers = {side: ShardWriter(job.folder, side, config.shard_tokens, job.state[side]) for side in ("train", "val")}
     failed: dict[str, str] = job.state["failed"]  # document index -> reason
-    work = functools.partial(encode_batch, str(job.model_path), job.state["tokenizer"], not config.allow_lossy)
+    work = functools.partial(encode_batch, str(job.model_path), job.state["tokenizer"], config.caseops,
+                             not config.allow_lossy)
 
     def needed() -> Iterator[Document]:
         for document in read_again(sources, config, "encode", scanned):
             if sides[document.number] == DUPLICATE:
                 continue
-            writer = writers["val" if sides[document.number] == VAL else "train"]
+            in_val = bool(sides[document.number] == VAL)
+            writer = writers["val" if in_val else "train"]
             if document.number < writer.document:  # finished shards hold it
                 if str(document.number) not in failed:
                     writer.count(document.text)
             else:
-                yield document
+                yield document._replace(counted=in_val and config.caseops is not None)
 
     if finished := sum(len(writer.shards) for writer in writers.values()):
         print(f"resumed: {finished} shards were finished", flush=True)
     for batch, results in map_ordered(work, batches(needed()), config.workers):
-        for document, (tokens, reason) in zip(batch, results, strict=True):
+        for document, encoded in zip(batch, results, strict=True):
             writer = writers["val" if sides[document.number] == VAL else "train"]
-            if reason:
+            if encoded.reason:
                 if str(document.number) not in failed and len(failed) < MAX_REPORTED:
-                    print(f"dropped {document.path}: {reason}", flush=True)
-                failed[str(document.number)] = reason
+                    print(f"dropped {document.path}: {encoded.reason}", flush=True)
+                failed[str(document.number)] = encoded.reason
                 continue
             writer.count(document.text)
-            if writer.add(document.number, tokens):
+            if writer.add(document.number, encoded):
                 job.save()
     return writers
 
@@ -662,7 +773,7 @@ def write_manifest(config: argparse.Namespace, job: Job, scanned: Scan, sides: n
                "failed_round_trip": len(failed)}
     options = {name: getattr(config, name) for name in (
         "vocab_size", "val_docs", "val_fraction", "val_first", "shard_tokens", "tokenizer_sample_bytes",
-        "character_coverage", "max_docs", "text_key", "seed", "allow_lossy")}
+        "character_coverage", "max_docs", "text_key", "seed", "allow_lossy", "caseops", "like")}
     manifest = {
         "version": VERSION, "name": config.name, "request": job.request,
         "tokenizer": {"file": job.model_path.name, "sha256": job.state["tokenizer"], "vocab_size": vocab_size,
@@ -677,6 +788,8 @@ def write_manifest(config: argparse.Namespace, job: Job, scanned: Scan, sides: n
 def prepare(config: argparse.Namespace) -> None:
     """Sources -> tokenizer, shards, manifest. InputError for what the user can repair."""
     sources = [find_source(argument) for argument in config.sources]
+    if not config.name:
+        name_like_fineweb(config)
     job = Job(config, request_of(config, sources))
     if job.open(config.force):
         print(f"{job.folder}: complete already, nothing to do")
@@ -721,37 +834,70 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("sources", nargs="+", metavar="SOURCE", help="stdlib, a .txt .md .jsonl .jsonl.zst file, or a folder of them")
-    add("--name", required=True, help="of the dataset: OUT/datasets/NAME and OUT/tokenizers/NAME.model")
+    add("--name", help="of the dataset: OUT/datasets/NAME and OUT/tokenizers/NAME.model; with --like fineweb it may be "
+        "left away for the published names")
     add("--out", default="data", help="folder of datasets/ and tokenizers/ (default: %(default)s)")
     add("--vocab-size", type=positive, default=1024, help="pieces of the trained tokenizer (default: %(default)s)")
-    add("--tokenizer", help="take this SentencePiece model instead of training one")
+    add("--tokenizer", help="take this SentencePiece model instead of training one; byte260 = one token a byte")
+    add("--caseops", nargs="?", const="plain", choices=caseops.MODES,
+        help="lower case with operators for capitals, and a byte sidecar for validation: plain is the published form "
+        "(default without a value), fused has the operators before the space")
+    add("--like", choices=("fineweb",), help="as the published data were made: the first 50,000 documents are "
+        "validation, the tokenizer normalizes (NFKC, one space for all white space), published names")
     sides = parser.add_mutually_exclusive_group()
     sides.add_argument("--val-docs", type=positive, help="documents for validation, at random by their hash")
     sides.add_argument("--val-fraction", type=fraction, help="the same as a share of the documents (default: 0.01)")
     sides.add_argument("--val-first", type=positive, help="the first documents are validation, as in FineWeb's split")
     add("--shard-tokens", type=positive, default=100_000_000, help="tokens of a shard (default: %(default)s)")
     add("--workers", type=positive, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    add("--tokenizer-sample-bytes", type=positive, default=8_000_000,
-        help="text that the tokenizer is trained on (default: %(default)s)")
-    add("--character-coverage", type=float, default=0.9999,
-        help="share of the characters that get a piece; others are spelled in bytes (default: %(default)s)")
+    add("--tokenizer-sample-bytes", type=positive,
+        help="text that the tokenizer is trained on (default: 8,000,000; with --like fineweb 100,000,000)")
+    add("--character-coverage", type=float, help="share of the characters that get a piece; others are spelled in "
+        "bytes (default: 0.9999; with --like fineweb 0.999)")
     add("--max-docs", type=positive, help="stop after so many documents")
     add("--text-key", default="text", help="key of the text in a line of .jsonl (default: %(default)s)")
     add("--seed", type=int, default=1337, help="of the split (default: %(default)s)")
     add("--allow-lossy", action="store_true", help="keep documents that the tokenizer changes")
     add("--force", action="store_true", help="replace another dataset of this name")
-    config = parser.parse_args(arguments)
-    if not re.fullmatch(r"[\w-][\w.-]*", config.name):
-        parser.error(f"--name {config.name}: letters, digits, '.', '_' and '-' only, and no '.' at the start")
-    if not config.tokenizer and not MIN_VOCAB_SIZE <= config.vocab_size <= MAX_VOCAB_SIZE:
-        parser.error(f"--vocab-size {config.vocab_size}: must be {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}")
+    return complete(parser.parse_args(arguments), parser)
+
+
+def complete(config: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Fills in what other options decide, and refuses what does not fit together."""
+    like = config.like
+    option = next((name for name in ("docs", "fraction", "first") if vars(config)[f"val_{name}"]), None)
+    if like and option:
+        parser.error(f"--val-{option}: --like fineweb takes the first {FINEWEB_VAL_DOCS:,} documents; leave one away")
+    if like:
+        config.val_first, config.allow_lossy = FINEWEB_VAL_DOCS, True
+    elif not option:
+        config.val_fraction = 0.01
+    config.tokenizer_sample_bytes = config.tokenizer_sample_bytes or (100_000_000 if like else 8_000_000)
+    if config.character_coverage is None:
+        config.character_coverage = 0.999 if like else 0.9999
     if not 0.98 <= config.character_coverage <= 1:
         parser.error(f"--character-coverage {config.character_coverage}: must be 0.98 to 1")
-    if config.tokenizer and not Path(config.tokenizer).is_file():
+    if config.tokenizer not in (None, BYTE260) and not Path(config.tokenizer).is_file():
         parser.error(f"--tokenizer {config.tokenizer}: no such file")
-    if not (config.val_docs or config.val_fraction or config.val_first):
-        config.val_fraction = 0.01
+    if config.tokenizer is None and not MIN_VOCAB_SIZE <= config.vocab_size <= MAX_VOCAB_SIZE:
+        parser.error(f"--vocab-size {config.vocab_size}: must be {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}")
+    if not config.name and not like:
+        parser.error("--name: give the dataset a name")
+    if config.name and not re.fullmatch(r"[\w-][\w.-]*", config.name):
+        parser.error(f"--name {config.name}: letters, digits, '.', '_' and '-' only, and no '.' at the start")
+    config.tokenizer_name = config.name
     return config
+
+
+def name_like_fineweb(config: argparse.Namespace) -> None:
+    """The published names, which are the trainer's defaults where there is one for the kind of data."""
+    model = given_model(config)
+    suffix = {None: "", "plain": f"_{CASEOPS}", "fused": f"_{CASEOPS}_fused"}[config.caseops]
+    if model is not None:
+        config.vocab_size = load_tokenizer(model, config.tokenizer, config.caseops).vocab_size()
+    byte = config.tokenizer == BYTE260
+    config.name = f"fineweb10B_{BYTE260 if byte else f'sp{config.vocab_size}'}{suffix}"
+    config.tokenizer_name = f"fineweb_{BYTE260 if byte else f'{config.vocab_size}_bpe'}{suffix}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -19,10 +19,27 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(scope="module")
+def no_waiting_for_the_disk():
+    """Runs in this process do not wait for the disk, which kill -9 does not need: hundreds of files are written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
 @pytest.fixture
 def corpus_dir() -> Path:
     """The proxy corpus."""
     path = Path(os.environ.get("TEST_CORPUS_DIR") or "/nonexistent")
     if not path.is_dir():
         pytest.skip("set TEST_CORPUS_DIR to the proxy corpus")
+    return path
+
+
+@pytest.fixture
+def published_model(corpus_dir) -> Path:
+    """The published CaseOps tokenizer, which lies beside the corpus."""
+    path = corpus_dir.parent / "tokenizers" / "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there")
     return path

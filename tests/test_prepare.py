@@ -31,6 +31,7 @@ import prepare  # noqa: E402
 
 import train_gpt  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 SCRIPT = ROOT / "data" / "prepare.py"
 STDLIB = Path(sysconfig.get_path("stdlib"))
 MODULES = ("ast", "bisect", "csv", "heapq", "queue", "sched", "shelve", "textwrap")
@@ -63,7 +64,7 @@ class Result(NamedTuple):
         return sentencepiece.SentencePieceProcessor(model_proto=self.model.read_bytes())
 
     def shards(self, side: str) -> list[np.ndarray]:
-        return [read_shard(path) for path in sorted(self.folder.glob(f"fineweb_{side}_*.bin"))]
+        return [read_shard(path) for path in sorted(self.folder.glob(f"fineweb_{side}_[0-9]*.bin"))]
 
     def documents(self, side: str) -> list[str]:
         """Decoded texts of all documents, in order."""
@@ -167,22 +168,14 @@ def normalizing_model(path: Path) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_waiting_for_the_disk():
-    """Runs in this process do not wait for the disk, which kill -9 does not need: hundreds of files are written."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda file: None)
-        yield
-
-
 # --- round trip
 @pytest.fixture(scope="module")
 def round_trip(done):
     def check(text: str) -> None:
-        (tokens, reason), = prepare.encode_batch(
-            str(done.model), done.manifest["tokenizer"]["sha256"], True,
+        (tokens, counts, reason), = prepare.encode_batch(
+            str(done.model), done.manifest["tokenizer"]["sha256"], None, True,
             [prepare.Document(0, 0, Path("x"), text.encode())])
-        assert tokens.dtype == np.uint16 and tokens[0] == 1
+        assert tokens.dtype == np.uint16 and tokens[0] == 1 and counts is None
         if MARK in text:
             assert reason is not None
         else:
@@ -225,7 +218,8 @@ def test_the_tokenizer_has_the_promised_settings(done):
     assert [piece for i, piece in enumerate(pieces) if tokenizer.is_byte(i)] == [f"<0x{i:02X}>" for i in range(256)]
     assert not tokenizer.encode("self", out_type=str)[0].startswith(MARK)
     assert tokenizer.encode("\ufb01 ", out_type=str) == ["<0xEF>", "<0xAC>", "<0x81>", MARK]
-    model = prepare.train_tokenizer([*REAL, "in 2024 and 1999\n" * 1000], 1000, 0.9999)
+    config = argparse.Namespace(vocab_size=1000, character_coverage=0.9999, like=None, caseops=None)
+    model = prepare.train_tokenizer([*REAL, "in 2024 and 1999\n" * 1000], config)
     larger = sentencepiece.SentencePieceProcessor(model_proto=model)
     pieces = [larger.id_to_piece(i) for i in range(1000) if not larger.is_byte(i)]
     assert {piece for piece in pieces if any(c.isdigit() for c in piece)} == set("0123456789")
@@ -449,7 +443,7 @@ def test_the_manifest_says_what_is_there(corpus, done):
     assert manifest["options"] == {
         "vocab_size": 400, "val_docs": 5, "val_fraction": None, "val_first": None, "shard_tokens": 3000,
         "tokenizer_sample_bytes": 8_000_000, "character_coverage": 0.9999, "max_docs": None, "text_key": "text",
-        "seed": 1337, "allow_lossy": False}
+        "seed": 1337, "allow_lossy": False, "caseops": None, "like": None}
     assert {path.name for path in done.folder.iterdir()} == {"manifest.json"} | {
         shard["file"] for side in ("train", "val") for shard in manifest[side]["shards"]}
 

@@ -5,7 +5,8 @@
     python tools/sample.py logs/demo.artifact --tokenizer data/tokenizers/my.model --count 3 --seed 7 --top-p 0.9
 
 The same seed gives the same text on the same machine; sample k of --count has the seed --seed + k. The whole context is
-read again for every token: simple, and fast enough for a few hundred tokens.
+read again for every token: simple, and fast enough for a few hundred tokens. Of a CaseOps tokenizer the capitals are
+shown, not the operators.
 """
 import argparse
 import dataclasses
@@ -17,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from run_log import ToolError, exit_code, load_program
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
+import caseops
 
 
 def load_tokenizer(path: Path, header: dict[str, Any], bos: int) -> Any:
@@ -61,6 +65,8 @@ def pick(logits: Any, temperature: float, top_p: float, generator: Any) -> int:
 class Sampler:
     """A model, its tokenizer, and how to draw from them."""
 
+    caseops: str | None = None  # how the tokenizer's text writes capitals
+
     def __init__(self, config: argparse.Namespace):
         import torch
         self.torch, self.program, self.config = torch, load_program(), config
@@ -69,6 +75,7 @@ class Sampler:
         self.bos = self.program.BOS
         self.tokenizer = load_tokenizer(config.tokenizer or self.default_tokenizer(model_config), header, self.bos)
         self.forbidden = forbidden_ids(self.tokenizer, self.bos)
+        self.caseops = config.caseops if caseops.has_operators(self.tokenizer) else None
         self.device = self.program.choose_device(model_config, 0)
         half = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0)
         self.model = self.program.GPT(model_config, torch.bfloat16 if half else torch.float32)
@@ -86,7 +93,12 @@ class Sampler:
             prompt.encode()
         except UnicodeEncodeError:
             raise ToolError("--prompt: is no UTF-8 text") from None
-        return [self.bos, *self.tokenizer.encode(prompt)]
+        return [self.bos, *self.tokenizer.encode(caseops.encode(prompt, self.caseops) if self.caseops else prompt)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """BOS and ids -> text."""
+        text = self.tokenizer.decode(list(ids[1:]))
+        return caseops.decode(text, strict=False) if self.caseops else text
 
     def next_logits(self, ids: Sequence[int]) -> Any:
         """Ids so far -> logits (V,) float32 on the CPU of the next one."""
@@ -118,11 +130,11 @@ class Sampler:
         ids, shown, live = list(prompt), 0, sys.stdout.isatty()
         for ids in self.generate(prompt, seed):
             if live:
-                text = self.tokenizer.decode(ids[1:])
+                text = self.decode(ids)
                 whole = len(text.rstrip("\ufffd"))
                 print(text[shown:whole], end="", flush=True)
                 shown = max(shown, whole)
-        print(self.tokenizer.decode(ids[1:])[shown:], flush=True)
+        print(self.decode(ids)[shown:], flush=True)
         return len(ids) - len(prompt)
 
 
@@ -163,6 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("artifact", type=Path, metavar="ARTIFACT", help="file that train_gpt.py wrote, LOG_DIR/RUN_ID.artifact")
     add("--prompt", default="", metavar="TEXT", help="beginning of the text; empty (default) = begin of a document")
     add("--tokenizer", type=Path, metavar="MODEL", help="default: data/tokenizers/fineweb_VOCAB_SIZE_bpe.model")
+    add("--caseops", choices=caseops.MODES, default="plain", help="form of the prompt for a CaseOps tokenizer, as of "
+        "data/prepare.py (default plain, the published one)")
     add("--tokens", type=number(int, 0), default=128, metavar="N", help="new tokens at most (default 128)")
     add("--temperature", type=number(float, 0, 100), default=0.8, metavar="T",
         help="0 = the likeliest token (default 0.8)")

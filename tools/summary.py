@@ -18,6 +18,9 @@ from typing import NamedTuple
 
 from run_log import Run, ToolError, exit_code, load_program, parse_log
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
+import caseops
+
 COMPRESSORS = {
     "zlib -9": lambda text: zlib.compress(text, 9),
     "xz -9e": lambda text: lzma.compress(text, preset=9 | lzma.PRESET_EXTREME),
@@ -43,6 +46,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def validation_text(run: Run, folder: Path, tokenizer_path: Path) -> tuple[bytes, bool]:
     """Validation shards -> (all scored text, was it transformed before it was tokenized: there is a byte sidecar).
 
+    Capitals of CaseOps are back in the text; what else the tokenizer normalized is not.
     UserError or ToolError where shards, tokenizer and log do not belong together.
     """
     program = load_program()
@@ -64,6 +68,8 @@ def validation_text(run: Run, folder: Path, tokenizer_path: Path) -> tuple[bytes
     bounds = program.document_bounds(targets).tolist()
     texts = (tokenizer.decode([token for token in targets[start:end].tolist() if token != program.BOS])
              for start, end in itertools.pairwise(bounds))
+    if caseops.has_operators(tokenizer):
+        texts = (caseops.decode(text, strict=False) for text in texts)
     return "".join(texts).encode(), bool(sidecar_paths)
 
 
