@@ -1,5 +1,8 @@
 # make demo   text -> tokenizer -> shards -> trained, quantized, packed, scored model -> plot; about five minutes on two cores
 # make test   the test suite; make check = lint + types + tests
+# make seeds  SEEDS="42 314 999" PRESET=presets/laptop.env RUNS=laptop   one run per seed, then means and spreads
+# make record NAME=Demo TRACK=non_record_16mb RUNS=laptop OPTIONS="--notes my.md"   their logs -> a folder in records/
+# make leaderboard   the README's table of records, from records/*/*/submission.json
 PYTHON ?= python3
 SHELL := /bin/bash
 VENV := .venv
@@ -7,8 +10,17 @@ BIN := $(VENV)/bin
 CORPUS := $(wildcard ../shared/corpus)
 export TEST_CORPUS_DIR ?= $(if $(CORPUS),$(abspath $(CORPUS)),)
 RUN_ID ?= demo
+SEEDS ?= 42 314 999
+PRESET ?= presets/laptop.env
+RUNS ?= $(basename $(notdir $(PRESET)))
+LAUNCH ?= $(BIN)/python
+SETTINGS ?=
+NAME ?= $(RUNS)
+TRACK ?= non_record_16mb
+OPTIONS ?=
+unexport SEEDS PRESET RUNS LAUNCH SETTINGS NAME TRACK OPTIONS  # the program takes its settings from the environment
 
-.PHONY: help venv data demo test lint check clean
+.PHONY: help venv data demo seeds record leaderboard test lint check clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -29,6 +41,21 @@ demo: data
 	$(BIN)/python tools/summary.py logs/$(RUN_ID).txt --data data/datasets/stdlib --text-tokenizer data/tokenizers/stdlib.model
 	$(BIN)/python tools/sample.py logs/$(RUN_ID).artifact --tokenizer data/tokenizers/stdlib.model --prompt 'def ' --tokens 80
 	$(BIN)/python tools/plot_runs.py logs/$(RUN_ID).txt
+
+# LAUNCH=".venv/bin/torchrun --standalone --nproc_per_node=8" uses eight GPUs; SETTINGS="NAME=value ..." goes over the preset
+seeds: $(if $(findstring laptop,$(PRESET)),data,venv)
+	for seed in $(SEEDS); do \
+	  (set -a && . $(PRESET) && set +a && \
+	   env $(SETTINGS) SEED=$$seed RUN_ID=$(RUNS)_seed$$seed $(LAUNCH) train_gpt.py) || exit; \
+	done
+	$(BIN)/python tools/compare_runs.py $(foreach seed,$(SEEDS),logs/$(RUNS)_seed$(seed).txt) --out logs/$(RUNS).png
+
+record: venv
+	$(BIN)/python tools/make_record.py $(foreach seed,$(SEEDS),logs/$(RUNS)_seed$(seed).txt) \
+	  --name $(NAME) --track $(TRACK) --base $(PRESET) $(OPTIONS)
+
+leaderboard: venv
+	$(BIN)/python tools/leaderboard.py README.md
 
 test: venv
 	$(BIN)/python -m pytest -n auto

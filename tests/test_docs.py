@@ -188,7 +188,7 @@ def complaint(command: str) -> str:
     return ""
 
 
-PAGES = sorted(path for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "data/README.md")
+PAGES = sorted(path for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "data/README.md")
                if path.is_file())
 
 

@@ -26,7 +26,8 @@ import summary  # noqa: E402
 
 import train_gpt  # noqa: E402
 
-TOOLS = ("plot_runs", "sample", "summary", "count_lines")
+TOOLS = ("plot_runs", "sample", "summary", "count_lines", "compare_runs", "make_record",
+         "validate_record", "leaderboard", "sweep")
 STAGES = {"raw": 1.25, "averaged": 1.2, "quantized": 1.21, "sliding": 1.125}
 TEXTS = [f"the cat number {i} sat on the mat, and the dog saw it.\n" * 3 for i in range(30)] + ["caf\u00e9 \u20ac 12"]
 TOKENIZER_OPTIONS = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False,
@@ -164,7 +165,7 @@ def test_no_arguments_is_a_mistake(name: str) -> None:
     assert done.returncode == 2 and "required" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", [*TOOLS, "run_log"])
+@pytest.mark.parametrize("name", [*TOOLS, "run_log", "outcomes", "record", "record_pages"])
 def test_sources_are_ascii(name: str) -> None:
     assert (ROOT / "tools" / f"{name}.py").read_bytes().isascii()
 

@@ -58,6 +58,8 @@ class Run:
     stages: dict[str, Stage] = field(default_factory=dict)
     trained: tuple[int, float] | None = None  # steps and seconds, once training is over
     result: dict[str, Any] | None = None  # None where the run did not finish
+    source: str = ""  # the program's text as the log holds it
+    events: list[str] = field(default_factory=list)  # all lines behind the settings
 
     @property
     def name(self) -> str:
@@ -78,6 +80,7 @@ class Run:
 
     def add(self, line: str) -> None:
         """Takes in one line of the log, if it says anything."""
+        self.events.append(line)
         for pattern, points in ((STEP, self.steps), (VALIDATION, self.validations)):
             if found := pattern.match(line):
                 points.append(Point(int(found[1]), int(found[3]) / 1000, float(found[2])))
@@ -94,23 +97,31 @@ class Run:
                 self.result = None  # cut off
 
 
-def parse_log(path: Path) -> Run:
-    """Log file -> its last run. ToolError for a file that is missing or no log."""
+def read_text(path: Path) -> str:
+    """Whatever a file holds, as text. ToolError where it cannot be read."""
     try:
-        lines = path.read_bytes().decode("utf8", "replace").split("\n")
+        return path.read_bytes().decode("utf8", "replace")
     except OSError as error:
         raise ToolError(f"{path}: {error.strerror}") from None
+
+
+def parse_log(path: Path) -> Run:
+    """Log file -> its last run. ToolError for a file that is missing or no log."""
+    lines, source = read_text(path).split("\n"), []
     earlier, run, in_source, in_settings = Run(path), None, True, False
     for line in (line.rstrip("\r") for line in lines):
         if line == SEPARATOR:
             earlier = run if run and (run.steps or run.stages) else earlier
-            run, in_source, in_settings = Run(path), False, True
+            run, in_source, in_settings, source = Run(path, source="\n".join(source)), False, True, []
         elif run is None or in_source or line == lines[0].rstrip("\r"):
             in_source = True  # up to the next separator
+            source.append(line)
         elif in_settings and (found := SETTING.fullmatch(line)):
             in_settings = found[1] != "train_gpt"
             if in_settings:
                 run.settings[found[1]] = found[2]
+            else:
+                run.events.append(line)
         elif found := RESUMED.match(line):
             run.resume(earlier, int(found[1]))
         else:
