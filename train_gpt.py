@@ -160,12 +160,9 @@ class Config:
     rope_dims: int = 16  # channels per head that rotate; 0 = no positions
     rope_scaling: str = "none"  # for longer contexts than TRAIN_SEQ_LEN: none, ntk or yarn
     rope_stretch: float = 0.0  # of rope_scaling, in training too; 0 = EVAL_SEQ_LEN / TRAIN_SEQ_LEN in evaluation only
-    key_offset: bool = False  # key channels that do not rotate are those of the previous token
     value_residual: bool = False  # values are blended with the first layer's, in layers behind the loops
     ln_scale: bool = True  # block inputs are scaled by 1 / sqrt(layer + 1)
     xsa_last_n: int = 11  # layers, from the end, with exclusive self attention; 0 = off
-    xsa_learned: bool = False  # its strength is learned per head, from 1
-    mudd_hidden: int = 0  # MUDD connections: earlier streams reach the head, weighed by a network this wide; 0 = off
     skip_gates_enabled: bool = True  # U-Net skips are gated blends; 0 = weighted sums
     num_loops: int = 2  # extra passes over layers LOOP_START..LOOP_END; 0 = no depth recurrence
     loop_start: int = 3  # first looped layer
@@ -200,7 +197,6 @@ class Config:
     muon_backend_steps: Count = 5  # Newton-Schulz steps
     muon_coefficients: str = "polar"  # of Newton-Schulz: polar (Polar Express) or quintic
     muon_row_normalize: bool = True  # rows of the update get unit norm before Newton-Schulz (MuonEq-R)
-    muon_head_group: int = 0  # heads whose query or key rows are orthogonalized together; 0 = all
     normuon_beta2: Decay = 0.0  # rows of the orthogonal update are divided by their running size (NorMuon); 0 = off
     muon_wd: float = 0.095  # decoupled weight decay, times the learning rate
     muon_wd_after: bool = False  # decay after the update instead of before it
@@ -219,9 +215,6 @@ class Config:
     warmdown_iters: int = 0  # the same in steps; 0 = by WARMDOWN_FRAC
     warmdown_power: Positive = 1.0  # of the fall: 1 = linear
     min_lr: Fraction = 0.1  # floor of the learning rate multiplier
-    prefix_loss: float = 0.0  # weight of predicting the longest token that begins the next one; 0 = off
-    mtp_loss: float = 0.0  # weight of predicting the token after the next; the one behind it has half; 0 = off
-    aux_loss_until: Fraction = 0.6  # fraction at which both are 0; they fall linearly from half of it
     qat_start: Fraction = 0.0  # fraction from which matrices are trained through the quantizer; 0 = off
     late_qat_threshold: Fraction = 0.0  # the same by the learning rate multiplier: from below this; 0 = off
     qat_embedding: bool = False  # the embedding too
@@ -281,9 +274,9 @@ class Config:
 
     def rules(self) -> Iterator[tuple[object, str]]:
         """The same for those between settings."""
-        for whole, part in (("model_dim", "num_heads"), ("num_heads", "num_kv_heads"), ("num_heads", "muon_head_group"),
-                            ("num_kv_heads", "muon_head_group"), ("train_batch_tokens", "micro_batch_tokens")):
-            yield getattr(self, whole) % (getattr(self, part) or 1) == 0, \
+        for whole, part in (("model_dim", "num_heads"), ("num_heads", "num_kv_heads"),
+                            ("train_batch_tokens", "micro_batch_tokens")):
+            yield getattr(self, whole) % getattr(self, part) == 0, \
                 f"{{{whole}}} is not divisible by {{{part}}}: change one of them"
         yield self.model_dim > 1, "{model_dim}: must be at least 2"
         yield self.mlp_hidden > 0 or float(self.mlp_mult * self.model_dim).is_integer(), \
@@ -707,54 +700,33 @@ def coprime_stride(rows: int) -> int:
     return next(stride for stride in range(first, rows + 2) if math.gcd(stride, rows) == 1)
 
 
-def auxiliary_targets(config: Config, targets: Sequence[np.ndarray], prefixes: np.ndarray | None) -> np.ndarray:
-    """The next three tokens, (T,) each -> (T, C) targets: the next one, its prefix, and those after it; -1 = none.
-
-    No target lies in another document than the next token.
-    """
-    columns = [targets[0].astype(np.int64)]
-    if config.prefix_loss and prefixes is not None:
-        columns.append(prefixes[targets[0]])
-    if config.mtp_loss:
-        second = np.where(targets[1] == BOS, -1, targets[1].astype(np.int64))
-        columns += [second, np.where((second < 0) | (targets[2] == BOS), -1, targets[2].astype(np.int64))]
-    return np.stack(columns, 1)
-
-
-def auxiliary_weights(config: Config) -> list[float]:
-    """Weights of the columns behind the first."""
-    return [weight for weight in (config.prefix_loss, config.mtp_loss, config.mtp_loss / 2) if weight]
-
-
 class TrainLoader:
     """micro(i, ...) = micro-batch i of this rank, prepared by a thread while the device works."""
 
-    def __init__(self, config: Config, world: World, stream: TokenStream, num_segments: int,
-                 prefixes: np.ndarray | None = None):
+    def __init__(self, config: Config, world: World, stream: TokenStream, num_segments: int):
         self.config, self.world, self.stream, self.num_segments = config, world, stream, num_segments
-        self.prefixes, self.worker = prefixes, ThreadPoolExecutor(1)
-        self.pending: dict[tuple[int, int, bool], Any] = {}
+        self.worker = ThreadPoolExecutor(1)
+        self.pending: dict[tuple[int, int], Any] = {}
         self.num_rows = max(len(stream) // config.train_seq_len, 1)
         self.stride = coprime_stride(self.num_rows)
 
-    def build(self, index: int, seq_len: int, auxiliary: bool) -> Batch:
-        config, tokens, further = self.config, self.config.micro_batch_tokens, 3  # targets seen ahead
+    def build(self, index: int, seq_len: int) -> Batch:
+        config, tokens = self.config, self.config.micro_batch_tokens
         row = config.train_seq_len if config.train_order == "strided" else tokens
         first = (index * self.world.size + self.world.rank) * tokens // row
         rows = range(first, first + tokens // row)
         if config.train_order == "strided":
             rows = [i * self.stride % self.num_rows for i in rows]
-        windows = np.stack([self.stream.slice(i * row, row + further) for i in rows])
-        starts = np.concatenate([i * row + cut_segments(window[:-further], seq_len, config.document_mask)
+        windows = np.stack([self.stream.slice(i * row, row + 1) for i in rows])
+        starts = np.concatenate([i * row + cut_segments(window[:-1], seq_len, config.document_mask)
                                  for i, window in enumerate(windows)])
-        inputs, *targets = (windows[:, i:i + row].reshape(-1) for i in range(1 + further))
-        columns = auxiliary_targets(config, targets, self.prefixes) if auxiliary else targets[0]
-        batch = make_batch(inputs, columns, make_segments(starts, tokens, seq_len, self.num_segments))
+        segments = make_segments(starts, tokens, seq_len, self.num_segments)
+        batch = make_batch(windows[:, :-1].reshape(-1), windows[:, 1:].reshape(-1), segments)
         return map_tensors(Tensor.pin_memory, batch) if self.world.device.type == "cuda" else batch
 
-    def micro(self, index: int, seq_len: int, auxiliary: bool) -> Batch:
+    def micro(self, index: int, seq_len: int) -> Batch:
         """Micro-batch `index` of this rank, with segments of up to seq_len tokens."""
-        upcoming = [(index + ahead, seq_len, auxiliary) for ahead in range(3)]
+        upcoming = [(index + ahead, seq_len) for ahead in range(3)]
         self.pending = {key: self.pending.get(key) or self.worker.submit(self.build, *key) for key in upcoming}
         return to_device(self.pending.pop(upcoming[0]).result(), self.world.device)
 
@@ -773,7 +745,6 @@ class Dataset:
     fingerprint: str  # sha256 over validation tokens, their bytes and all training shards
     leaked_documents: int  # validation documents found in the training shards
     max_documents: int  # BOS tokens in any micro-batch, at most
-    prefixes: np.ndarray | None  # (V,) int64: longest token that each one begins with, -1 = none; None if not needed
     notes: list[str]
 
 
@@ -860,10 +831,7 @@ def open_dataset(config: Config, world: World) -> Dataset:
     parts = [hashlib.sha256(x.data).hexdigest() for x in (val_tokens, val_bytes)] + [scan.sha256 for scan in scans]
     fingerprint = hashlib.sha256(" ".join(parts).encode()).hexdigest()
     most = rows * max(scan.max_documents for scan in scans)
-    if config.prefix_loss and tokenizer is None:
-        raise UserError(f"PREFIX_LOSS={config.prefix_loss}: needs the pieces of the tokenizer; set TOKENIZER_PATH")
-    prefixes = prefix_tokens(tokenizer) if config.prefix_loss else None
-    return Dataset(train, val_tokens, val_bytes, sha256, fingerprint, leaked, most, prefixes, notes)
+    return Dataset(train, val_tokens, val_bytes, sha256, fingerprint, leaked, most, notes)
 
 
 def check_tokens(largest: int, config: Config, path: Path) -> None:
@@ -911,20 +879,6 @@ def byte_table(tokenizer: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.where(silent, 0, np.where(byte, 1, size - space)), space, silent
 
 
-def prefix_tokens(tokenizer: Any) -> np.ndarray:
-    """SentencePiece model -> (V,) int64: id of the longest other piece that each piece begins with, -1 = none.
-
-    A lone space is no prefix. For the auxiliary loss of modded-nanogpt's PR 337.
-    """
-    silent = byte_table(tokenizer)[2]
-    ids = {tokenizer.id_to_piece(i): i for i in range(len(silent)) if not (silent[i] or tokenizer.is_byte(i))}
-    ids.pop(SPACE, None)
-    result = np.full(len(silent), -1, np.int64)
-    for piece, i in ids.items():
-        result[i] = next((ids[piece[:n]] for n in range(len(piece) - 1, 0, -1) if piece[:n] in ids), -1)
-    return result
-
-
 def table_bytes(tokens: np.ndarray, tokenizer: Any) -> np.ndarray:
     """Validation tokens (n,) -> bytes of each target (n - 1,) int64, checked against decoded documents.
 
@@ -970,7 +924,8 @@ def read_sidecar(val: TokenStream, paths: Sequence[Path], tokenizer: Any) -> np.
         wrong = np.flatnonzero((length > 0) & (counts != length))
         place = next(iter(wrong.tolist()), 0)
         require(1000 * len(wrong) <= np.count_nonzero(length), f"{paths[0]}: counts {counts[place]} bytes for token "
-                f"{place} = {pieces[tokens[place]]!r}; it is not the sidecar of these shards or TOKENIZER_PATH is not theirs")
+                f"{place} = {pieces[tokens[place]]!r}; it is not the sidecar of these shards or TOKENIZER_PATH is not "
+                "theirs")
     return counts[1:]
 
 
@@ -995,7 +950,13 @@ class Kernels(NamedTuple):
     rotate_heads: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None  # norm, rotation, gain of heads
     mix_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None  # blend of streams, and its norm
     exclude_gate: Callable[..., Tensor] | None = None  # exclusive self attention and the sparse gate
-    names: str = "torch"  # for the log
+    note: str = ""  # for the log
+
+    @property
+    def names(self) -> str:
+        """For the log: torch or fp8, and what is fused."""
+        fused = [name for name in ("rotate_heads", "exclude_gate", "mix_norm", "leaky2") if getattr(self, name)]
+        return "+".join(["torch" if self.linear is F.linear else "fp8", *fused]) + self.note
 
 
 PLAIN = Kernels()
@@ -1389,20 +1350,17 @@ def choose_kernels(config: Config, device: torch.device) -> Kernels:
     if config.fp8_matmul and (odd or 10 * major + minor < 89):
         raise UserError(f"FP8_MATMUL=1 DEVICE={config.device} {odd or ''}: needs products of 8-bit floats (this is "
                         f"{device.type} {major}.{minor}) and widths that are multiples of 16; set FP8_MATMUL=0")
-    kernels = Kernels(Fp8Linear.apply, names="fp8") if config.fp8_matmul else PLAIN
-    if not config.fused_kernels or major != 9:
-        return kernels
+    kernels = Kernels(Fp8Linear.apply) if config.fp8_matmul else PLAIN
+    heads = not (config.head_dim & (config.head_dim - 1) or config.value_residual)
+    gated = config.attn_gate == "sparse" and config.sparse_attn_gate_scale > 0
+    leaky2 = config.mlp_activation == "leaky2" and not (config.projection_norm or odd or config.fp8_matmul)
+    loaders = {"rotate_heads": (load_rotate_heads, heads), "exclude_gate": (load_exclude_gate, heads and gated),
+               "mix_norm": (load_mix_norm, True), "leaky2": (load_leaky2, leaky2)}
     try:
-        if not (config.head_dim & (config.head_dim - 1) or config.value_residual):
-            kernels = kernels._replace(rotate_heads=load_rotate_heads(), names=f"{kernels.names}+rotate_heads")
-            if config.attn_gate == "sparse" and config.sparse_attn_gate_scale and not config.xsa_learned:
-                kernels = kernels._replace(exclude_gate=load_exclude_gate(), names=f"{kernels.names}+exclude_gate")
-        kernels = kernels._replace(mix_norm=load_mix_norm(), names=f"{kernels.names}+mix_norm")
-        if config.mlp_activation == "leaky2" and not (config.projection_norm or odd or config.fp8_matmul):
-            kernels = kernels._replace(leaky2=load_leaky2(), names=f"{kernels.names}+leaky2")
+        fused = config.fused_kernels and major == 9
+        return kernels._replace(**{name: load() for name, (load, fits) in loaders.items() if fits and fused})
     except (ImportError, AttributeError) as error:
-        return kernels._replace(names=f"{kernels.names} ({error})")
-    return kernels
+        return kernels._replace(note=f" ({error})")
 
 
 # ====================================================================================================================
@@ -1452,16 +1410,11 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), -1).to(x.dtype)
 
 
-def exclusive(y: Tensor, v: Tensor, strength: Tensor | None = None) -> Tensor:
-    """Exclusive self attention (XSA): y (T, H, E) less its part along the token's own value v (T, K, E); float32.
-
-    strength (H,): how much of that part goes; None = all.
-    """
+def exclusive(y: Tensor, v: Tensor) -> Tensor:
+    """Exclusive self attention (XSA): y (T, H, E) less its part along the token's own value v (T, K, E); float32."""
     grouped = y.float().unflatten(1, (v.size(1), -1))
     own = v.float()[:, :, None].expand_as(grouped)  # both sums over the same shape become one kernel
     share = (grouped * own).sum(-1, keepdim=True) / own.square().sum(-1, keepdim=True).clamp_min(1e-24)
-    if strength is not None:
-        share = share * strength.float().view(v.size(1), -1, 1)
     return (grouped - share * own).flatten(1, 2)
 
 
@@ -1682,8 +1635,6 @@ def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         "resid_mix": (layers, 2, width), "skip_weight": (rows, width),
         "skip_gate": (rows * config.skip_gates_enabled, width),
         "attn_gate": (layers * gated, heads, window), "attn_gate_bias": (layers * (config.attn_gate == "dense"), heads),
-        "xsa_strength": (config.xsa_last_n * config.xsa_learned, heads),
-        "mudd_in": (config.mudd_hidden, width), "mudd_out": (3 * bool(config.mudd_hidden), config.mudd_hidden),
         "value_mix": (behind * config.value_residual, 2), "lane_resid": (lanes, 2), "lane_mix": (lanes, 2, 2),
         "smear_gate": (smear == "input", config.gate_window), "smear_scale": (smear == "input",),
         "static_smear": (embed * (smear == "static"),), "mean_smear": (layers * (smear == "mean"), width),
@@ -1694,9 +1645,9 @@ def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 Forward = Callable[..., Tensor]  # a GPT or its compiled form: (ids, targets, segments) -> nats
 SKIP_ROLES, GLOBAL_ROLES = {"skip_weight", "skip_gate"}, {  # a row per skip; one for the whole model; else per layer
     "embedding", "head", "vocab_bias", "embed_in", "embed_out", "bigram_table", "bigram_proj", "bigram_scale",
-    "smear_gate", "smear_scale", "static_smear", "softcap_scale", "mudd_in", "mudd_out"}
+    "smear_gate", "smear_scale", "static_smear", "softcap_scale"}
 CONSTANTS = {"attn_scale": 1.0, "mlp_scale": 1.0, "skip_weight": 1.0, "lane_resid": 1.1, "lane_mix": 1.0,
-             "value_mix": 0.5, "xsa_strength": 1.0, "attn_gate_bias": 4.0, "static_smear": 3.0, "bigram_scale": 0.05}
+             "value_mix": 0.5, "attn_gate_bias": 4.0, "static_smear": 3.0, "bigram_scale": 0.05}
 SCALES = {"out_proj": "attn_scale", "down_proj": "mlp_scale"}  # of the outputs of these matrices, a row each
 MATRICES = {"q_proj", "k_proj", "v_proj", "up_proj", "embed_in", "embed_out", "q_adapter_in", "v_adapter_in"}
 FakeQuantize = Callable[[str, int, Tensor], Tensor]  # (parameter, layer or -1, weights) -> as the artifact gives them
@@ -1741,7 +1692,7 @@ class GPT(nn.Module):
                     value = u * (sigma[0] * torch.arange(1, len(sigma) + 1) ** -0.5) @ v
             elif name == "bigram_table":
                 value.normal_(0.0, 0.01, generator=generator)
-            elif name == "mudd_in" or (name in MATRICES and (config.matrix_init == "uniform" or "adapter" in name)):
+            elif name in MATRICES and (config.matrix_init == "uniform" or "adapter" in name):
                 value.uniform_(-(value.size(-1) ** -0.5), value.size(-1) ** -0.5, generator=generator)
             elif name in MATRICES:
                 for matrix in value:
@@ -1812,20 +1763,16 @@ class GPT(nn.Module):
             if "value_mix" in w and first_value is not None:
                 v = w["value_mix"][0] * first_value + w["value_mix"][1] * v
             own = v
-        if config.key_offset:
-            plain = k[..., config.rope_dims:]
-            k = torch.cat((k[..., :config.rope_dims], shift(plain, segments.positions != 0)), -1)
         y = self.attention(q, k, v, segments)
         if exclude and kernels.exclude_gate:
             y = kernels.exclude_gate(y, own, start, w["attn_gate"], config.sparse_attn_gate_scale)
-            return kernels.linear(norm(y) if config.projection_norm else y, w["out_proj"]), own
-        if exclude:
-            y = exclusive(y, own, w.get("xsa_strength"))
-        if "attn_gate" in w:
-            inner = config.sparse_attn_gate_scale if config.attn_gate == "sparse" else 1.0
-            gate = F.linear(n if config.attn_gate == "dense" else start, w["attn_gate"], w.get("attn_gate_bias"))
-            y = y * ((inner * gate).sigmoid() * (2 if config.attn_gate == "output" else 1))[:, :, None]
-        y = y.flatten(1).to(self.dtype)
+        else:
+            y = exclusive(y, own) if exclude else y
+            if "attn_gate" in w:
+                inner = config.sparse_attn_gate_scale if config.attn_gate == "sparse" else 1.0
+                gate = F.linear(n if config.attn_gate == "dense" else start, w["attn_gate"], w.get("attn_gate_bias"))
+                y = y * ((inner * gate).sigmoid() * (2 if config.attn_gate == "output" else 1))[:, :, None]
+            y = y.flatten(1).to(self.dtype)
         return kernels.linear(norm(y) if config.projection_norm else y, w["out_proj"]), own
 
     def feed_forward(self, w: Mapping[str, Tensor], n: Tensor) -> Tensor:
@@ -1885,7 +1832,7 @@ class GPT(nn.Module):
         banks = {name: p.unbind(0) for name, p in self.named_parameters() if name not in GLOBAL_ROLES}
         cos, sin = (getattr(self, f"{name}_{self.training}")[segments.positions] for name in ("cos", "sin"))
         x0 = self.embed(ids, segments)
-        lanes, kept, first_value, seen = (x0,), [], None, {}
+        lanes, kept, first_value = (x0,), [], None
         for visit in self.plans[1 if self.looping else 0]:
             skipped = kept.pop() if visit.skip >= 0 else None
             lanes, v = self.block(self.visit_weights(banks, visit), lanes, skipped, x0, (cos, sin), segments,
@@ -1894,17 +1841,11 @@ class GPT(nn.Module):
             first_value = v if first_value is None else first_value
             if visit.push:
                 kept.append(lanes[0])
-            seen.setdefault(visit.layer, lanes[0])
-        sources = [x0, *(seen[i] for i in (config.num_layers // 5, 2 * config.num_layers // 3))]
-        return self.merge(lanes[0], lanes[-1], *(sources if config.mudd_hidden else ()))
+        return self.merge(lanes[0], lanes[-1])
 
-    def merge(self, x: Tensor, mlp_lane: Tensor, *sources: Tensor) -> Tensor:
-        """The two lanes (T, D) -> what the head reads (T, D). Sources are added by MUDD connections."""
-        x = (x + mlp_lane) * 0.5 if self.config.parallel_start_layer else x
-        if sources:
-            weights = 0.1 * F.linear(F.gelu(F.linear(x, self.weight("mudd_in"))), self.weight("mudd_out"))
-            x = sum((weights[:, i:i + 1] * source for i, source in enumerate(sources)), x)
-        return norm(x)
+    def merge(self, x: Tensor, mlp_lane: Tensor) -> Tensor:
+        """The two lanes (T, D) -> what the head reads (T, D)."""
+        return norm((x + mlp_lane) * 0.5 if self.config.parallel_start_layer else x)
 
     def logits(self, features: Tensor) -> Tensor:
         """features (T, D) -> softcapped logits (T, V) float32."""
@@ -1981,9 +1922,8 @@ PARAM_TABLE = {
                      "q_adapter_out", "v_adapter_in", "v_adapter_out"), ATTN),
     "up_proj": MLP, "down_proj": MLP,
     **dict.fromkeys(("q_gain", "attn_scale", "mlp_scale", "resid_mix", "skip_weight", "skip_gate", "attn_gate",
-                     "attn_gate_bias", "mudd_in", "mudd_out", "xsa_strength", "value_mix", "lane_resid", "lane_mix",
-                     "smear_gate", "smear_scale", "static_smear", "mean_smear", "bigram_scale", "softcap_scale",
-                     "vocab_bias"), SMALL),
+                     "attn_gate_bias", "value_mix", "lane_resid", "lane_mix", "smear_gate", "smear_scale",
+                     "static_smear", "mean_smear", "bigram_scale", "softcap_scale", "vocab_bias"), SMALL),
 }
 
 
@@ -2020,20 +1960,13 @@ def muon_update(grad: Tensor, state: Mapping[str, Tensor], momentum: Tensor, tal
     return update
 
 
-def blocks_of(config: Config, name: str, bank: Tensor) -> Tensor:
-    """Bank (layers, rows, columns) -> (n, rows, columns) of the matrices that are orthogonalized on their own."""
-    heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name, 0)
-    rows = bank.size(1) * config.muon_head_group // heads if heads and config.muon_head_group else bank.size(1)
-    return bank.detach().view(-1, rows, bank.size(2))
-
-
 class MuonGroup:
     """Banks whose matrices have one shape once the tall ones are transposed, as one stack shared out over ranks."""
 
     def __init__(self, config: Config, names: list[str], params: Mapping[str, Tensor], world: World):
         self.names, self.world = names, world
         self.dtype = torch.bfloat16 if world.dtype == torch.bfloat16 else torch.float32  # of the communication
-        self.params = [blocks_of(config, name, params[name]) for name in names]
+        self.params = [params[name].detach() for name in names]
         self.tall = [p.size(1) > p.size(2) for p in self.params]
         self.count = sum(len(p) for p in self.params)  # matrices
         self.share = -(-self.count // world.size)  # of them per rank; the last slots may be empty
@@ -2064,7 +1997,7 @@ class MuonGroup:
 
     def scatter(self, grads: Sequence[Tensor]) -> tuple[Tensor, Any]:
         """Starts averaging the gradients over ranks -> (own share, work to wait for or None)."""
-        packed = self.pack([grad.view_as(p) for grad, p in zip(grads, self.params)], self.dtype)
+        packed = self.pack(grads, self.dtype)
         if self.world.size == 1:
             return packed, None
         own = torch.empty_like(self.state["momentum"], dtype=self.dtype)
@@ -2091,7 +2024,7 @@ class Optimizer:
         for name, parameter in params.items():
             role = PARAM_TABLE[name]
             if role.optimizer == "muon":
-                shapes.setdefault(tuple(sorted(blocks_of(config, name, parameter).shape[1:])), []).append(name)
+                shapes.setdefault(tuple(sorted(parameter.shape[1:])), []).append(name)
             else:
                 adam.setdefault((role.lr, role.weight_decay), []).append(parameter)
         on_gpu = world.device.type == "cuda"
@@ -2232,11 +2165,6 @@ def decay_multiplier(config: Config, progress: float) -> float:
     return 1 + share * (config.wd_taper_final_mult - 1)
 
 
-def aux_multiplier(config: Config, progress: float) -> float:
-    """Of the auxiliary losses: 1, then linear from half of AUX_LOSS_UNTIL to 0 there."""
-    return min(max(2 * (1 - progress / config.aux_loss_until), 0.0), 1.0) if config.aux_loss_until else 0.0
-
-
 def scheduled(config: Config, name: str, progress: float, default: float) -> float:
     """Value of a schedule string at this progress."""
     return next((value for value, until in parse_schedule(getattr(config, name)) if progress <= until), default)
@@ -2247,7 +2175,6 @@ class Stage(NamedTuple):
 
     looping: bool
     quantizing: bool  # QAT is on
-    auxiliary: bool  # more targets than the next token
     seq_len: int
     batch_share: float
 
@@ -2256,10 +2183,9 @@ def stage_at(config: Config, progress: float, step: int) -> Stage:
     """The stage of a step that starts at this progress."""
     threshold = config.late_qat_threshold
     quantizing = 0 < config.qat_start <= progress or warmdown(config, progress, step) < threshold
-    auxiliary = (config.prefix_loss > 0 or config.mtp_loss > 0) and aux_multiplier(config, progress) > 0
     seq_len = int(scheduled(config, "train_seq_schedule", progress, config.train_seq_len))
     share = scheduled(config, "batch_schedule", progress, 1.0)
-    return Stage(is_looping(config, progress), quantizing, auxiliary, seq_len, share)
+    return Stage(is_looping(config, progress), quantizing, seq_len, share)
 
 
 def stages(config: Config) -> dict[Stage, float]:
@@ -2327,11 +2253,11 @@ class Trainer:
         for stage in stages(config):
             config.accumulation_steps(world.size, stage.batch_share)
         self.num_segments = segment_bound(config.micro_batch_tokens, dataset.max_documents, config) if compiled else 0
-        self.loader = TrainLoader(config, world, dataset.train, self.num_segments, dataset.prefixes)
+        self.loader = TrainLoader(config, world, dataset.train, self.num_segments)
         self.averages = {name: p.detach().clone() for name, p in self.params.items()} if config.ema_decay else {}
         self.snapshots: dict[str, Any] = {}  # their sum, by parameter (SWA)
         self.num_snapshots = 0
-        self.column_weights = torch.ones(1 + len(auxiliary_weights(config)), device=world.device)  # of losses in a step
+        self.micro_weight = torch.ones((), device=world.device)  # of a micro-batch's loss; CUDA graphs read it in place
         # by stage, a micro-batch's forward and backward pass as one launch; where it reads; where it writes the loss
         self.graphs: dict[Stage, tuple[torch.cuda.CUDAGraph, Batch, Tensor]] = {}
         self.graph_pool: Any = None
@@ -2350,9 +2276,7 @@ class Trainer:
         """Forward, backward, reduce, update, average -> loss (nats per token) averaged over all ranks."""
         config, step = self.config, self.step
         total = torch.zeros((), device=self.world.device)
-        weights = [weight * aux_multiplier(config, progress) for weight in auxiliary_weights(config)]
-        for slot, weight in zip(self.column_weights, [1.0, *weights]):
-            slot.fill_(weight / len(micro_batches))
+        self.micro_weight.fill_(1 / len(micro_batches))
         for batch in micro_batches:
             total += self.micro_step(batch)
         loss, _ = self.optimizer.step(total, lr_multiplier(config, progress, step), muon_momentum(config, step),
@@ -2370,11 +2294,9 @@ class Trainer:
             map_tensors(Tensor.copy_, inputs, batch)
             graph.replay()
             return loss
-        nats = self.forward(*batch)
-        columns = nats.view(len(nats), -1).mean(0)  # of targets
-        columns = columns * self.column_weights[:len(columns)]
-        columns.sum().backward()
-        return columns[0].detach()
+        loss = self.forward(*batch).mean() * self.micro_weight
+        loss.backward()
+        return loss.detach()
 
     def capture(self, batch: Batch) -> None:
         """Records micro_step on batches of this shape as a CUDA graph of the present stage; it must have run before.
@@ -2414,8 +2336,6 @@ class Trainer:
             self.enter(stage)
             needed = len(cut_segments(window, stage.seq_len, config.document_mask))
             batch = window_batch(config, window, stage.seq_len, self.num_segments and max(self.num_segments, needed))
-            if stage.auxiliary:
-                batch = batch._replace(targets=torch.stack([batch.targets] * len(self.column_weights), 2))
             batch = to_device(batch, self.world.device)
             for _ in range(steps):
                 self.world.synchronize()
@@ -2480,7 +2400,7 @@ class Trainer:
         count = self.config.accumulation_steps(self.world.size, stage.batch_share)
         part = self.world.size * self.config.micro_batch_tokens
         first, self.tokens = self.tokens // part, self.tokens + count * part
-        return [self.loader.micro(first + j, stage.seq_len, stage.auxiliary) for j in range(count)]
+        return [self.loader.micro(first + j, stage.seq_len) for j in range(count)]
 
     def launch(self, loss: Tensor, progress: float) -> None:
         """Sends the loss on its way to the host without waiting for it."""

@@ -277,9 +277,6 @@ def option_attention(config, w: dict[str, Tensor], i: int, adapter: int, n: Tens
     q = [torch.stack([w["q_gain"][i][h] * turned(rms(q[t][h]), place[t], angles) for h in range(heads)])
          for t in range(tokens)]
     k = [torch.stack([turned(rms(k[t][h]), place[t], angles) for h in range(kv)]) for t in range(tokens)]
-    if config.key_offset:
-        free = config.rope_dims
-        k = [torch.cat((k[t][:, :free], (k[t - 1] if place[t] else k[t])[:, free:]), 1) for t in range(tokens)]
     out = []
     for t in range(tokens):
         row = []
@@ -287,9 +284,8 @@ def option_attention(config, w: dict[str, Tensor], i: int, adapter: int, n: Tens
             g, begin = h // (heads // kv), t - place[t]
             share = torch.softmax(torch.stack([q[t][h] @ k[u][g] for u in range(begin, t + 1)]) / math.sqrt(width), 0)
             y, own = sum(share[u - begin] * v[u][g] for u in range(begin, t + 1)), v[t][g] / v[t][g].norm()
-            x = i - (config.num_layers - config.xsa_last_n)
-            if x >= 0:
-                y = y - (w["xsa_strength"][x][h] if config.xsa_learned else 1.0) * (y @ own) * own
+            if i >= config.num_layers - config.xsa_last_n:
+                y = y - (y @ own) * own
             if config.attn_gate == "dense":
                 y = y * torch.sigmoid(w["attn_gate"][i][h] @ n[t] + w["attn_gate_bias"][i][h])
             elif config.attn_gate == "output":
