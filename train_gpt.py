@@ -3464,4 +3464,6 @@ def main(environ: Mapping[str, str], arguments: Sequence[str] = ()) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(os.environ, sys.argv[1:]))
+    exit_code = main(os.environ, sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(exit_code)  # at once: threads of gloo abort, one time in ten, when the interpreter ends around them

@@ -186,7 +186,7 @@ def test_the_model_with_kernels_has_the_gradients_of_the_plain_one(looping):
 
 @pytest.mark.parametrize("changes", [{}, {"fused_kernels": False}, {"mlp_activation": "swiglu"}])
 def test_a_cpu_uses_plain_torch(changes):
-    assert choose_kernels(tiny_config(**changes), CPU) is PLAIN
+    assert choose_kernels(tiny_config(**changes), CPU) == PLAIN
 
 
 @pytest.mark.gpu
