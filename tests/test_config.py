@@ -454,7 +454,8 @@ def test_only_the_entry_points_touch_the_environment():
         visit(statement, "")
     assert not places
     assert isinstance(entry, ast.If) and "__main__" in ast.unparse(entry.test)  # hands os.environ to main
-    assert ast.unparse(entry.body) == ast.unparse(ast.parse("sys.exit(main(os.environ, sys.argv[1:]))").body)
+    assert [line for line in ast.unparse(entry.body).splitlines() if "environ" in line] == [
+        "exit_code = main(os.environ, sys.argv[1:])"]
     assert not [n for n in ast.walk(TREE) if isinstance(n, ast.ImportFrom) and n.module == "os"]
 
 
