@@ -113,7 +113,7 @@ def visit_errors(model: GPT, batch: Batch, weights: Mapping[str, torch.Tensor],
 
         def watched(*arguments: Any, kept: list[torch.Tensor] = kept) -> Any:
             lanes, value = block(*arguments)
-            kept.append((lanes[0] + lanes[1]).float())
+            kept.append((lanes[0] + lanes[-1]).float())
             return lanes, value
         model.load_state_dict(values)
         model.block = watched  # pyright: ignore[reportAttributeAccessIssue]

@@ -22,11 +22,11 @@ from train_gpt import Config, TokenStream, TrainLoader, World
 def tokens_a_second(config: Config, world: World, stream: TokenStream, seconds: float) -> tuple[float, float]:
     """-> (tokens a second of this rank, seconds of the slowest micro-batch) over `seconds`, after the first one."""
     loader, count, slowest = TrainLoader(config, world, stream, 0), 0, 0.0
-    loader.micro(0, config.train_seq_len, False)
+    loader.micro(0, config.train_seq_len)
     start = now = time.perf_counter()
     while now - start < seconds:
         count += 1
-        loader.micro(count, config.train_seq_len, False)
+        loader.micro(count, config.train_seq_len)
         before, now = now, time.perf_counter()
         slowest = max(slowest, now - before)
     loader.close()

@@ -55,9 +55,8 @@ def made_up_dataset(config: Config, folder: Path) -> Dataset:
     tokens = made_up_tokens(config, max(8 * config.micro_batch_tokens, 1 << 18))
     places, window = np.flatnonzero(tokens == train_gpt.BOS), config.micro_batch_tokens + 1
     most = int((np.searchsorted(places, places + window) - np.arange(len(places))).max())
-    prefixes = np.full(config.vocab_size, -1, np.int64) if config.prefix_loss else None
     stream, empty = TokenStream([write_shard(folder, tokens)]), np.zeros(0, np.int64)
-    return Dataset(stream, empty, empty, "", "made up", 0, 2 * most, prefixes, [])
+    return Dataset(stream, empty, empty, "", "made up", 0, 2 * most, [])
 
 
 def median_seconds(world: World, work: Callable[[], Any], repeats: int) -> float:
@@ -98,7 +97,7 @@ def measure_stage(trainer: Trainer, stage: Stage, repeats: int) -> dict[str, flo
     """Compile seconds, and seconds of a micro-batch forward, forward and backward, and of the optimizer's step."""
     config, world = trainer.config, trainer.world
     trainer.enter(stage)
-    batch = trainer.loader.micro(0, stage.seq_len, stage.auxiliary)
+    batch = trainer.loader.micro(0, stage.seq_len)
     start = time.perf_counter()
     for _ in range(3):
         trainer.train_step([batch], 0.0)
@@ -130,7 +129,7 @@ def measure_loader(trainer: Trainer, repeats: int) -> float:
     stage, places = trainer.stage, iter(range(10 ** 6))
 
     def build() -> None:
-        trainer.loader.build(next(places), stage.seq_len, stage.auxiliary)
+        trainer.loader.build(next(places), stage.seq_len)
     return median_seconds(trainer.world, build, repeats)
 
 
@@ -155,7 +154,7 @@ def report(config: Config, world: World, repeats: int) -> None:
                     "utilization", "first steps, s"], []
     for stage, m in measured.items():
         what = f"loops {'on' if stage.looping else 'off'}, {stage.seq_len} tokens"
-        what += ", QAT" * stage.quantizing + ", auxiliary" * stage.auxiliary
+        what += ", QAT" * stage.quantizing
         rows.append([what, f"{world.size * tokens / m['whole']:,.0f}",
                      *(f"{1e3 * m[key]:.1f}" for key in ("whole", "micro", "forward", "optimizer")),
                      f"{100 * m['flops'] / m['micro'] / ceiling:.1f} %", f"{m['compile']:.1f}"])

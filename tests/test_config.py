@@ -28,9 +28,7 @@ OTHER = {"device": "cpu", "compile": "0", "attention": "sdpa", "muon_coefficient
          "batch_schedule": "0.5@0.5,1@1", "mlp_activation": "swiglu", "embed_dim": "256", "embed_init": "overtone",
          "matrix_init": "uniform", "resid_mix_init": "phase", "softcap_type": "poly5", "rope_scaling": "yarn",
          "attn_gate": "dense", "smear_gate": "static", "bigram_hash": "31", "depth_lora_rank": "8",
-         "muon_head_group": "2", "swa_start_frac": "0.2", "late_qat_threshold": "0.15", "ttt_strategy": "stream",
-         "ttt_order": "length", "ttt_chunk_schedule": "8@256,24@2000", "ttt_targets": "q,head", "ttt_optimizer": "sgd"}
-NEEDED = {"ttt_unsafe_multi_epoch": {"TTT_STRATEGY": "stream"}}  # what must be set with them
+         "swa_start_frac": "0.2", "late_qat_threshold": "0.15"}
 
 
 def other_text(name: str) -> str:
@@ -59,12 +57,12 @@ def refusal(**variables: str) -> str:
 # --- fields
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_field_parses_from_its_variable(name):
-    text, others = other_text(name), NEEDED.get(name, {})
-    config, notes = Config.from_env({name.upper(): f"  {text} ", **others})
+    text = other_text(name)
+    config, notes = Config.from_env({name.upper(): f"  {text} "})
     value = getattr(config, name)
     assert value != FIELDS[name].default and type(value) is KINDS[name] and not notes
     assert value == (KINDS[name](text) if KINDS[name] is not bool else text == "1")
-    assert config.overrides() == {name.upper(): value, **others}
+    assert config.overrides() == {name.upper(): value}
 
 
 def test_the_empty_environment_gives_the_defaults():
@@ -140,8 +138,6 @@ CROSS_CHECKS = [  # environment, what the complaint says
     ({"EMBED_DIM": "11"}, ("GATE_WINDOW=12", "at most MODEL_DIM=512 and EMBED_DIM=11")),
     ({"DEPTH_LORA_RANK": "4", "NUM_LOOPS": "0"}, ("DEPTH_LORA_RANK=4", "NUM_LOOPS=0")),
     ({"VALUE_RESIDUAL": "1", "LOOP_END": "10", "PARALLEL_START_LAYER": "0"}, ("VALUE_RESIDUAL=1", "LOOP_END=10")),
-    ({"MUON_HEAD_GROUP": "3"}, ("MUON_HEAD_GROUP=3", "NUM_HEADS=8", "change one")),
-    ({"MUON_HEAD_GROUP": "8"}, ("MUON_HEAD_GROUP=8", "NUM_KV_HEADS=4", "change one")),
     ({"SWA_START_FRAC": "0.1"}, ("SWA_START_FRAC=0.1", "never reached", "MIN_LR=0.1")),
     ({"LATE_QAT_THRESHOLD": "0.05"}, ("LATE_QAT_THRESHOLD=0.05", "never reached", "MIN_LR=0.1")),
     ({"TRAIN_SEQ_SCHEDULE": "1000.5@0.5,2048@1"}, ("TRAIN_SEQ_SCHEDULE=1000.5@0.5,2048@1", "tokens: whole numbers")),
@@ -219,7 +215,7 @@ def test_rules_hold_just_inside_their_limits():
                       {"MODEL_DIM": "2", "NUM_HEADS": "1", "NUM_KV_HEADS": "1", "ROPE_DIMS": "2", "GATE_WINDOW": "2"},
                       {"MLP_MULT": "2.001", "MLP_HIDDEN": "1"}, {"DEPTH_LORA_RANK": "1", "NUM_LOOPS": "1"},
                       {"VALUE_RESIDUAL": "1", "LOOP_END": "9", "PARALLEL_START_LAYER": "0"},
-                      {"VALUE_RESIDUAL": "1", "LOOP_END": "10", "NUM_LOOPS": "0"}, {"MUON_HEAD_GROUP": "4"},
+                      {"VALUE_RESIDUAL": "1", "LOOP_END": "10", "NUM_LOOPS": "0"},
                       {"SWA_START_FRAC": "0.101"}, {"LATE_QAT_THRESHOLD": "0.01", "MIN_LR": "0"}, {"QAT_START": "1"},
                       {"TRAIN_SEQ_SCHEDULE": "2048@0.1,512@1"}, {"BATCH_SCHEDULE": "1@1"}, {"BATCH_SCHEDULE": ""},
                       {"EMBED_BITS": "8"}, {"MUON_BACKEND_STEPS": "10", "MUON_COEFFICIENTS": "quintic"}):
@@ -387,7 +383,7 @@ def test_help_lists_every_field_with_its_default_and_comment(capsys):
     for name, f in FIELDS.items():
         line, = (line for line in lines if line.startswith(f"  {name.upper()}={f.default}"))
         comment = line.removeprefix(f"  {name.upper()}={f.default}")
-        assert comment.startswith(" ") and comment.strip() and "# " not in comment, line
+        assert comment.startswith(" ") and comment.strip() and "#" not in comment, line
 
 
 def test_an_unknown_argument_shows_the_help_and_fails(capsys):
@@ -458,7 +454,8 @@ def test_only_the_entry_points_touch_the_environment():
         visit(statement, "")
     assert not places
     assert isinstance(entry, ast.If) and "__main__" in ast.unparse(entry.test)  # hands os.environ to main
-    assert ast.unparse(entry.body) == ast.unparse(ast.parse("sys.exit(main(os.environ, sys.argv[1:]))").body)
+    assert [line for line in ast.unparse(entry.body).splitlines() if "environ" in line] == [
+        "exit_code = main(os.environ, sys.argv[1:])"]
     assert not [n for n in ast.walk(TREE) if isinstance(n, ast.ImportFrom) and n.module == "os"]
 
 

@@ -170,7 +170,7 @@ def loader(size: int, rank: int, stream: TokenStream, micro_tokens: int, **optio
 def read_step(loaders: list[TrainLoader], step: int) -> list:
     """The micro-batches of a step of 128 tokens, in the order of the stream, as the trainer takes them."""
     count = 128 // sum(worker.config.micro_batch_tokens for worker in loaders)
-    return [worker.micro(step * count + micro, 16, False) for micro in range(count) for worker in loaders]
+    return [worker.micro(step * count + micro, 16) for micro in range(count) for worker in loaders]
 
 
 @pytest.mark.parametrize("size, micro_tokens", [(1, 32), (2, 32), (4, 32), (1, 128), (2, 16), (8, 16)])
@@ -192,61 +192,27 @@ def test_every_number_of_ranks_reads_the_same_stream(size, micro_tokens):
     late = loader(size, size - 1, stream, micro_tokens)  # a resumed run begins in the middle, then jumps
     for index in (7, 8, 3, 7):
         start = (index * size + size - 1) * micro_tokens
-        assert np.array_equal(late.micro(index, 16, False).ids[0].numpy(), stream.slice(start, micro_tokens))
+        assert np.array_equal(late.micro(index, 16).ids[0].numpy(), stream.slice(start, micro_tokens))
     late.close()
 
 
-def naive_columns(tokens: list[int], prefixes: list[int]) -> list[list[int]]:
-    """Tokens and the three behind them -> next token, its prefix, the two after it where they are of its document."""
-    rows = []
-    for i in range(len(tokens) - 3):
-        following, second, third = tokens[i + 1:i + 4]
-        second = -1 if second == BOS else second
-        rows.append([following, prefixes[following], second, -1 if second == -1 or third == BOS else third])
-    return rows
-
-
-@pytest.mark.parametrize("order", ["sequential", "strided"])
-@pytest.mark.parametrize("weights, columns", [
-    ({"prefix_loss": 0.1, "mtp_loss": 0.2}, [0, 1, 2, 3]), ({"prefix_loss": 0.1}, [0, 1]),
-    ({"mtp_loss": 0.2}, [0, 2, 3])])
-def test_auxiliary_targets_are_those_of_a_naive_loop(order, weights, columns):
-    """Rows end with the tokens behind them in the stream, the last one of an epoch with the first."""
-    stream = memory_stream(*(np.concatenate(make_documents(s, 9, longest=8)) for s in range(2)))
-    prefixes = np.random.default_rng(0).integers(-1, VOCAB, VOCAB)
-    config = Config(train_batch_tokens=32, micro_batch_tokens=32, train_seq_len=16, train_order=order, **weights)
-    worker, seen = TrainLoader(config, one_world(), stream, 0, prefixes), []
-    for index in range(len(stream) // 16):
-        ids, targets, _ = worker.micro(index, 16, True)
-        for i, row in enumerate(ids[0].split(16)):
-            place = 32 * index + 16 * i if order == "sequential" else \
-                16 * next(r for r in range(len(stream) // 16) if np.array_equal(stream.slice(16 * r, 16), row))
-            expected = naive_columns(stream.slice(place, 19).tolist(), prefixes.tolist())
-            assert targets[0, 16 * i:16 * i + 16].tolist() == [[full[c] for c in columns] for full in expected]
-            seen += expected
-    assert {bool(row[2] < 0) for row in seen} == {bool(row[3] < 0 <= row[2]) for row in seen} == {True, False}
-    assert train_gpt.auxiliary_weights(config) == [[0.1], [0.2, 0.1], [0.1, 0.2, 0.1]][len(columns) - 2]
-    worker.close()
-
-
-def test_a_stage_changes_segments_and_targets_of_batches_prepared_ahead():
+def test_a_stage_changes_segments_of_batches_prepared_ahead():
     """The tokens stay those of the index; nothing that was prepared for the stage before is handed out."""
     stream = memory_stream(np.concatenate(make_documents(0, 9)))
-    worker, random = loader(1, 0, stream, 64, mtp_loss=0.1), np.random.default_rng(1)
+    worker, random = loader(1, 0, stream, 64), np.random.default_rng(1)
     for index in range(12):
-        seq_len, auxiliary = int(random.choice([4, 16])), bool(random.integers(2))
-        ids, targets, segments = worker.micro(index, seq_len, auxiliary)
+        seq_len = int(random.choice([4, 16]))
+        ids, targets, segments = worker.micro(index, seq_len)
         assert np.array_equal(ids[0].numpy(), stream.slice(64 * index, 64))
         assert segments.boundaries.tolist() == [*naive_starts(ids[0].tolist(), seq_len, True), 64]
-        assert targets.shape == ((1, 64, 3) if auxiliary else (1, 64))
-        assert np.array_equal(targets.view(64, -1)[:, 0].numpy(), stream.slice(64 * index + 1, 64))
+        assert targets.shape == (1, 64) and np.array_equal(targets[0].numpy(), stream.slice(64 * index + 1, 64))
     worker.close()
 
 
 def test_without_document_mask_rows_are_plain():
     stream = memory_stream(np.concatenate(make_documents(0, 9)))
     worker = loader(1, 0, stream, 64, document_mask=False)
-    assert worker.micro(1, 16, False).segments.boundaries.tolist() == [0, 16, 32, 48, 64]
+    assert worker.micro(1, 16).segments.boundaries.tolist() == [0, 16, 32, 48, 64]
     worker.close()
 
 
@@ -293,7 +259,7 @@ def test_padded_batches_have_room_for_all_segments(tmp_path, order):
     dataset = open_dataset(config, one_world())
     bound = train_gpt.segment_bound(128, dataset.max_documents, config)
     worker = TrainLoader(config, one_world(), dataset.train, bound)
-    batches = [worker.micro(index, 16, False) for index in range(70)]  # more than two epochs
+    batches = [worker.micro(index, 16) for index in range(70)]  # more than two epochs
     assert {batch.segments.boundaries.numel() for batch in batches} == {bound + 1}
     assert {batch.segments.max_length for batch in batches} == {16}
     worker.close()

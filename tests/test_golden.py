@@ -41,7 +41,7 @@ def measure(folder: Path, variant: str) -> dict[str, object]:
     log, dataset = Log(world, config), train_gpt.open_dataset(config, world)
     trainer, losses = Trainer(config, world, log, dataset, attention_sdpa, False), []
     settle = trainer.settle
-    trainer.settle = lambda pending: (settle(pending), losses.append(trainer.last_loss))[0]
+    trainer.settle = lambda *count: (settle(*count), losses.append(trainer.last_loss))[0]
     trainer.run(StopRequest(), lambda: None)
     trainer.loader.close()
     trainer.use_averages()

@@ -273,13 +273,13 @@ def option_configs() -> dict[str, Config]:
     """Every flag turned over, every choice, and what else makes or removes parameters or moments; none left out."""
     numbers = [("embed_dim", 16), ("depth_lora_rank", 3), ("xsa_last_n", 0), ("mlp_hidden", 40), ("num_loops", 0),
                ("parallel_start_layer", 0), ("sparse_attn_gate_scale", 0.0), ("normuon_beta2", 0.9),
-               ("muon_head_group", 1), ("bigram_hash_buckets", 13), ("num_layers", 5)]
+               ("bigram_hash_buckets", 13), ("num_layers", 5)]
     changes = [(f.name, not f.default) for f in fields(Config) if f.type is bool] + numbers + [
         (name, choice) for name, choices in train_gpt.CHOICES.items() for choice in choices]
     pairs = {"bigram_hash": {"bigram_hash_buckets": 13}}
     configs = {f"{name}={value}": tiny_config(**{name: value, **pairs.get(name, {})}) for name, value in changes}
     everything = dict(numbers) | {
-        "num_loops": 1, "parallel_start_layer": 3, "xsa_last_n": 2, "sparse_attn_gate_scale": 0.5, "xsa_learned": True,
+        "num_loops": 1, "parallel_start_layer": 3, "xsa_last_n": 2, "sparse_attn_gate_scale": 0.5,
         "tie_embeddings": False, "vocab_bias": True, "value_residual": True, "attn_gate": "dense",
         "softcap_type": "two_sided", "bigram_hash": "36313", "mlp_activation": "swiglu"}
     return configs | {f"everything, smear {kind}": tiny_config(**everything, smear_gate=kind)
@@ -296,7 +296,7 @@ def test_every_parameter_is_optimized_once(name):
     assert {key: tuple(p.shape) for key, p in params.items()} == param_shapes(model.config)
     assert set(params) <= set(PARAM_TABLE)
     optimizer = Optimizer(model.config, single_world(), params)
-    names = {p.data_ptr(): key for key, p in params.items()}  # blocks of a bank are views of it
+    names = {p.data_ptr(): key for key, p in params.items()}
     assert len(names) == len(params)
     in_muon = [names[p.data_ptr()] for group in optimizer.groups for p in group.params]
     assert in_muon == [key for group in optimizer.groups for key in group.names]

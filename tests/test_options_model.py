@@ -13,7 +13,6 @@ from train_gpt import (
     Config,
     Optimizer,
     bigram_buckets,
-    exclusive,
     make_batch,
     make_segments,
     param_shapes,
@@ -30,9 +29,7 @@ OPTIONS = {  # name -> what differs from tiny_config
     "plain": {}, "value_residual": {"value_residual": True},
     "value_residual_no_loops": {"value_residual": True, "num_loops": 0},
     "dense_gate": {"attn_gate": "dense"}, "output_gate": {"attn_gate": "output"},
-    "no_gate": {"sparse_attn_gate_scale": 0.0}, "xsa_learned": {"xsa_learned": True},
-    "key_offset": {"key_offset": True},
-    "key_offset_no_rope": {"key_offset": True, "rope_dims": 0},
+    "no_gate": {"sparse_attn_gate_scale": 0.0}, "no_rope": {"rope_dims": 0},
     "ntk": {"rope_scaling": "ntk", **LONGER}, "yarn": {"rope_scaling": "yarn", **LONGER},
     "ntk_stretch": {"rope_scaling": "ntk", "rope_stretch": 3.0},
     "yarn_stretch": {"rope_scaling": "yarn", "rope_stretch": 3.0},
@@ -46,14 +43,14 @@ OPTIONS = {  # name -> what differs from tiny_config
     "four_by_three": {"depth_lora_rank": 2, **FOUR_BY_THREE}}
 MANY = {
     "many": {
-        "value_residual": True, "attn_gate": "dense", "xsa_learned": True, "key_offset": True, "rope_scaling": "yarn",
-        **LONGER, "smear_gate": "static", "bigram_hash": "36313", **BIGRAM, "embed_dim": 20, "vocab_bias": True,
-        "mlp_activation": "swiglu", "projection_norm": True, "softcap_type": "two_sided", "z_loss": 0.01,
-        "gptj_block": True, "depth_lora_rank": 3, "logit_softcap": 8.0},
+        "value_residual": True, "attn_gate": "dense", "rope_scaling": "yarn", **LONGER, "smear_gate": "static",
+        "bigram_hash": "36313", **BIGRAM, "embed_dim": 20, "vocab_bias": True, "mlp_activation": "swiglu",
+        "projection_norm": True, "softcap_type": "two_sided", "z_loss": 0.01, "gptj_block": True, "depth_lora_rank": 3,
+        "logit_softcap": 8.0},
     "other_many": {
         "value_residual": True, "attn_gate": "output", "rope_scaling": "ntk", "rope_stretch": 2.0, "smear_gate": "mean",
         "bigram_hash": "1000003", **BIGRAM, "tie_embeddings": False, "mlp_hidden": 24, "softcap_type": "poly5",
-        "logit_softcap": 8.0, "key_offset": True, "skip_gates_enabled": False, "ln_scale": False}}
+        "logit_softcap": 8.0, "skip_gates_enabled": False, "ln_scale": False}}
 ALL = OPTIONS | MANY
 
 
@@ -126,8 +123,6 @@ def test_gradients_of_many_options_are_those_of_the_reference(name):
 # --- off is the identity
 @pytest.mark.parametrize("changes, base, values", [
     ({"value_residual": True}, {}, {"value_mix": [0.0, 1.0]}),
-    ({"xsa_learned": True}, {}, {"xsa_strength": 1.0}),
-    ({"xsa_learned": True}, {"xsa_last_n": 0}, {"xsa_strength": 0.0}),
     ({"attn_gate": "dense"}, {"sparse_attn_gate_scale": 0.0}, {"attn_gate_bias": 40.0, "attn_gate": 0.0}),
     ({"attn_gate": "output"}, {"sparse_attn_gate_scale": 0.0}, {"attn_gate": 0.0}),
     ({"smear_gate": "static"}, {"smear_gate": "off"}, {"static_smear": 40.0}),
@@ -138,7 +133,6 @@ def test_gradients_of_many_options_are_those_of_the_reference(name):
     ({"vocab_bias": True}, {}, {"vocab_bias": 0.0}),
     ({"softcap_type": "two_sided"}, {}, {"softcap_scale": 0.0}),
     ({"depth_lora_rank": 3}, {}, {"q_adapter_out": 0.0, "v_adapter_out": 0.0}),
-    ({"key_offset": True, "rope_dims": 16}, {"rope_dims": 16}, {}),  # all channels rotate
     ({"z_loss": 0.1}, {}, {}), ({"rope_scaling": "ntk"}, {}, {}), ({"rope_scaling": "yarn"}, {}, {})], ids=str)
 def test_a_neutral_value_is_the_model_without_the_option(changes, base, values):
     """Bit for bit but for rounding; and the same weights otherwise."""
@@ -160,7 +154,7 @@ def test_initial_values_of_the_options():
     """Published: gates near 1, caps equal, hashed pairs and adapters silent but not dead, smear near the own token."""
     model = GPT(tiny_config(**MANY["many"]))
     model.init_weights(0)
-    constants = {"attn_gate": 0, "attn_gate_bias": 4, "xsa_strength": 1, "value_mix": 0.5, "static_smear": 3,
+    constants = {"attn_gate": 0, "attn_gate_bias": 4, "value_mix": 0.5, "static_smear": 3,
                  "bigram_proj": 0, "bigram_scale": 0.05, "vocab_bias": 0, "softcap_scale": 0, "q_adapter_out": 0,
                  "v_adapter_out": 0, "out_proj": 0, "down_proj": 0}
     for name, value in constants.items():
@@ -203,17 +197,6 @@ def test_value_residual_reaches_only_layers_behind_the_loops():
     ({}, 2), ({"num_loops": 0}, 3), ({"loop_end": 2}, 1), ({"num_loops": 0, "loop_start": 99, "loop_end": 98}, 3)])
 def test_value_residual_has_a_row_for_each_layer_behind_the_loops(changes, rows):
     assert param_shapes(tiny_config(value_residual=True, **changes))["value_mix"] == (rows, 2)
-
-
-# --- exclusive self attention
-def test_learned_exclusion_of_strength_one_is_the_fixed_one_and_of_zero_none():
-    y, v = torch.randn(6, 4, 8), torch.randn(6, 2, 8)
-    assert torch.equal(exclusive(y, v, torch.zeros(4)), y)
-    torch.testing.assert_close(exclusive(y, v, torch.ones(4)), exclusive(y, v))
-    torch.testing.assert_close(exclusive(y, v), reference.exclude_own_value(y, v), rtol=1e-4, atol=1e-5)
-    strength = torch.tensor([0.0, 1.0, 0.5, -2.0])
-    part = y - reference.exclude_own_value(y, v)
-    torch.testing.assert_close(exclusive(y, v, strength), y - strength[:, None] * part, rtol=1e-4, atol=1e-5)
 
 
 # --- rotary scaling

@@ -18,7 +18,6 @@ from train_gpt import (
     MuonGroup,
     Optimizer,
     UserError,
-    blocks_of,
     choose_kernels,
     muon_update,
 )
@@ -36,7 +35,7 @@ def naive_normuon(update: torch.Tensor, seen: torch.Tensor, beta2: float) -> tor
 
 
 class NaiveOptions(NaiveOptimizer):
-    """That optimizer with heads in groups, NorMuon, decay behind the update, and an untied embedding."""
+    """That optimizer with NorMuon, decay behind the update, and an untied embedding."""
 
     def __init__(self, config: Config, model: GPT):
         super().__init__(config, model)
@@ -50,38 +49,31 @@ class NaiveOptions(NaiveOptimizer):
         return super().rates(name)
 
     def muon(self, name: str, grad: torch.Tensor, momentum: float, lr: float, decay: float, coefficients) -> None:
-        config, heads = self.config, {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}
-        height = config.head_dim * config.muon_head_group if config.muon_head_group and name in heads else \
-            grad.size(1)
-        for i in range(len(grad)):
-            for start in range(0, grad.size(1), height):
-                rows = slice(start, start + height)
-                weight, buffer, g = (x[i, rows] for x in (self.weights[name], self.first[name], grad))
-                buffer.copy_(momentum * buffer + g)
-                update = g + momentum * buffer
-                if config.muon_row_normalize:
-                    update = torch.stack([row / row.norm() for row in update])
-                update = torch.as_tensor(newton_schulz(update, coefficients))
-                if config.normuon_beta2:
-                    update = naive_normuon(update, self.seen[name][i, rows], config.normuon_beta2)
-                move = lr * math.sqrt(max(1.0, height / grad.size(2))) * update
-                shrink = 1 - lr * decay
-                weight.copy_((weight - move) * shrink if config.muon_wd_after else weight * shrink - move)
+        config = self.config
+        for weight, buffer, g, seen in zip(self.weights[name], self.first[name], grad, self.seen[name]):
+            buffer.copy_(momentum * buffer + g)
+            update = g + momentum * buffer
+            if config.muon_row_normalize:
+                update = torch.stack([row / row.norm() for row in update])
+            update = torch.as_tensor(newton_schulz(update, coefficients))
+            if config.normuon_beta2:
+                update = naive_normuon(update, seen, config.normuon_beta2)
+            move = lr * math.sqrt(max(1.0, g.size(0) / g.size(1))) * update
+            shrink = 1 - lr * decay
+            weight.copy_((weight - move) * shrink if config.muon_wd_after else weight * shrink - move)
 
 
 STRONG = {"matrix_lr": 0.1, "muon_wd": 2.0}  # so that the order of decay and update matters
-HEADS = {"num_heads": 4, "num_kv_heads": 2, **STRONG}
 UNTIED = {"tie_embeddings": False, "embed_lr": 0.3, "head_lr": 0.07, "embed_wd": 0.6}
 CASES = {
     "normuon": {"normuon_beta2": 0.9, **STRONG}, "normuon_raw": {"normuon_beta2": 0.5, "muon_row_normalize": False,
                                                                    **STRONG},
-    "groups_of_one": {"muon_head_group": 1, **HEADS}, "groups_of_two": {"muon_head_group": 2, **HEADS},
     "wd_after": {"muon_wd_after": True, **STRONG}, "three_steps": {"muon_backend_steps": 3, **STRONG},
     "quintic": {"muon_coefficients": "quintic", **STRONG}, "untied": UNTIED,
     "long_quintic": {"muon_coefficients": "quintic", "muon_backend_steps": 7, **STRONG},
     "tied": {"embed_lr": 0.3, "head_lr": 0.07, "bigram_hash_buckets": 9, "bigram_hash_dim": 5},
-    "many": {"normuon_beta2": 0.95, "muon_head_group": 1, "muon_wd_after": True, "muon_backend_steps": 3,
-             "depth_lora_rank": 3, "embed_dim": 20, "bigram_hash_buckets": 9, "bigram_hash_dim": 5, **HEADS, **UNTIED}}
+    "many": {"normuon_beta2": 0.95, "muon_wd_after": True, "muon_backend_steps": 3, "depth_lora_rank": 3,
+             "embed_dim": 20, "bigram_hash_buckets": 9, "bigram_hash_dim": 5, **STRONG, **UNTIED}}
 STEPS = [(1.0, 0.85, 1.0), (0.6, 0.9, 0.7), (0.25, 0.97, 0.0), (0.5, 0.95, 0.5)]  # lr, momentum, decay
 
 
@@ -100,10 +92,9 @@ def test_steps_with_options_are_the_naive_ones(name):
 
 
 @pytest.mark.parametrize("name, option", [
-    ("normuon", "normuon_beta2"), ("normuon_raw", "normuon_beta2"), ("groups_of_one", "muon_head_group"),
-    ("groups_of_two", "muon_head_group"), ("wd_after", "muon_wd_after"), ("three_steps", "muon_backend_steps"),
-    ("quintic", "muon_coefficients"), ("long_quintic", "muon_backend_steps"), ("many", "normuon_beta2"),
-    ("many", "muon_head_group"), ("many", "muon_wd_after"), ("many", "muon_backend_steps")])
+    ("normuon", "normuon_beta2"), ("normuon_raw", "normuon_beta2"), ("wd_after", "muon_wd_after"),
+    ("three_steps", "muon_backend_steps"), ("quintic", "muon_coefficients"), ("long_quintic", "muon_backend_steps"),
+    ("many", "normuon_beta2"), ("many", "muon_wd_after"), ("many", "muon_backend_steps")])
 def test_every_option_of_the_optimizer_changes_the_step(name, option):
     """By far more than what the comparison with the loops lets pass."""
     results = []
@@ -135,26 +126,6 @@ def test_normuon_equalizes_rows_of_the_model_and_keeps_the_norm(tall):
     assert not zero.any()  # the empty slots of the last rank, and no NaN
 
 
-def test_heads_in_groups_are_matrices_of_their_own():
-    """The same numbers as with every block as a bank's matrix of its own; values are never cut."""
-    config = tiny_config(muon_head_group=1, grad_clip_norm=0.0, **HEADS)
-    bank = torch.randn(3, 32, 32, generator=generator(2))
-    assert [tuple(blocks_of(config, name, bank[:, :rows].contiguous()).shape) for name, rows in (
-        ("q_proj", 32), ("k_proj", 16), ("v_proj", 16), ("up_proj", 32))] == [
-            (12, 8, 32), (6, 8, 32), (3, 16, 32), (3, 32, 32)]
-    pair = {}
-    for name, shape, options in (("q_proj", (3, 32, 32), config), ("up_proj", (12, 8, 32), tiny_config(
-            grad_clip_norm=0.0, **HEADS))):
-        weight, small = torch.nn.Parameter(bank.reshape(shape).clone()), torch.nn.Parameter(torch.ones(2))
-        optimizer = Optimizer(options, single_world(), {name: weight, "q_gain": small})
-        for step in range(3):
-            weight.grad = torch.randn(3, 32, 32, generator=generator(step)).view(shape)
-            small.grad = torch.ones(2)
-            optimizer.step(torch.tensor(0.0), 1.0, 0.9)
-        pair[name] = weight.detach().view(3, 32, 32)
-    assert torch.equal(pair["q_proj"], pair["up_proj"]) and not torch.allclose(pair["q_proj"], bank, atol=0.1)
-
-
 # --- state on any number of ranks
 def gather_from(ranks: list[Optimizer], monkeypatch) -> None:
     """Ranks that never communicate collect each other's shares."""
@@ -167,7 +138,7 @@ def gather_from(ranks: list[Optimizer], monkeypatch) -> None:
 
 @pytest.mark.parametrize("writers, readers", [(1, 2), (1, 3), (2, 3), (3, 1), (2, 1), (3, 2)])
 def test_the_state_of_normuon_goes_over_to_other_numbers_of_ranks(monkeypatch, writers, readers):
-    config = tiny_config(normuon_beta2=0.9, muon_head_group=1, **HEADS)
+    config = tiny_config(normuon_beta2=0.9, **STRONG)
     model = make_model(config)
     params = dict(model.named_parameters())
     one = Optimizer(config, single_world(), params)
@@ -193,7 +164,7 @@ def test_the_state_of_normuon_goes_over_to_other_numbers_of_ranks(monkeypatch, w
                for key, x in entry.items())
     grads = {name: torch.randn(p.shape, generator=generator(9)) for name, p in params.items() if name in MUON}
     for i, group in enumerate(one.groups):
-        packed = group.pack([grads[name].view_as(p) for name, p in zip(group.names, group.params)], torch.float32)
+        packed = group.pack([grads[name] for name in group.names], torch.float32)
         updates = []
         for optimizer in ranks:
             mine = optimizer.groups[i]

@@ -1,8 +1,7 @@
-"""Sections 7 to 9, options of the training: SWA, quantization-aware training, auxiliary losses, schedules, resuming."""
+"""Sections 7 to 9, options of the training: SWA, quantization-aware training, schedules, resuming."""
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from helpers import random_batch, randomize, single_world, tiny_environment, watch_steps
@@ -13,7 +12,6 @@ from test_train import interrupt_before, same_state, train
 
 import train_gpt
 from train_gpt import (
-    BOS,
     GPT,
     PARAM_TABLE,
     QUANTIZERS,
@@ -24,8 +22,6 @@ from train_gpt import (
     StopRequest,
     Trainer,
     attention_sdpa,
-    aux_multiplier,
-    auxiliary_targets,
     fake_quantizer,
     open_dataset,
     quantize,
@@ -35,7 +31,6 @@ from train_gpt import (
 )
 
 TABLES = {"embedding", "head", "bigram_table"}
-PREFIXES = np.where(np.arange(64) % 3 == 0, -1, np.arange(64) // 2)  # made up; a third of the tokens have none
 EVERY_BANK = {"bigram_hash_buckets": 20, "bigram_hash_dim": 6, "embed_dim": 20, "tie_embeddings": False,
               "depth_lora_rank": 3, "mlp_activation": "swiglu"}
 
@@ -66,7 +61,7 @@ def make(data, tmp_path):
                                 "data_dir": str(tmp_path / "none"), "iterations": 8, "max_wallclock_seconds": 0.0,
                                 "train_log_every": 1, **changes})
         world = single_world()
-        dataset = replace(open_dataset(replace(config, prefix_loss=0.0), world), prefixes=PREFIXES)
+        dataset = open_dataset(config, world)
         trainer = Trainer(config, world, Log(world, config), dataset, attention_sdpa, "", fake_quantizer(config))
         trainer.dataset = dataset
         watch_steps(trainer, before, after)
@@ -233,92 +228,39 @@ def test_noise_is_uniform_and_the_model_tells_the_layer():
                 assert abs(float(shift.mean())) < 0.01 and float(shift.std()) == pytest.approx(12 ** -0.5, rel=0.02)
 
 
-# --- auxiliary losses
-def naive_columns(tokens, prefix: bool, mtp: bool) -> list[list[int]]:
-    """tokens (T + 3,) -> for each of the first T its targets."""
-    rows = []
-    for t in range(len(tokens) - 3):
-        row = [int(tokens[t + 1])]
-        if prefix:
-            row.append(int(PREFIXES[row[0]]))
-        if mtp:
-            second = -1 if tokens[t + 2] == BOS else int(tokens[t + 2])
-            row += [second, -1 if BOS in (tokens[t + 2], tokens[t + 3]) else int(tokens[t + 3])]
-        rows.append(row)
-    return rows
-
-
-@pytest.mark.parametrize("prefix, mtp", [(0.2, 0.0), (0.0, 0.3), (0.2, 0.3), (0.0, 0.0)])
-def test_targets_are_those_of_a_naive_loop(prefix, mtp):
-    random = np.random.default_rng(0)
-    tokens = np.where(random.random(400) < 0.2, BOS, random.integers(2, 64, 400)).astype(np.uint16)
-    config = tiny_config(prefix_loss=prefix, mtp_loss=mtp)
-    columns = auxiliary_targets(config, [tokens[i:len(tokens) - 3 + i] for i in (1, 2, 3)], PREFIXES)
-    assert columns.dtype == np.int64 and columns.tolist() == naive_columns(tokens, prefix > 0, mtp > 0)
-    assert train_gpt.auxiliary_weights(config) == [weight for weight in (prefix, mtp, mtp / 2) if weight]
-
-
-@pytest.mark.parametrize("order", ["sequential", "strided"])
-def test_the_loader_looks_ahead_in_the_stream(make, order):
-    trainer = make(prefix_loss=0.2, mtp_loss=0.3, train_order=order)
-    stream, stride = trainer.loader.stream, trainer.loader.stride
-    for index in (0, 1, 77, 78):  # the stream has 78 micro-batches: the last one goes around
-        rows = [128 * index, 128 * index + 64] if order == "sequential" else \
-            [(2 * index + i) * stride % trainer.loader.num_rows * 64 for i in range(2)]
-        expected = [row for start in rows for row in naive_columns(stream.slice(start % len(stream), 67), True, True)]
-        batch, plain = (trainer.loader.micro(index, 64, auxiliary) for auxiliary in (True, False))
-        assert batch.targets[0].tolist() == expected and plain.targets[0].tolist() == [row[0] for row in expected]
-        assert torch.equal(batch.ids, plain.ids) and batch.targets.is_contiguous()
-
-
-@pytest.mark.parametrize("progress, multiplier", [(0.0, 1.0), (0.3, 1.0), (0.45, 0.5), (0.59, 1 / 30)])
-@pytest.mark.parametrize("changes, weights", [
-    ({"prefix_loss": 0.2}, [0.2]), ({"mtp_loss": 0.3}, [0.3, 0.15]),
-    ({"prefix_loss": 0.2, "mtp_loss": 0.3}, [0.2, 0.3, 0.15])], ids=["prefix", "mtp", "both"])
-def test_gradients_are_those_of_the_weighted_sum(make, monkeypatch, progress, multiplier, changes, weights):
-    trainer, seen = make(**changes), {}
-    assert aux_multiplier(trainer.config, progress) == pytest.approx(multiplier)
+# --- the loss
+@pytest.mark.parametrize("progress, count", [(0.0, 1), (0.3, 2), (0.7, 4)])
+def test_loss_and_gradients_are_those_of_the_mean_over_micro_batches(make, monkeypatch, progress, count):
+    """Their number changes between stages, and so does the weight of each."""
+    trainer, seen = make(batch_schedule="0.25@0.2,0.5@0.6,1@1"), {}
 
     def step(loss, *_):
         seen.update({name: p.grad.clone() for name, p in trainer.params.items() if p.grad is not None})
         return loss, None
 
     monkeypatch.setattr(trainer.optimizer, "step", step)
+    trainer.train_step(trainer.next_batches(0.9), 0.9)  # with another weight
+    trainer.model.zero_grad()
     batches = trainer.next_batches(progress)
     trainer.train_step(batches, progress)
     trainer.model.zero_grad()
-    total = 0.0
-    for batch in batches:
-        nats = [trainer.model(batch.ids, targets, batch.segments) for targets in batch.targets.unbind(2)]
-        main, *others = [column.sum() / 128 for column in nats]  # positions without a target count as 0
-        assert len(others) == len(weights)
-        total += main.item() / 4
-        ((main + multiplier * sum(w * other for w, other in zip(weights, others))) / 4).backward()
-    assert trainer.losses == [pytest.approx(total, abs=1e-5)], "the loss that is told is that of the next token"
+    loss = torch.stack([trainer.model(*batch).mean() for batch in batches]).mean()
+    loss.backward()
+    assert len(batches) == count and trainer.losses[1] == pytest.approx(loss.item(), abs=1e-5)
     for name, grad in seen.items():
         assert torch.allclose(grad, trainer.params[name].grad, rtol=1e-3, atol=1e-6), name
     assert {"embedding", "skip_weight"} < seen.keys()
-
-
-def test_auxiliary_losses_change_training_until_they_end(make):
-    columns = []
-    plain = train(make())
-    trainer = train(make(prefix_loss=0.2, mtp_loss=0.3, run_id="aux",
-                         before=lambda trainer: columns.append([batch.targets.shape[2:] for batch in trainer.batches])))
-    assert columns == [[(4,)] * 4] * 5 + [[()] * 4] * 3  # to progress 0.6
-    assert trainer.losses[0] == pytest.approx(plain.losses[0], abs=1e-5)
-    assert max(abs(a - b) for a, b in zip(trainer.losses[1:], plain.losses[1:])) > 1e-3
 
 
 def test_evaluation_knows_none_of_it(make):
     """The same weights have the same score, whatever the training's options."""
     plain = make()
     randomize(plain.model, 1)
-    odd = make(prefix_loss=0.2, mtp_loss=0.3, z_loss=0.1, qat_start=1e-9, qat_embedding=True, matrix_bits=2,
+    odd = make(z_loss=0.1, qat_start=1e-9, qat_embedding=True, matrix_bits=2,
                train_seq_schedule="16@0.5,64@1", batch_schedule="0.5@0.5,1@1")
     odd.model.load_state_dict(plain.model.state_dict())
     odd.next_batches(0.5)
-    assert odd.model.fake_quantize and odd.stage.auxiliary and odd.stage.seq_len == 16
+    assert odd.model.fake_quantize and odd.stage.seq_len == 16
     scores = []
     for trainer in (plain, odd):
         trainer.model.eval()
@@ -371,9 +313,9 @@ def test_the_length_schedule_cuts_segments(make):
 # --- all at once
 ALL_AT_ONCE = {
     **MANY["many"], "train_seq_len": 64, "eval_seq_len": 96, "train_seq_schedule": "16@0.2,32@0.7,64@1",
-    "batch_schedule": "0.5@0.4,1@1", "prefix_loss": 0.2, "mtp_loss": 0.3, "late_qat_threshold": 0.4,
+    "batch_schedule": "0.5@0.4,1@1", "late_qat_threshold": 0.4,
     "qat_embedding": True, "swa_start_frac": 0.5, "swa_every": 1, "ema_decay": 0.9, "warmdown_iters": 8,
-    "warmdown_power": 1.5, "wd_taper_start_frac": 0.3, "normuon_beta2": 0.95, "muon_head_group": 1,
+    "warmdown_power": 1.5, "wd_taper_start_frac": 0.3, "normuon_beta2": 0.95,
     "muon_wd_after": True, "train_order": "strided"}
 
 
@@ -392,7 +334,7 @@ def test_many_options_at_once_resume_to_the_same_result(make, last):
 def test_the_program_runs_with_many_options_at_once(data, tmp_path, capsys):
     """From the settings to the score of the artifact, which QAT keeps near that of the weights; then once more."""
     def run(**changes):
-        variables = {**ALL_AT_ONCE, "prefix_loss": 0, "iterations": 16, "eval_mode": "packed", **changes}
+        variables = {**ALL_AT_ONCE, "iterations": 16, "eval_mode": "packed", **changes}
         environment = tiny_environment(data, **{name: int(value) if isinstance(value, bool) else value
                                                 for name, value in variables.items()}, log_dir=tmp_path)
         capsys.readouterr()

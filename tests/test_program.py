@@ -329,10 +329,10 @@ def test_preflight_checks_and_trains_nothing(inside, tmp_path):
         assert re.search(pattern, out, re.M)
     steps = re.findall(r"^preflight step_seconds:0\.\d+ share:(0\.\d+) (.*)$", out, re.M)
     assert [(float(part), what) for part, what in steps] == [(pytest.approx(part, abs=0.002), what) for part, what in (
-        (0.35, "looping:0 quantizing:0 auxiliary:0 seq_len:32 batch_share:1"),
-        (0.15, "looping:1 quantizing:0 auxiliary:0 seq_len:32 batch_share:1"),
-        (0.25, "looping:1 quantizing:0 auxiliary:0 seq_len:64 batch_share:1"),
-        (0.25, "looping:1 quantizing:1 auxiliary:0 seq_len:64 batch_share:1"))]
+        (0.35, "looping:0 quantizing:0 seq_len:32 batch_share:1"),
+        (0.15, "looping:1 quantizing:0 seq_len:32 batch_share:1"),
+        (0.25, "looping:1 quantizing:0 seq_len:64 batch_share:1"),
+        (0.25, "looping:1 quantizing:1 seq_len:64 batch_share:1"))]
 
 
 def test_preflight_projects_the_steps_of_the_time(inside, monkeypatch):
@@ -416,7 +416,6 @@ MISTAKES = {  # name -> (variables, what the line says)
     "compile": ({"COMPILE": "1"}, "COMPILE=1: needs CUDA, this is cpu; use COMPILE=auto"),
     "compile how": ({"COMPILE": "whole"}, "COMPILE=whole: must be one of auto, 0, 1"),
     "batch schedule": ({"BATCH_SCHEDULE": "0.3@0.5,1@1"}, "BATCH_SCHEDULE: 0.3 x TRAIN_BATCH_TOKENS=512 is not a"),
-    "prefixes": ({"PREFIX_LOSS": "0.1"}, "PREFIX_LOSS=0.1: needs the pieces of the tokenizer; set TOKENIZER_PATH"),
     "no gpu": ({"DEVICE": "cuda"}, "DEVICE=cuda: torch finds no CUDA device; check the driver or use DEVICE=cpu"),
     "attention": ({"ATTENTION": "fa3"}, "ATTENTION=fa3: needs a GPU of compute capability 9.0"),
     "resume": ({"RESUME": "{file}"}, "RESUME={file}: no readable checkpoint"),

@@ -10,7 +10,6 @@ from train_gpt import (
     Config,
     Stage,
     UserError,
-    aux_multiplier,
     decay_multiplier,
     ema_share,
     is_looping,
@@ -127,7 +126,7 @@ def test_warmdown_iters_do_not_divide_by_zero_at_the_start():
     assert [lr_multiplier(config, *start) for start in ((0.0, 0), (0.5, 0), (0.0, 5))] == [1.0] * 3
 
 
-# --- weight decay and auxiliary losses
+# --- weight decay
 @settings(deadline=None)
 @given(share, share, st.floats(0.0, 2.0))
 def test_weight_decay_tapers_linearly_to_its_last_share(start, progress, last):
@@ -145,17 +144,6 @@ def test_weight_decay_of_the_published_taper():
     values = [decay_multiplier(config, progress) for progress in (0.0, 0.7, 0.85, 1.0)]
     assert values == pytest.approx([1.0, 1.0, 0.75, 0.5])
     assert decay_multiplier(Config(), 1.0) == 1.0
-
-
-@settings(deadline=None)
-@given(share, share)
-def test_auxiliary_losses_fade_over_the_second_half_of_their_time(until, progress):
-    assume(until == 0 or until > 1e-6)
-    value = aux_multiplier(Config(aux_loss_until=until), progress)
-    expected = np.interp(progress, [until / 2, until], [1.0, 0.0]) if until else 0.0
-    assert value == pytest.approx(expected, abs=1e-6) and 0 <= value <= 1
-    if progress >= until:
-        assert value == 0.0
 
 
 # --- schedules in words
@@ -180,18 +168,16 @@ def test_learning_rates_go_with_the_root_of_the_batch(progress):
 
 # --- stages
 EVERYTHING = {"train_seq_len": 256, "train_seq_schedule": "64@0.1,128@0.5,256@1", "batch_schedule": "0.5@0.3,1@1",
-              "mtp_loss": 0.3, "aux_loss_until": 0.6, "qat_start": 0.85, "enable_looping_at": 0.35}
+              "qat_start": 0.85, "enable_looping_at": 0.35}
 
 
 def test_a_stage_is_what_its_settings_say():
     config = Config(**EVERYTHING)
-    expected = {0.0: (False, False, True, 64, 0.5), 0.1: (False, False, True, 64, 0.5),
-                0.2: (False, False, True, 128, 0.5), 0.34: (False, False, True, 128, 1.0),
-                0.35: (True, False, True, 128, 1.0), 0.55: (True, False, True, 256, 1.0),
-                0.6: (True, False, False, 256, 1.0), 0.85: (True, True, False, 256, 1.0),
-                1.0: (True, True, False, 256, 1.0)}
+    expected = {0.0: (False, False, 64, 0.5), 0.1: (False, False, 64, 0.5), 0.2: (False, False, 128, 0.5),
+                0.34: (False, False, 128, 1.0), 0.35: (True, False, 128, 1.0), 0.55: (True, False, 256, 1.0),
+                0.85: (True, True, 256, 1.0), 1.0: (True, True, 256, 1.0)}
     assert {progress: stage_at(config, progress, 5) for progress in expected} == expected
-    assert stage_at(Config(), 0.0, 0) == Stage(False, False, False, 2048, 1.0)
+    assert stage_at(Config(), 0.0, 0) == Stage(False, False, 2048, 1.0)
     assert isinstance(stage_at(config, 0.2, 0).seq_len, int)
 
 
@@ -202,15 +188,11 @@ def test_quantizing_begins_where_the_warmdown_falls_below_the_threshold():
         assert [stage_at(config, progress, 9).quantizing for progress in (0.0, 0.7, 0.79, 0.81, 1.0)] \
             == [False, False, False, True, True]
     assert not any(stage_at(Config(min_lr=0.0), progress, 9).quantizing for progress in (0.0, 0.5, 1.0))
-    assert not any(stage_at(Config(mtp_loss=0.0), progress, 9).auxiliary for progress in (0.0, 0.5, 1.0))
-    for name in ("mtp_loss", "prefix_loss"):
-        assert stage_at(Config(**{name: 0.1}), 0.0, 0).auxiliary
 
 
 STAGED = [{}, EVERYTHING, {"num_loops": 0}, {"enable_looping_at": 0.0}, {"qat_start": 0.999},
           {"late_qat_threshold": 0.15},
-          {**EVERYTHING, "late_qat_threshold": 0.5, "warmdown_iters": 5000, "qat_start": 0.0},
-          {"prefix_loss": 0.1, "aux_loss_until": 1.0}, {"prefix_loss": 0.1, "aux_loss_until": 0.0}]
+          {**EVERYTHING, "late_qat_threshold": 0.5, "warmdown_iters": 5000, "qat_start": 0.0}]
 
 
 @pytest.mark.parametrize("changes", STAGED, ids=lambda changes: " ".join(changes) or "default")

@@ -235,7 +235,7 @@ def near(train: list[int], documents: list[list[int]]) -> list[int]:
     val = np.array([token for document in documents for token in (1, *document)], np.uint16)
     stream = train_gpt.TokenStream([])
     stream.shards, stream.offsets = [np.array(train, np.uint16)], np.array([0, len(train)])
-    return verify.near_duplicates(train_gpt.Dataset(stream, val, val[1:], "", "", 0, 0, None, []))
+    return verify.near_duplicates(train_gpt.Dataset(stream, val, val[1:], "", "", 0, 0, []))
 
 
 def test_near_duplicates_share_half_of_their_stretches(monkeypatch):

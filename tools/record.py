@@ -361,7 +361,7 @@ TOY = {"TRAIN_SEQ_LEN": "64", "EVAL_SEQ_LEN": "64", "EVAL_STRIDE": "32", "TRAIN_
        "ITERATIONS": "6", "MAX_WALLCLOCK_SECONDS": "0", "VAL_LOSS_EVERY": "0", "DEVICE": "cpu", "COMPILE": "0",
        "ATTENTION": "auto", "VOCAB_SIZE": "64", "GPTQ_CALIBRATION_BATCHES": "2", "CHECKPOINT_EVERY_SECONDS": "0",
        "FORCE_STOP_STEP": "0", "PREFLIGHT": "0", "RESUME": "", "ARTIFACT_PATH": "", "TOKENIZER_PATH": "",
-       "RUN_ID": "smoke", "MAX_LEAKED_DOCUMENTS": "1000000", "FP8_MATMUL": "0", "PREFIX_LOSS": "0"}
+       "RUN_ID": "smoke", "MAX_LEAKED_DOCUMENTS": "1000000", "FP8_MATMUL": "0"}
 TOY_TOKENS = 1500  # in each of three shards
 SMOKE_SECONDS = 300
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # small work is faster so, much faster on a busy machine
