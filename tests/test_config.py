@@ -383,7 +383,7 @@ def test_help_lists_every_field_with_its_default_and_comment(capsys):
     for name, f in FIELDS.items():
         line, = (line for line in lines if line.startswith(f"  {name.upper()}={f.default}"))
         comment = line.removeprefix(f"  {name.upper()}={f.default}")
-        assert comment.startswith(" ") and comment.strip() and "#" not in comment, line
+        assert comment.startswith(" ") and comment.strip() and "# " not in comment, line
 
 
 def test_an_unknown_argument_shows_the_help_and_fails(capsys):

@@ -358,8 +358,8 @@ def test_a_later_token_changes_nothing_before_it(config, dataset, model, stride,
 # --- stages
 def test_stages_are_kept_and_logged(config, dataset, model):
     judge = evaluator(config, dataset)
-    judge.score_stage("quantized", model, SEQ_LEN)
-    judge.score_stage("sliding", model, STRIDE)
+    judge.keep("quantized", judge.score(model, SEQ_LEN))
+    judge.keep("sliding", judge.score(model, STRIDE))
     assert list(judge.stages) == ["quantized", "sliding"]
     for (name, score), line in zip(judge.stages.items(), judge.log.lines):
         numbers = f"val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}"
