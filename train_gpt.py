@@ -18,7 +18,7 @@ V vocabulary, L layers. A batch is one row of T tokens that holds many documents
 at most TRAIN_SEQ_LEN tokens long, and attention never leaves a segment.
 """
 import ast, contextlib, difflib, fnmatch, functools, hashlib, io, json, lzma, math, os, re, signal, struct, sys, time
-import zlib
+import gc, inspect, shutil, zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -28,13 +28,10 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 if __name__ == "__main__":  # torch takes seconds to import: until main decides otherwise, Ctrl-C just ends the process
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import brotli
-import constriction
+import brotli, constriction, torch, zstandard
 import numpy as np
-import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import zstandard
 from torch import Tensor, nn
 
 VERSION = "0.1.0"
@@ -257,7 +254,8 @@ class Config:
             if not name:
                 notes.append(f"{variable}={text} has no effect of its own here")
                 continue
-            require(values.get(name, value) == value, f"{variable}={text} contradicts {origin.get(name)}: set one")
+            require(name not in values or values[name] == value,
+                    f"{variable}={text} contradicts {origin.get(name)}: set one of them")
             values[name], origin[name] = value, f"{variable}={text}"
         return cls(**values), notes
 
@@ -287,7 +285,7 @@ class Config:
             "{mlp_mult} x {model_dim} is no whole width: change one of them"
         yield self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim, \
             f"{{rope_dims}}: must be even and at most the head width {self.head_dim}"
-        yield self.gate_window <= (self.embed_dim or self.model_dim), "{gate_window}: above {model_dim} or {embed_dim}"
+        yield self.gate_window <= (self.embed_dim or self.model_dim), "{gate_window}: at most {model_dim}, {embed_dim}"
         yield self.xsa_last_n <= self.num_layers, "{xsa_last_n}: must be at most {num_layers}"
         yield not self.parallel_start_layer or self.num_layers // 2 <= self.parallel_start_layer < self.num_layers, \
             "{parallel_start_layer}: lanes are for the second half of {num_layers}; 0 = off"
@@ -305,7 +303,7 @@ class Config:
             values, ends = zip(*parse_schedule(getattr(self, name), name.upper()) or [(full, 1)])
             yield list(ends) == sorted(set(ends)) and ends[-1] == 1 and min(values) > 0 and max(values) == full \
                 and (full == 1 or all(float(value).is_integer() for value in values)), \
-                f"{{{name}}}: needs (whole) numbers above 0, the largest {full}, at rising fractions up to 1"
+                f"{{{name}}}: needs values above 0, the largest {full}, at rising fractions up to 1 (tokens: whole)"
         yield self.vocab_size <= 65536, "{vocab_size}: shards hold 16-bit tokens, at most 65536"
         yield self.train_order == "sequential" or self.micro_batch_tokens % self.train_seq_len == 0, \
             "{micro_batch_tokens} is no whole number of rows of {train_seq_len}, as {train_order} needs: change one"
@@ -332,9 +330,8 @@ class Config:
     def accumulation_steps(self, world_size: int, share: float = 1.0) -> int:
         """Micro-batches per rank in a step of a share of the batch. UserError where they do not divide it evenly."""
         count = share * self.train_batch_tokens / (world_size * self.micro_batch_tokens)
-        require(count >= 1 and count.is_integer(), f"{f'BATCH_SCHEDULE: {share} x ' * (share != 1)}TRAIN_BATCH_TOKENS="
-                f"{self.train_batch_tokens} is not a multiple of {world_size} processes x MICRO_BATCH_TOKENS="
-                f"{self.micro_batch_tokens}: change one of them or the number of processes")
+        require(count >= 1 and count.is_integer(), f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} (times {share:g}) is "
+                f"no multiple of {world_size} processes x MICRO_BATCH_TOKENS={self.micro_batch_tokens}: change one")
         return int(count)
 
     @property
@@ -454,8 +451,7 @@ class World:
         """Joins torchrun's process group, if any. UserError for a device that is missing or cannot do it."""
         given = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} | dict(environ)
         rank, size, local = (parse_value(name, given[name], int) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        require(size == 1 or "RANK" in environ, f"WORLD_SIZE={size} without RANK: start several processes with "
-                "torchrun, or unset it")
+        require(size == 1 or "RANK" in environ, f"WORLD_SIZE={size} without RANK: start with torchrun, or unset it")
         device = choose_device(config, local)
         if on_gpu := device.type == "cuda": torch.cuda.set_device(device)
         half = on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -889,8 +885,7 @@ def read_sidecar(val: TokenStream, paths: Sequence[Path], tokenizer: Any) -> np.
         wrong = np.flatnonzero((length > 0) & (counts != length))
         place = next(iter(wrong.tolist()), 0)
         require(1000 * len(wrong) <= np.count_nonzero(length), f"{paths[0]}: counts {counts[place]} bytes for token "
-                f"{place} = {pieces[tokens[place]]!r}; it is not the sidecar of these shards or TOKENIZER_PATH is not "
-                "theirs")
+                f"{place} = {pieces[tokens[place]]!r}; it, or TOKENIZER_PATH, does not belong to these shards")
     return counts[1:]
 
 
@@ -914,13 +909,12 @@ class Kernels(NamedTuple):
     leaky2: Callable[..., Tensor] | None = None  # the whole MLP
     rotate_heads: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None  # norm, rotation, gain of heads
     mix_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None  # blend of streams, and its norm
-    exclude_gate: Callable[..., Tensor] | None = None  # exclusive self attention and the sparse gate
     note: str = ""  # for the log
 
     @property
     def names(self) -> str:
         """For the log: torch or fp8, and what is fused."""
-        fused = [name for name in self._fields[3:7] if getattr(self, name)]
+        fused = [name for name in self._fields[3:6] if getattr(self, name)]
         return "+".join(["torch" if self.linear is F.linear else "fp8", *fused]) + self.note
 
 
@@ -1138,77 +1132,6 @@ def load_rotate_heads() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
         lambda kept, _, found: (found[0], found[1].sum(0).to(kept[1].dtype), None, None, None))
 
 
-def load_exclude_gate_kernel() -> Any:
-    """-> the Triton kernel of load_exclude_gate. Forward, without dy and what follows, `out` is written; backward it is
-    the gradient that comes in; dgate has a row for each program."""
-    import triton  # pyright: ignore[reportMissingImports]
-    import triton.language as tl  # pyright: ignore[reportMissingImports]
-
-    def exclude_gate_kernel(y, v, start, gate, out, dy, dv, dstart, dgate, inner, T, H: tl.constexpr, K: tl.constexpr,
-                            E: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, KP: tl.constexpr, WP: tl.constexpr):
-        row, kv = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None], tl.arange(0, KP)[None, :, None]
-        col, window = tl.arange(0, E)[None, None, :], tl.arange(0, WP)[None, None, :]
-        live, opens = (row < T) & (kv < K), (row < T) & (window < W)
-        own = tl.load(v + (row * K + kv) * E + col, live, 0.0).to(tl.float32)
-        size = tl.maximum(tl.sum(own * own, 2, keep_dims=True), 1e-24)
-        first = tl.load(start + row * W + window, opens, 0.0).to(tl.float32)
-        down, dfirst = tl.zeros((ROWS, KP, E), tl.float32), tl.zeros((ROWS, 1, WP), tl.float32)
-        for g in tl.static_range(H // K):
-            head = kv * (H // K) + g
-            at, weight_at = (row * H + head) * E + col, head * W + window
-            x = tl.load(y + at, live, 0.0).to(tl.float32)
-            weight = tl.load(gate + weight_at, (kv < K) & (window < W), 0.0).to(tl.float32)
-            opened = tl.sigmoid(inner * tl.sum(first * weight, 2, keep_dims=True))
-            share = tl.sum(x * own, 2, keep_dims=True) / size
-            rest = x - share * own
-            if dy is None:
-                tl.store(out + at, opened * rest, live)
-            else:
-                grad = tl.load(out + at, live, 0.0).to(tl.float32)
-                turn = tl.sum(grad * rest, 2, keep_dims=True) * opened * (1 - opened) * inner  # gradient of the logit
-                grad *= opened
-                back = tl.sum(grad * own, 2, keep_dims=True) / size
-                tl.store(dy + at, grad - back * own, live)
-                down -= share * grad + back * (rest - share * own)
-                dfirst += tl.sum(turn * weight, 1, keep_dims=True)
-                tl.store(dgate + tl.program_id(0) * H * W + weight_at, tl.sum(turn * first, 0, keep_dims=True),
-                         (kv < K) & (window < W))
-        if dy is not None:
-            tl.store(dv + (row * K + kv) * E + col, down, live)
-            tl.store(dstart + row * W + window, dfirst, opens)
-
-    return triton.jit(exclude_gate_kernel)
-
-
-@functools.cache
-def load_exclude_gate() -> Callable[..., Tensor]:
-    """(y (T, H, E), v (T, K, E), start (T, W), gate (H, W), c) -> exclusive(y, v) times sigmoid(c start gate^T), as
-    (T, H E); E is a power of 2. Each direction reads and writes every tensor once."""
-    kernel = load_exclude_gate_kernel()
-
-    def launch(y: Tensor, v: Tensor, start: Tensor, gate: Tensor, *rest: Any) -> None:
-        (inner,), (out, *grads) = ([x for x in rest if isinstance(x, kind)] for kind in (float, Tensor))
-        (tokens, heads, width), kv, window = y.shape, v.size(1), start.size(1)
-        kernel[(-(-tokens // HEAD_ROWS),)](
-            y, v, start, gate, out, *(grads or [None] * 4), inner, tokens, heads, kv, width, window, HEAD_ROWS,
-            1 << (kv - 1).bit_length(), 1 << (window - 1).bit_length(), num_warps=HEAD_ROWS)
-
-    def output(y: Tensor, *_: Any) -> Tensor:
-        return y.new_empty(len(y), y.size(1) * y.size(2))
-
-    def gradients(y: Tensor, v: Tensor, start: Tensor, gate: Tensor, *_: Any) -> tuple[Tensor, ...]:
-        sums = y.new_empty(-(-len(y) // HEAD_ROWS), *gate.shape, dtype=torch.float32)
-        return torch.empty_like(y), torch.empty_like(v), torch.empty_like(start), sums
-
-    four = "Tensor y, Tensor v, Tensor start, Tensor gate"
-    return differentiable(
-        "exclude_gate", (f"({four}, float inner) -> Tensor", written(launch, output), output),
-        (f"({four}, Tensor dout, float inner) -> (Tensor, Tensor, Tensor, Tensor)", written(launch, gradients),
-         gradients),
-        lambda inputs, _: inputs[:4],
-        lambda kept, _, found: (*found[:3], found[3].sum(0).to(kept[3].dtype), None))
-
-
 def load_mix_norm_kernels() -> tuple[Any, Any]:
     """-> (forward, backward) Triton kernels of load_mix_norm."""
     import triton  # pyright: ignore[reportMissingImports]
@@ -1251,8 +1174,7 @@ def load_mix_norm_kernels() -> tuple[Any, Any]:
             grad = (grad + tl.load(dstart + row * W + col, (row < T) & (col < W), 0.0)) * (factor * rstd)
             mean = tl.sum(grad * mixed, 1, keep_dims=True) / D
             grad -= mixed * (mean * rstd * rstd)
-            if dmixed is not None:
-                grad += tl.load(dmixed + at, live, 0.0).to(tl.float32)
+            if dmixed is not None: grad += tl.load(dmixed + at, live, 0.0).to(tl.float32)
             tl.store(db + at, grad * wy, live)
             tl.store(dc + at, grad * wz, live)
             sum_b += grad * y
@@ -1314,15 +1236,13 @@ def choose_kernels(config: Config, device: torch.device) -> Kernels:
             f"are multiples of 16, not {odd}; set FP8_MATMUL=0")
     kernels = Kernels(Fp8Linear.apply) if config.fp8_matmul else PLAIN
     heads = not (config.head_dim & (config.head_dim - 1) or config.value_residual)
-    gated = config.attn_gate == "sparse" and config.sparse_attn_gate_scale > 0
     leaky2 = config.mlp_activation == "leaky2" and not (config.projection_norm or odd or config.fp8_matmul)
-    loaders = {"rotate_heads": (load_rotate_heads, heads), "exclude_gate": (load_exclude_gate, heads and gated),
-               "mix_norm": (load_mix_norm, True), "leaky2": (load_leaky2, leaky2)}
+    loaders = {"rotate_heads": (load_rotate_heads, heads), "mix_norm": (load_mix_norm, True),
+               "leaky2": (load_leaky2, leaky2)}
     try:
         fused = config.fused_kernels and major == 9
         return kernels._replace(**{name: load() for name, (load, fits) in loaders.items() if fits and fused})
-    except (ImportError, AttributeError) as error:
-        return kernels._replace(note=f" ({error})")
+    except (ImportError, AttributeError) as error: return kernels._replace(note=f" ({error})")
 
 
 # ====================================================================================================================
@@ -1447,7 +1367,7 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tenso
 def load_varlen() -> Attention:
     """torch.nn.attention.varlen: the FlashAttention-2 kernels that come with torch."""
     from torch.nn.attention.varlen import varlen_attn
-    options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__annotations__ else {}
+    options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
     def attention(q: Tensor, k: Tensor, v: Tensor, s: Segments) -> Any:  # any distance back, none ahead
         bounds, most = s.boundaries, s.max_length
@@ -1505,7 +1425,7 @@ def choose_attention(wanted: str, device: torch.device) -> tuple[str, Attention]
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     for name, (load, needed) in ATTENTIONS.items() if wanted == "auto" else [(wanted, ATTENTIONS[wanted])]:
         try:
-            if capability < needed: raise ImportError(f"needs a GPU of compute capability {needed}, not {device.type}")
+            if capability < needed: raise ImportError("needs a GPU of compute capability {}.{}".format(*needed))
             return name, load()
         except (ImportError, OSError, AttributeError) as error:
             require(wanted == "auto", f"ATTENTION={wanted}: {error}; install it or use ATTENTION=auto")
@@ -1723,15 +1643,12 @@ class GPT(nn.Module):
             if "value_mix" in w and first_value is not None: v = w["value_mix"][0] * first_value + w["value_mix"][1] * v
             own = v
         y = self.attention(q, k, v, segments)
-        if exclude and kernels.exclude_gate:
-            y = kernels.exclude_gate(y, own, start, w["attn_gate"], config.sparse_attn_gate_scale)
-        else:
-            y = exclusive(y, own) if exclude else y
-            if "attn_gate" in w:
-                inner = config.sparse_attn_gate_scale if config.attn_gate == "sparse" else 1.0
-                gate = F.linear(n if config.attn_gate == "dense" else start, w["attn_gate"], w.get("attn_gate_bias"))
-                y = y * ((inner * gate).sigmoid() * (2 if config.attn_gate == "output" else 1))[:, :, None]
-            y = y.flatten(1).to(self.dtype)
+        y = exclusive(y, own) if exclude else y
+        if "attn_gate" in w:
+            inner = config.sparse_attn_gate_scale if config.attn_gate == "sparse" else 1.0
+            gate = F.linear(n if config.attn_gate == "dense" else start, w["attn_gate"], w.get("attn_gate_bias"))
+            y = y * ((inner * gate).sigmoid() * (2 if config.attn_gate == "output" else 1))[:, :, None]
+        y = y.flatten(1).to(self.dtype)
         return adapted(kernels.linear(norm(y) if config.projection_norm else y, w["out_proj"]), n, w, "out"), own
 
     def feed_forward(self, w: Mapping[str, Tensor], n: Tensor) -> Tensor:
@@ -2158,6 +2075,7 @@ def muon_momentum(config: Config, step: int) -> float:
 # data, and all of the model but for what matters in training alone.
 MODEL_FIELDS = ["vocab_size", "train_seq_len", "document_mask",
                 *list(KINDS)[list(KINDS).index("num_layers"):list(KINDS).index("tied_embed_init_std")]]
+DIVERGED = "training diverged; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR"
 # Attributes of a Trainer that its checkpoints hold besides weights.
 COUNTERS = ("step", "tokens", "elapsed_seconds", "step_seconds", "finished", "last_loss", "num_snapshots")
 
@@ -2286,10 +2204,11 @@ class Trainer:
         config, stop.deferred = self.config, True
         budget, last_step = training_budget_seconds(config), config.force_stop_step or config.iterations
         in_flight = 1 if self.world.device.type == "cuda" else 0
-        self.start = time.perf_counter() - self.elapsed_seconds
+        self.start, first = time.perf_counter() - self.elapsed_seconds, self.step
         while self.step < last_step:
             clock, stops = self.world.sum([(time.perf_counter() - self.start) * (self.world.rank == 0), stop.received])
-            self.step_seconds, self.elapsed_seconds = clock - self.elapsed_seconds, clock
+            if self.step > first: self.step_seconds = clock - self.elapsed_seconds
+            self.elapsed_seconds = clock
             if stops or clock + (1 + in_flight) * self.step_seconds > budget: break
             if config.checkpoint_every_seconds and clock - self.saved_seconds >= config.checkpoint_every_seconds:
                 self.report()
@@ -2354,8 +2273,7 @@ class Trainer:
     def check(self, finite: bool, what: str, step: int) -> None:
         """UserError where training diverged."""
         kept = self.last_checkpoint or "none; CHECKPOINT_EVERY_SECONDS writes some"
-        require(finite, f"{what} at step {step}: training diverged; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR. Last "
-                f"checkpoint: {kept}")
+        require(finite, f"{what} at step {step}: {DIVERGED}. Last checkpoint: {kept}")
 
     def validate(self, validate: Callable[[], Any]) -> None:
         """Scores the present weights; the clock stands still."""
@@ -2393,8 +2311,8 @@ class Trainer:
         """Continues from a checkpoint. UserError for a file that is none, or belongs to another model or other data."""
         with refusing(Exception, f"RESUME={path}: no readable checkpoint ({{}})"):  # whatever a broken file leads to
             state = torch.load(path, map_location="cpu", weights_only=True)
-            saved = {**state["model"], "data_fingerprint": state["fingerprint"], "averaging": bool(state["averages"])}
-        wanted = {"data_fingerprint": self.fingerprint, "averaging": bool(self.averages)}
+            saved = state["model"] | {"data_fingerprint": state["fingerprint"], "ema_decay>0": bool(state["averages"])}
+        wanted = {"data_fingerprint": self.fingerprint, "ema_decay>0": bool(self.averages)}
         for name, value in (model_fields(self.config) | wanted).items():
             require(saved.get(name) == value, f"RESUME={path}: was trained with {name.upper()}={saved.get(name)}, now "
                     f"{value}: use the same settings and data")
@@ -2431,12 +2349,12 @@ class Guide(NamedTuple):
     log_sensitivity: Tensor  # (n, rows, 1): logarithm of the loss for a unit square error of a weight
 
 
-class Quantizer(NamedTuple):
-    """What makes arrays of a matrix, and a matrix of them."""
+class Pair(NamedTuple):
+    """A direction and its inverse. Of quantizers: (weights (..., rows, columns), steps (..., rows, 1), largest code,
+    guide or None) -> Arrays; (Arrays, shape) -> float32 weights. Of codecs: bytes -> bytes; bytes -> bytes."""
 
-    # (weights (..., rows, columns), steps (..., rows, 1), largest code, guide or None) -> arrays
-    encode: Callable[[Tensor, Tensor, int, Guide | None], Arrays]
-    decode: Callable[[Arrays, tuple[int, ...]], Tensor]  # (arrays, shape) -> float32 weights
+    encode: Callable[..., Any]
+    decode: Callable[..., Any]
 
 
 MIN_SCALE = 2.0 ** -24  # the smallest float16 above 0: no scale underflows
@@ -2563,8 +2481,8 @@ def tcq_decode(arrays: Arrays, shape: tuple[int, ...], states: int = 8) -> Tenso
 
 
 QUANTIZERS = {
-    "rtn": Quantizer(rtn_encode, rtn_decode), "gptq": Quantizer(functools.partial(search_encode, 1), rtn_decode),
-    "tcq": Quantizer(functools.partial(search_encode, 8), tcq_decode), "fp16": Quantizer(  # the nearest in its range
+    "rtn": Pair(rtn_encode, rtn_decode), "gptq": Pair(functools.partial(search_encode, 1), rtn_decode),
+    "tcq": Pair(functools.partial(search_encode, 8), tcq_decode), "fp16": Pair(  # the nearest in its range
         lambda weight, *_: {"values": weight.clamp(-65504.0, 65504.0).half().cpu().numpy()},
         lambda arrays, shape: torch.from_numpy(arrays["values"]).float().view(shape))}
 
@@ -2776,13 +2694,6 @@ def predicted_bytes(config: Config) -> int:
 # ====================================================================================================================
 
 
-class Codec(NamedTuple):
-    """What packs bytes, and what gives them back."""
-
-    encode: Callable[[bytes], bytes]
-    decode: Callable[[bytes], bytes]
-
-
 ANS: Any = constriction.stream  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -2802,7 +2713,7 @@ def rans_encode(data: bytes) -> bytes:
     symbols = (np.frombuffer(data, np.uint8) ^ 0x80).astype(np.int32)
     first, coder = min(int(symbols.min()), 254), ANS.stack.AnsCoder()
     counts = np.bincount(symbols - first, minlength=2)
-    counts = np.ceil(counts * (65535 / counts.max())).astype("<u2")
+    counts = np.maximum(counts * 65535 // counts.max(), counts > 0).astype("<u2")
     coder.encode_reverse(symbols - np.int32(first), rans_model(counts))
     header = struct.pack("<QBB", len(data), first, len(counts) - 1)
     return header + counts.tobytes() + coder.get_compressed().astype("<u4").tobytes()
@@ -2818,10 +2729,10 @@ def rans_decode(data: bytes) -> bytes:
 
 
 CODECS = {
-    "rans": Codec(rans_encode, rans_decode), "zlib": Codec(functools.partial(zlib.compress, level=9), zlib.decompress),
-    "brotli": Codec(functools.partial(brotli.compress, quality=11, lgwin=24), brotli.decompress),
-    "zstd": Codec(functools.partial(zstandard.compress, level=22), zstandard.decompress),
-    "lzma": Codec(functools.partial(lzma.compress, preset=9 | lzma.PRESET_EXTREME), lzma.decompress)}
+    "rans": Pair(rans_encode, rans_decode), "zlib": Pair(functools.partial(zlib.compress, level=9), zlib.decompress),
+    "brotli": Pair(functools.partial(brotli.compress, quality=11, lgwin=24), brotli.decompress),
+    "zstd": Pair(functools.partial(zstandard.compress, level=22), zstandard.decompress),
+    "lzma": Pair(functools.partial(lzma.compress, preset=9 | lzma.PRESET_EXTREME), lzma.decompress)}
 SIDE_CODECS = {**dict(zip(CODECS, CODECS)), "rans": "brotli"}  # of float16 values: an order-0 coder sees no repeats
 ARTIFACT_MAGIC = b"PGOLF\x00\x00\x04"  # the last byte is the version
 
@@ -2853,21 +2764,21 @@ def by_class(rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def pack_artifact(config: Config, quantized: Mapping[str, tuple[str, Arrays]], info: Mapping[str, Any]) -> bytes:
     """Quantized tensors -> the artifact's bytes: a stream of codes for each class, the classes, float16 values."""
-    specs, halves, classes = [], [], []
+    specs, side = [], []
     groups: list[list[bytes]] = [[] for _ in range(CLASSES)]
     for name, (quantizer, arrays) in quantized.items():
         specs.append([name, quantizer, {key: array.shape for key, array in arrays.items()}])
-        halves += [array.tobytes() for array in arrays.values() if array.dtype == np.float16]
-        if "codes" in arrays:
-            codes, columns = arrays["codes"], arrays["columns"]
-            order, sizes = by_class(rows := row_classes(codes, columns), columns)
-            classes += [columns.tobytes(), rows.tobytes()]
-            for group, part in zip(groups, np.split(codes.reshape(-1)[order], np.cumsum(sizes)[:-1])):
-                group.append(part.tobytes())
-    side = CODECS[SIDE_CODECS[config.compressor]].encode
+        for key, array in arrays.items():
+            if key == "codes":
+                order, sizes = by_class(rows := row_classes(array, arrays["columns"]), arrays["columns"])
+                side.append(rows.tobytes())
+                for group, part in zip(groups, np.split(array.reshape(-1)[order], np.cumsum(sizes)[:-1])):
+                    group.append(part.tobytes())
+            else:  # bytes of one significance side by side
+                side.append(array.reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T.tobytes())
     with ThreadPoolExecutor() as pool:  # the compressors release the interpreter lock
         streams = [*pool.map(CODECS[config.compressor].encode, (b"".join(group) for group in groups)),
-                   side(b"".join(classes)), side(np.frombuffer(b"".join(halves), np.uint8).reshape(-1, 2).T.tobytes())]
+                   CODECS[SIDE_CODECS[config.compressor]].encode(b"".join(side))]
     header = {"model": model_fields(config), **info, "codec": config.compressor, "tensors": specs,
               "streams": [len(stream) for stream in streams]}
     packed_header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
@@ -2901,28 +2812,26 @@ def unpack_artifact(data: bytes, where: str) -> tuple[dict[str, Any], dict[str, 
     """The artifact's bytes -> (header, {name: float32 weights}). UserError for what pack_artifact did not write."""
     (*magic, version), file = ARTIFACT_MAGIC, io.BytesIO(data[:-32])
     require(file.read(len(magic)) == bytes(magic), f"{where}: no artifact of this program")
-    require((found := file.read(1)) == bytes([version]), f"{where}: artifact version {found}, this reads {version}")
+    require((found := file.read(1)) == bytes([version]), f"{where}: artifact version {found.hex()}, here is {version}")
     require(hashlib.sha256(data[:-32]).digest() == data[-32:],
             f"{where}: truncated or altered, its sha256 does not fit; copy or make it again")
     header = json.loads(zlib.decompress(file.read(int.from_bytes(file.read(4), "little"))))
     streams = [file.read(length) for length in header["streams"]]
-    side = CODECS[SIDE_CODECS[header["codec"]]].decode
-    halves = io.BytesIO(np.frombuffer(side(streams.pop()), np.uint8).reshape(2, -1).T.tobytes())
-    classes = io.BytesIO(side(streams.pop()))
+    side = io.BytesIO(CODECS[SIDE_CODECS[header["codec"]]].decode(streams.pop()))
     with ThreadPoolExecutor() as pool: groups = [*map(io.BytesIO, pool.map(CODECS[header["codec"]].decode, streams))]
     weights, shapes = {}, param_shapes(artifact_config(header))
     for name, quantizer, specs in header["tensors"]:
         arrays = {}
         for key, shape in specs.items():
             if key == "codes":
-                order, sizes = by_class(np.frombuffer(classes.read(shape[0]), np.uint8), arrays["columns"])
+                order, sizes = by_class(np.frombuffer(side.read(shape[0]), np.uint8), arrays["columns"])
                 codes = np.empty(len(order), np.int8)
                 codes[order] = np.frombuffer(b"".join(map(io.BytesIO.read, groups, sizes.tolist())), np.int8)
                 arrays[key] = codes.reshape(shape)
             else:
-                source, dtype = (classes, np.dtype(np.int8)) if key == "columns" else (halves, np.dtype("<f2"))
-                values = bytearray(source.read(math.prod(shape) * dtype.itemsize))
-                arrays[key] = np.frombuffer(values, dtype).reshape(shape)
+                size = math.prod(shape) * (dtype := np.dtype(np.int8 if key == "columns" else "<f2")).itemsize
+                planes = np.frombuffer(side.read(size), np.uint8).reshape(dtype.itemsize, -1)
+                arrays[key] = planes.T.copy().view(dtype).reshape(shape)
         name = name.partition(":")[0]
         weights.setdefault(name, []).append(QUANTIZERS[quantizer].decode(arrays, (-1, *shapes[name][1:])))
     return header, {name: torch.cat(pieces) if len(pieces) > 1 else pieces[0] for name, pieces in weights.items()}
@@ -3035,9 +2944,9 @@ class Ledger:
 
     def score(self, world: World) -> Score:
         """The sum over all ranks. AssertionError where a target was scored twice or never."""
-        times = torch.from_numpy(self.times)
-        if world.size > 1: dist.all_reduce(times)
-        assert bool((times == 1).all()), f"{int((times != 1).sum())} of {len(times)} targets not scored exactly once"
+        parts, times = world.gather(np.packbits(self.times != 0)), self.times - (self.times != 0)
+        for part in parts: times += np.unpackbits(part, count=len(times))
+        assert (times == 1).all(), f"{np.count_nonzero(times != 1)} of {len(times)} targets not scored exactly once"
         (nats,), count_bytes = world.sum([self.nats.sum()]), int(self.dataset.val_bytes.sum())
         return Score(nats, len(times), count_bytes, time.perf_counter() - self.start)
 
@@ -3048,10 +2957,9 @@ class Evaluator:
     def __init__(self, config: Config, world: World, log: Log, dataset: Dataset, compiled: bool):
         self.config, self.world, self.log, self.dataset, self.compiled = config, world, log, dataset, compiled
         self.stages: dict[str, Score] = {}
-        wanted = max(config.val_batch_tokens // world.size, config.eval_seq_len)  # halved where memory runs out
-        if world.device.type == "cpu":  # logits of 16 MB stay in reused memory; larger ones cost a page fault each 4 KB
-            wanted = min(wanted, max(2 ** 22 // config.vocab_size, config.eval_seq_len))
-        self.batch_tokens = wanted
+        # halved where memory runs out; on CPUs logits of 16 MB stay in reused memory, larger ones cost page faults
+        wanted = config.val_batch_tokens // world.size if world.device.type == "cuda" else 2 ** 22 // config.vocab_size
+        self.batch_tokens = max(min(wanted, config.val_batch_tokens // world.size), config.eval_seq_len)
 
     def build(self, rows: np.ndarray, tokens: int = 0, num_segments: int = 0, width: int = 0) -> tuple[Batch, Any]:
         """Windows (W, 3) -> a batch of them in a row, and each token's place in the text, -1 = not scored.
@@ -3075,13 +2983,16 @@ class Evaluator:
     def keep(self, stage: str, score: Score) -> None:
         """Keeps and logs the score of one stage of the pipeline. UserError where it is no number."""
         self.stages[stage] = score
-        require(math.isfinite(score.nats), f"final_{stage}: {score.nats} nats: training diverged; lower MATRIX_LR, "
-                "TIED_EMBED_LR or SCALAR_LR")
+        require(math.isfinite(score.nats), f"final_{stage}: {score.nats} nats: {DIVERGED}")
         self.log(f"final_{stage}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f} "
                  f"eval_time:{score.seconds * 1000:.0f}ms")
 
+    def score(self, forward: Forward, stride: int) -> Score:
+        """forward = a GPT or its compiled form -> Score of all targets, summed in float64 over all ranks."""
+        return self.score_all(forward, stride).score(self.world)
+
     def score_all(self, forward: Forward, stride: int) -> Ledger:
-        """forward = a GPT or its compiled form -> this rank's share of the scores of all targets."""
+        """The same -> this rank's share of the scores."""
         config, ledger = self.config, Ledger(self.dataset)
         rows = score_windows(self.dataset.val_tokens[:-1], config.eval_seq_len, stride, config.document_mask)
         self.score_rows(forward, rows[self.world.rank::self.world.size], ledger)
@@ -3103,8 +3014,8 @@ class Evaluator:
             except torch.OutOfMemoryError:
                 if self.batch_tokens <= self.config.eval_seq_len: raise
                 self.batch_tokens = max(self.batch_tokens // 2, self.config.eval_seq_len)
-                print(f"rank {self.world.rank}: out of memory, now scores {self.batch_tokens} tokens at once",
-                      flush=True)
+                print(f"rank {self.world.rank}: out of memory, now scores {self.batch_tokens} tokens", flush=True)
+                gc.collect()
         self.log.progress("")
 
 
@@ -3134,9 +3045,8 @@ def plan_groups(config: Config, lengths: np.ndarray, documents: Sequence[int], w
 
 def chunk_size(config: Config, longest: int) -> int:
     """Tokens of a chunk in a group whose longest document has so many; no more than a row holds (PR #2014)."""
-    parts = parse_schedule(config.ttt_chunk_schedule)
-    return min(next((int(chunk) for chunk, most in parts if longest <= most), config.ttt_chunk_size),
-               config.eval_seq_len)
+    fitting = [int(chunk) for chunk, most in parse_schedule(config.ttt_chunk_schedule) if longest <= most]
+    return min([*fitting, config.ttt_chunk_size][0], config.eval_seq_len)
 
 
 def group_work(config: Config, lengths: np.ndarray) -> int:
@@ -3255,18 +3165,17 @@ class TestTimeTrainer:
         """-> adapters that add nothing yet, see GPT.forward, (docs, visits, R, in) and (docs, visits, out, R); their
         optimizer. Every document starts with the same ones: its score does not depend on its place or its neighbors.
         """
-        config, device, width = self.config, self.world.device, self.config.model_dim
+        config, device, width, rank = self.config, self.world.device, self.config.model_dim, self.config.ttt_lora_rank
         visits, kv = len(self.model.plans[self.model.looping]), config.num_kv_heads * config.head_dim
         sizes = {"k": (visits, width, kv), "v": (visits, width, kv),
                  "head": (1, config.embed_dim or width, config.vocab_size)}
         generator, adapters = torch.Generator(device).manual_seed(config.seed), {}
         for target in config.ttt_targets.split(","):
             count, inputs, outputs = sizes.get(target, (visits, width, width))
-            inner = torch.empty(count, config.ttt_lora_rank, inputs, device=device)
+            inner = torch.empty(count, rank, inputs, device=device)
             inner.uniform_(-(inputs ** -0.5), inputs ** -0.5, generator=generator)
             adapters[f"{target}_document_in"] = inner.repeat(documents, 1, 1, 1)
-            adapters[f"{target}_document_out"] = torch.zeros(documents, count, outputs, config.ttt_lora_rank,
-                                                             device=device)
+            adapters[f"{target}_document_out"] = torch.zeros(documents, count, outputs, rank, device=device)
         inside = [name for name in adapters if name.endswith("in")]
         if config.ttt_warm_start_a and self.inner and len(self.inner[0]) == documents:
             adapters |= {name: value.detach() for name, value in zip(inside, self.inner)}
@@ -3327,11 +3236,10 @@ class TestTimeTrainer:
 
     def weight_optimizer(self) -> torch.optim.Optimizer:
         """Of all weights: sgd in phases. adamw has the factors of PR #532: output projections 3, up projections 0.5."""
-        config, groups = self.config, []
+        config, params = self.config, self.model.named_parameters()
         kind = config.ttt_optimizer if config.ttt_strategy == "stream" else "sgd"
         factors = {"out_proj": 3.0, "down_proj": 3.0, "up_proj": 0.5} if kind == "adamw" else {}
-        for name, p in self.model.named_parameters():
-            groups.append({"params": [p], "base_lr": config.global_ttt_lr * factors.get(name, 1.0)})
+        groups = [{"params": [p], "base_lr": config.global_ttt_lr * factors.get(name, 1.0)} for name, p in params]
         return self.make_optimizer(groups, config.global_ttt_lr, kind)
 
 
@@ -3415,7 +3323,7 @@ def check_disk(config: Config, trainer: Trainer, artifact_path: Path) -> None:
         probe = path.with_name(f".{path.name}.probe")
         write_atomic(probe, lambda file: file.write(b"probe"), variable)
         probe.unlink()
-        free = (disk := os.statvfs(path.parent)).f_bavail * disk.f_frsize
+        free = shutil.disk_usage(path.parent).free
         require(free >= needed and not path.is_dir(), f"{variable}: {path} is a folder, or its disk is full ({free:,} "
                 f"bytes free, {needed:,} needed); free some or set {variable}")
 
@@ -3467,7 +3375,7 @@ def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequ
     if config.eval_mode == "adapted":  # nothing to compile: the kernels do most of it, and adapters come in many shapes
         evaluator.compiled, model.fused = False, True
     compile_model(model, evaluator.compiled)
-    evaluator.keep("quantized", evaluator.score_all(model, config.eval_seq_len).score(world))
+    evaluator.keep("quantized", evaluator.score(model, config.eval_seq_len))
     if config.eval_mode != "packed":
         evaluator.keep(config.eval_mode, score_model(config, evaluator, model, start).score(world))
     measured = {**facts, "eval_seconds": round(time.perf_counter() - start, 3), "artifact_bytes": artifact_bytes,
@@ -3483,9 +3391,9 @@ def make_artifact(config: Config, trainer: Trainer, evaluator: Evaluator, stop: 
     world, dataset = trainer.world, evaluator.dataset
     compile_seconds = train(config, trainer, evaluator, stop)
     trainer.model.eval()
-    evaluator.keep("raw", evaluator.score_all(trainer.forward, config.eval_seq_len).score(world))
+    evaluator.keep("raw", evaluator.score(trainer.forward, config.eval_seq_len))
     trainer.use_averages()
-    evaluator.keep("averaged", evaluator.score_all(trainer.forward, config.eval_seq_len).score(world))
+    evaluator.keep("averaged", evaluator.score(trainer.forward, config.eval_seq_len))
     guides, calibration_seconds = calibrate_on_training_text(config, trainer, dataset)
     if world.rank == 0:
         info = {"looping": trainer.model.looping, "tokenizer_sha256": dataset.tokenizer_sha256}
@@ -3504,7 +3412,7 @@ def train(config: Config, trainer: Trainer, evaluator: Evaluator, stop: StopRequ
     compile_seconds = time.perf_counter() - start
     if config.resume: trainer.load(config.resume)
     if not trainer.finished:
-        trainer.run(stop, lambda: evaluator.score_all(trainer.forward, config.eval_seq_len).score(trainer.world))
+        trainer.run(stop, lambda: evaluator.score(trainer.forward, config.eval_seq_len))
     trainer.loader.close()
     trainer.graphs.clear()
     trainer.log(f"peak_memory:{trainer.world.peak_memory_bytes() // 2**20}MiB steps:{trainer.step} "
@@ -3514,8 +3422,7 @@ def train(config: Config, trainer: Trainer, evaluator: Evaluator, stop: StopRequ
 
 def calibrate_on_training_text(config: Config, trainer: Trainer, dataset: Dataset) -> tuple[dict[str, Guide], float]:
     """-> (guides for the quantizers that take them, seconds). All ranks take part; the pieces come from all over."""
-    if not {"gptq", "tcq"} & {quantizer_of(config, piece)[0] for name, p in trainer.params.items()
-                              for piece in cut_bank(config, name, p.shape)}:
+    if not re.search("gptq|tcq", f"{config.matrix_quantizer} {config.embed_quantizer} {config.quant_overrides}"):
         return {}, 0.0
     start, world, stream = time.perf_counter(), trainer.world, dataset.train
     tokens = min(config.micro_batch_tokens, 16384)  # without compilation more would not fit
@@ -3603,12 +3510,10 @@ def main(environ: Mapping[str, str], arguments: Sequence[str] = ()) -> int:
         config = replace(config, run_id=config.run_id or world.share(time.strftime("%Y%m%d-%H%M%S")))
         log = Log(world, config)
         return run(config, notes, world, log, stop)
-    except UserError as error:
-        message, code = f"error: {error}", 2
+    except UserError as error: message, code = f"error: {error}", 2
     except torch.OutOfMemoryError as error:
         message, code = f"error: out of memory ({first_line(error)}); lower MICRO_BATCH_TOKENS", 2
-    except Interrupted as interruption:
-        message, code = f"interrupted; RESUME={interruption} continues", 130
+    except Interrupted as interruption: message, code = f"interrupted; RESUME={interruption} continues", 130
     except (Exception, KeyboardInterrupt) as error:
         if stop.ending:  # a KeyboardInterrupt; libraries turn some into errors of their own
             message, code = "interrupted; nothing was left half-written", 130
