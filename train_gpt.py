@@ -105,7 +105,7 @@ class Config:
     train_seq_len: Count = 2048  # tokens of the longest attention segment in training
     document_mask: bool = True  # segments begin at document starts; 0 = plain rows of TRAIN_SEQ_LEN tokens
     train_seq_schedule: str = ""  # longest segment over time, as 1024@0.1,2048@0.7,3072@1; empty = TRAIN_SEQ_LEN
-    train_order: Literal["sequential", "strided"] = "sequential"  # strided: rows of TRAIN_SEQ_LEN from all over
+    train_order: Literal["sequential", "strided", "shuffled"] = "sequential"  # else rows of TRAIN_SEQ_LEN from all over
     max_leaked_documents: int = 0  # validation documents that may occur in the training shards
     # --- training length
     iterations: Count = 20000  # optimizer steps at most
@@ -567,7 +567,7 @@ class StopRequest:
 # 3. data: shard files -> one circular training stream and the validation tokens with their byte counts.
 #    Micro-slice m is tokens [m T, m T + T] of all shards in a row (or the m-th set of rows from all over them), for any
 #    number of ranks: a batch is a function of the step alone, so every world size sees the same data and resuming needs
-#    no state. No shard's tail is dropped; strided order leaves out the last part of a row, once for all shards.
+#    no state. No shard's tail is dropped; orders of rows leave out the last part of a row, once for all shards.
 # ====================================================================================================================
 
 SHARD_MAGIC, SHARD_HEADER_INTS = 20240520, 256
@@ -681,6 +681,12 @@ def coprime_stride(rows: int) -> int:
     return next(stride for stride in range(first, rows + 2) if math.gcd(stride, rows) == 1)
 
 
+@functools.lru_cache(2)
+def shuffled_rows(rows: int, seed: int, epoch: int) -> np.ndarray:
+    """-> (rows,): every row once, in an order of this seed and epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(rows)
+
+
 class TrainLoader:
     """micro(i, ...) = micro-batch i of this rank, prepared by a thread while the device works."""
 
@@ -693,16 +699,21 @@ class TrainLoader:
 
     def build(self, index: int, seq_len: int) -> Batch:
         config, tokens = self.config, self.config.micro_batch_tokens
-        row = config.train_seq_len if config.train_order == "strided" else tokens
+        row = tokens if config.train_order == "sequential" else config.train_seq_len
         first = (index * self.world.size + self.world.rank) * tokens // row
         rows = range(first, first + tokens // row)
-        if config.train_order == "strided": rows = [i * self.stride % self.num_rows for i in rows]
+        if config.train_order != "sequential": rows = [self.row(*divmod(i, self.num_rows)) for i in rows]
         windows = np.stack([self.stream.slice(i * row, row + 1) for i in rows])
         starts = np.concatenate([i * row + cut_segments(window[:-1], seq_len, config.document_mask)
                                  for i, window in enumerate(windows)])
         segments = make_segments(starts, tokens, seq_len, self.num_segments)
         batch = make_batch(windows[:, :-1].reshape(-1), windows[:, 1:].reshape(-1), segments)
         return map_tensors(Tensor.pin_memory, batch) if self.world.device.type == "cuda" else batch
+
+    def row(self, epoch: int, place: int) -> int:
+        """Which row of TRAIN_SEQ_LEN tokens is next: by a stride, or in a new random order each epoch."""
+        if self.config.train_order == "strided": return place * self.stride % self.num_rows
+        return int(shuffled_rows(self.num_rows, self.config.seed, epoch)[place])
 
     def micro(self, index: int, seq_len: int) -> Batch:
         """Micro-batch `index` of this rank, with segments of up to seq_len tokens."""
@@ -793,7 +804,7 @@ def open_dataset(config: Config, world: World) -> Dataset:
     bounds = document_bounds(val_tokens)
     keys = np.unique(document_keys(val_tokens, bounds))
     digests = {digest(val_tokens[a:b]) for a, b in zip(bounds[:-1], bounds[1:]) if b - a > 1}  # empty: all equal
-    rows = config.micro_batch_tokens // config.train_seq_len if config.train_order == "strided" else 1
+    rows = 1 if config.train_order == "sequential" else config.micro_batch_tokens // config.train_seq_len
     window = config.micro_batch_tokens // rows + 1
     mine = [scan_shard(train, i, keys, digests, window) for i in range(world.rank, len(train.shards), world.size)]
     by_rank = world.gather(mine)
