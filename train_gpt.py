@@ -1310,12 +1310,6 @@ def exclusive(y: Tensor, v: Tensor) -> Tensor:
     return (grouped - share * own).flatten(1, 2)
 
 
-def shift(x: Tensor, keep: Tensor) -> Tensor:
-    """x (T, ...) -> each token's predecessor's row, or its own where keep (T,) is 0, as at the start of a segment."""
-    keep = keep.view(-1, *[1] * (x.dim() - 1))
-    return torch.where(keep, x.roll(1, 0), x)
-
-
 def segment_mean(x: Tensor, positions: Tensor) -> Tensor:
     """x (T, D), positions (T,) in the segment -> mean over the segment up to each token, in float32."""
     total = x.cumsum(0, dtype=torch.float64)  # sums of float32 lose 3 digits in 98,304 tokens
@@ -1630,7 +1624,8 @@ class GPT(nn.Module):
         if config.smear_gate == "input":
             gate = F.linear(x[:, :config.gate_window], self.weight("smear_gate")).sigmoid() * self.smear_scale
             x = x + (gate * keep[:, None]).to(self.dtype) * x.roll(1, 0)
-        if config.smear_gate == "static": x = torch.lerp(shift(x, keep), x, self.weight("static_smear").sigmoid())
+        if config.smear_gate == "static":
+            x = torch.where(keep[:, None], torch.lerp(x.roll(1, 0), x, self.weight("static_smear").sigmoid()), x)
         return norm(F.linear(x, self.weight("embed_in")[0]) if config.embed_dim else x)
 
     def attend(self, w: Mapping[str, Tensor], n: Tensor, start: Tensor, angles: tuple[Tensor, Tensor],
@@ -1869,13 +1864,8 @@ class MuonGroup:
 
     def pack(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Tensors shaped like the banks -> one stack (share x world size, rows, columns)."""
-        stack = [x.mT if tall else x for x, tall in zip(tensors, self.tall)]
-        packed = torch.zeros(self.share * self.world.size, *stack[0].shape[1:], device=stack[0].device, dtype=dtype)
-        start = 0
-        for x in stack:
-            packed[start:start + len(x)] = x
-            start += len(x)
-        return packed
+        stack = torch.cat([(x.mT if tall else x).to(dtype) for x, tall in zip(tensors, self.tall)])
+        return F.pad(stack, (0, 0, 0, 0, 0, self.share * self.world.size - self.count))
 
     def unpack(self, packed: Tensor) -> list[Tensor]:
         """The inverse of pack."""
@@ -1920,9 +1910,6 @@ class Optimizer:
         self.adam_params = [p for members in adam.values() for p in members]
         self.momentum = torch.zeros((), device=world.device)  # a tensor, so that a new value compiles nothing
         self.muon_update = muon_update
-
-    def compile(self) -> None:
-        self.muon_update = torch.compile(muon_update, dynamic=False)
 
     def reset(self) -> None:
         """Forgets all momentum, as before the first step."""
@@ -2112,7 +2099,7 @@ class Trainer:
         self.params = dict(self.model.named_parameters())
         self.optimizer = Optimizer(config, world, self.params)
         self.forward = compile_model(self.model, compiled)
-        if compiled: self.optimizer.compile()
+        if compiled: self.optimizer.muon_update = torch.compile(muon_update, dynamic=False)
         for stage in stages(config): config.accumulation_steps(world.size, stage.batch_share)
         self.num_segments = segment_bound(config.micro_batch_tokens, dataset.max_documents, config) if compiled else 0
         self.loader = TrainLoader(config, world, dataset.train, self.num_segments)
@@ -3398,37 +3385,29 @@ def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequ
 
 def make_artifact(config: Config, trainer: Trainer, evaluator: Evaluator, stop: StopRequest, path: Path,
                   code_bytes: int) -> dict[str, Any]:
-    """Trains, averages, calibrates, and writes the artifact -> what is to be known of that."""
-    world, dataset = trainer.world, evaluator.dataset
-    compile_seconds = train(config, trainer, evaluator, stop)
-    trainer.model.eval()
-    evaluator.keep("raw", evaluator.score(trainer.forward, config.eval_seq_len))
-    trainer.use_averages()
-    evaluator.keep("averaged", evaluator.score(trainer.forward, config.eval_seq_len))
-    guides, calibration_seconds = calibrate_on_training_text(config, trainer, dataset)
-    if world.rank == 0:
-        info = {"looping": trainer.model.looping, "tokenizer_sha256": dataset.tokenizer_sha256}
-        data = fit_artifact(config, trainer.params, guides, info, code_bytes, trainer.log)
-        write_atomic(path, lambda file: file.write(data), "ARTIFACT_PATH")
-    return {"steps": trainer.step, "train_tokens": trainer.tokens, "train_seconds": round(trainer.elapsed_seconds, 3),
-            "compile_seconds": round(compile_seconds, 3), "calibration_seconds": round(calibration_seconds, 3)}
-
-
-def train(config: Config, trainer: Trainer, evaluator: Evaluator, stop: StopRequest) -> float:
-    """Compiles, resumes if asked, trains to the end -> seconds of compiling before the clock started."""
-    start = time.perf_counter()
+    """Compiles, resumes if asked, trains, averages, calibrates, writes the artifact -> what is to be known of that."""
+    world, start = trainer.world, time.perf_counter()
     if trainer.compiled and config.warmup_steps:
         trainer.warmup(config.warmup_steps)
         trainer.log(f"compile_warmup seconds:{time.perf_counter() - start:.1f}")
     compile_seconds = time.perf_counter() - start
     if config.resume: trainer.load(config.resume)
-    if not trainer.finished:
-        trainer.run(stop, lambda: evaluator.score(trainer.forward, config.eval_seq_len))
+    if not trainer.finished: trainer.run(stop, lambda: evaluator.score(trainer.forward, config.eval_seq_len))
     trainer.loader.close()
     trainer.graphs.clear()
-    trainer.log(f"peak_memory:{trainer.world.peak_memory_bytes() // 2**20}MiB steps:{trainer.step} "
+    trainer.log(f"peak_memory:{world.peak_memory_bytes() // 2**20}MiB steps:{trainer.step} "
                 f"train_seconds:{trainer.elapsed_seconds:.3f}")
-    return compile_seconds
+    trainer.model.eval()
+    evaluator.keep("raw", evaluator.score(trainer.forward, config.eval_seq_len))
+    trainer.use_averages()
+    evaluator.keep("averaged", evaluator.score(trainer.forward, config.eval_seq_len))
+    guides, calibration_seconds = calibrate_on_training_text(config, trainer, evaluator.dataset)
+    if world.rank == 0:
+        info = {"looping": trainer.model.looping, "tokenizer_sha256": evaluator.dataset.tokenizer_sha256}
+        data = fit_artifact(config, trainer.params, guides, info, code_bytes, trainer.log)
+        write_atomic(path, lambda file: file.write(data), "ARTIFACT_PATH")
+    return {"steps": trainer.step, "train_tokens": trainer.tokens, "train_seconds": round(trainer.elapsed_seconds, 3),
+            "compile_seconds": round(compile_seconds, 3), "calibration_seconds": round(calibration_seconds, 3)}
 
 
 def calibrate_on_training_text(config: Config, trainer: Trainer, dataset: Dataset) -> tuple[dict[str, Guide], float]:
