@@ -471,3 +471,32 @@ def option_nats(config, w: dict[str, Tensor], ids: Tensor, targets: Tensor, plac
         nats = [log_sum - logits[t][y] if y >= 0 else 0 * log_sum for y in row]
         result.append(torch.stack([nats[0] + config.z_loss * log_sum ** 2 * training, *nats[1:]]))
     return torch.stack(result)
+
+
+def ngram_hints(tokens, order: int) -> list[tuple[int, int, int]]:
+    """PR #2135's order of operations, with dictionaries whose keys are the tokens themselves: for each target
+    (hint, best count, total), looked up before the target is entered; (-1, 0, 0) where nothing is found."""
+    tokens, length = [int(token) for token in tokens], order - 1
+    contexts: dict[tuple, tuple[int, int, int]] = {}
+    pairs: dict[tuple, int] = {}
+    hints = []
+    for t in range(1, len(tokens)):
+        if t < length:
+            hints.append((-1, 0, 0))
+            continue
+        context, target = tuple(tokens[t - length:t]), tokens[t]
+        token, best, total = contexts.get(context, (-1, 0, 0))
+        hints.append((token, best, total))
+        pairs[context, target] = pairs.get((context, target), 0) + 1
+        if pairs[context, target] > best:
+            token, best = target, pairs[context, target]
+        contexts[context] = token, best, total + 1
+    return hints
+
+
+def boosted_nats(nats: float, hint_nats: float, hit: bool, best: int, total: int, boost: float = 2.625,
+                 threshold: float = 0.8) -> float:
+    """The published tilt: p(hint) x e^boost, normalized, where the hint was right often enough."""
+    if total == 0 or best / total < threshold:
+        return nats
+    return nats - boost * hit + math.log1p(math.exp(-hint_nats) * math.expm1(boost))
