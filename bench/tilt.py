@@ -1,16 +1,17 @@
 """Measures the n-gram tilt: how fast hints are found, how many targets have one, how often it is right, what it gains.
 
     python bench/tilt.py data/datasets/mine/fineweb_val_*.bin --max-tokens 1000000
-    python bench/tilt.py data/datasets/stdlib/fineweb_val_*.bin --artifact logs/demo.artifact --bytes 1217841
+    python bench/tilt.py data/datasets/stdlib/fineweb_val_*.bin --artifact logs/demo.artifact --seq-len 256
 
 With an artifact, its model scores the windows that hold a hint, once with the targets and once with the hints in their
-place (the forms that are compared with ours need p(hint), too). --bytes is the size of the text.
+place (the forms that are compared with ours need p(hint), too). --bytes is the size of the text (here 1217841).
 """
 import argparse
 import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +45,10 @@ def forms(nats: np.ndarray, hint_nats: np.ndarray, hints: np.ndarray, targets: n
             "mixture, count / (seen + 2): train_gpt.tilt": train_gpt.tilt(nats, hints, targets)}
 
 
-def load_model(path: Path) -> tuple[GPT, bool]:
-    """Artifact -> its model on this machine's device, and whether windows stay within documents."""
+def load_model(path: Path, seq_len: int) -> tuple[GPT, bool]:
+    """Artifact -> its model on this machine's device, for windows of seq_len tokens; whether they stay in documents."""
     header, weights = train_gpt.read_artifact(path)
-    config = train_gpt.artifact_config(header)
+    config = replace(train_gpt.artifact_config(header), eval_seq_len=seq_len)
     device = train_gpt.choose_device(config, 0)
     half = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     model = GPT(config, torch.bfloat16 if half else torch.float32)
@@ -85,13 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-tokens", type=int, default=None, help="from the start of the shards (default all)")
     parser.add_argument("--orders", default="16", help="separated by commas (default 16: contexts of 15 tokens)")
     parser.add_argument("--artifact", type=Path)
+    parser.add_argument("--seq-len", type=int, default=2048, help="of the windows (default 2048)")
     parser.add_argument("--stride", type=int, default=64)
     parser.add_argument("--batch-tokens", type=int, default=2048, help="scored at once (default 2048)")
     parser.add_argument("--bytes", type=int, default=0, help="of the text, for bits per byte (default: a byte a token)")
     options = parser.parse_args(arguments)
     try:
         tokens = np.concatenate([train_gpt.read_shard(path) for path in sorted(options.shards)])[:options.max_tokens]
-        model, document_mask = load_model(options.artifact) if options.artifact else (None, True)
+        model, document_mask = load_model(options.artifact, options.seq_len) if options.artifact else (None, True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
