@@ -3223,7 +3223,7 @@ class TestTimeTrainer:
         before = [p.detach()[:count].clone() for p, _, count in frozen]
         if all(bool(grad.isfinite().all()) for grad in grads):  # else the weights stay as they were
             optimizer.step()
-            self.learned_chunks += 1
+            self.learned_chunks += config.ttt_strategy == "stream"  # elsewhere these are chunks of adapters
         self.model.requires_grad_(False)
         for (p, _, count), value in zip(frozen, before): p[:count] = value  # adamw lets weights decay
 
