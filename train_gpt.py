@@ -3190,24 +3190,24 @@ class TestTimeTrainer:
 
     def score_windows(self, documents: np.ndarray) -> None:
         """Scores documents with the weights as they are."""
-        rows = self.windows_of(documents, self.config.eval_stride)[self.world.rank::self.world.size]
-        self.evaluator.score_rows(self.model, rows, self.ledger)
-        self.scored_chunks += 1
+        start, rows = time.perf_counter(), self.windows_of(documents, self.config.eval_stride)
+        self.evaluator.score_rows(self.model, rows[self.world.rank::self.world.size], self.ledger)
+        self.done_work += int(self.lengths[documents].sum())
+        self.done_seconds += time.perf_counter() - start
+        self.scored_chunks, self.plain_seconds = self.scored_chunks + 1, self.done_seconds / self.done_work
 
     def learn_from(self, documents: np.ndarray, optimizer: torch.optim.Optimizer, progress: float, span: float) -> None:
         """Trains all weights on documents; the learning rate follows a cosine from `progress` over `span`."""
         start, tokens = time.perf_counter(), self.config.global_ttt_chunk_tokens or 32768
         chunks = batch_windows(self.windows_of(documents), tokens)
         for i, rows in enumerate(chunks):
-            taken = (time.perf_counter() - start) / max(i, 1)
-            if not self.world.share(self.in_time(taken)): break
+            if not self.world.share(self.in_time((time.perf_counter() - start) / max(i, 1))): break
             for _ in range(self.config.global_ttt_epochs):
                 self.learn(rows, optimizer, 0.5 + 0.5 * math.cos(math.pi * (progress + span * i / len(chunks))))
 
     def learn(self, rows: np.ndarray, optimizer: torch.optim.Optimizer, lr_scale: float) -> None:
         """One step of all weights on the targets of windows (W, 3), shared out over ranks."""
-        config, params = self.config, dict(self.model.named_parameters())
-        total = int((rows[:, 1] - rows[:, 0]).sum())
+        config, params, total = self.config, dict(self.model.named_parameters()), int((rows[:, 1] - rows[:, 0]).sum())
         grads = [torch.zeros_like(p) for p in params.values()]
         for p, grad in zip(params.values(), grads): p.requires_grad_(True).grad = grad
         for group in batch_windows(rows[self.world.rank::self.world.size], self.evaluator.batch_tokens):
