@@ -316,8 +316,8 @@ class Config:
                 f"{{{bits}}} {{{quantizer}}}: must be 2 to 8, or 1 with rtn"
         targets = self.ttt_targets.split(",")
         yield len({*targets} & {*TTT_TARGETS}) == len(targets), f"{{ttt_targets}}: some of {TTT_TARGETS}, each once"
-        yield all(chunk >= 1 <= longest for chunk, longest in parse_schedule(
-            self.ttt_chunk_schedule, "TTT_CHUNK_SCHEDULE")), "{ttt_chunk_schedule}: needs tokens above 0, as 8@256"
+        yield all(chunk.is_integer() and chunk >= 1 <= longest for chunk, longest in parse_schedule(
+            self.ttt_chunk_schedule, "TTT_CHUNK_SCHEDULE")), "{ttt_chunk_schedule}: needs whole tokens, as 8@256"
         yield self.ttt_freeze_blocks <= self.num_layers, "{ttt_freeze_blocks}: there are {num_layers}"
         yield self.ttt_strategy == "stream" or self.global_ttt_chunk_tokens > 0 == self.ttt_unsafe_multi_epoch, \
             "{global_ttt_chunk_tokens} {ttt_unsafe_multi_epoch}: 0 and more than 0 are for TTT_STRATEGY=stream"
