@@ -3258,8 +3258,9 @@ AUDIT_TOKENS = 4096  # of the sample
 def audit(config: Config, evaluator: Evaluator, make: Callable[[], GPT]) -> dict[str, Any]:
     """Scores the beginning of the text twice, and once with another token at a random place -> what that tells.
 
-    No target before the changed token may have another score, beyond what two equal runs differ by. `make` gives a
-    model as the artifact has it. Also: how far a sum of probabilities over the vocabulary is from 1.
+    No target before the changed token may have another score, beyond what two equal runs differ by, nor, in a few first
+    rows, may any token that could stand there. `make` gives a model as the artifact has it. Also: how far a sum of
+    probabilities over the vocabulary is from 1.
     """
     dataset, world, random = evaluator.dataset, evaluator.world, np.random.default_rng(config.seed)
     tokens = np.array(dataset.val_tokens[:AUDIT_TOKENS])
@@ -3270,22 +3271,22 @@ def audit(config: Config, evaluator: Evaluator, make: Callable[[], GPT]) -> dict
     def nats_of(text: np.ndarray) -> np.ndarray:
         sample = replace(dataset, val_tokens=text, val_bytes=dataset.val_bytes[:len(text) - 1])
         quiet = Evaluator(config, world, Log(replace(world, rank=-1), config), sample, False)
-        return np.array(world.sum(score_model(config, quiet, make(), time.perf_counter()).nats.tolist()))
+        return np.array(world.sum(score_model(config, quiet, make(), math.inf).nats.tolist()))
     first, again, other = nats_of(tokens), nats_of(tokens), nats_of(changed)
     earlier = np.arange(len(first)) < place - 1  # target i is token i + 1
     if config.ttt_order == "length":  # of the same document: others may have been scored behind it
         bounds = document_bounds(tokens[:-1])
         earlier &= np.arange(len(first)) >= bounds[np.searchsorted(bounds, place - 1, "right") - 1]
-    window = tokens[:min(9, len(tokens))]
-    every = np.arange(config.vocab_size).repeat(len(window) - 1).reshape(config.vocab_size, -1).T
+    size, model = min(8, len(first), config.eval_seq_len), make()
+    every, segments = np.arange(config.vocab_size), make_segments(np.zeros(1, np.int64), size, size, 0)
+    batches = (make_batch(np.append(tokens[:size - 1], last), np.tile(every, (size, 1)), segments) for last in (BOS, 0))
     with torch.no_grad():
-        ids, _, segments = to_device(window_batch(config, window, config.eval_seq_len), world.device)
-        nats = make()(ids, torch.from_numpy(every)[None].to(world.device), segments).double()
-    noise, change, behind = (float(np.abs(x - first)[mask].max(initial=0)) for x, mask in (
-        (again, slice(None)), (other, earlier), (other, ~earlier)))
-    return {"sample_tokens": len(tokens), "changed_token": place, "noise_nats": noise, "change_before_nats": change,
-            "change_behind_nats": behind, "causal": change <= noise,
-            "probability_error": float((nats.neg().exp().sum(-1) - 1).abs().max())}
+        nats = np.array([model(*to_device(batch, world.device)).tolist() for batch in batches])
+    noise, change, ahead, behind = (float(np.abs(x).max(initial=0)) for x in (
+        again - first, (other - first)[earlier], (nats[1] - nats[0])[:-1], (other - first)[~earlier]))
+    return {"sample_tokens": len(tokens), "changed_token": place, "noise_nats": noise, "change_before_nats":
+            max(change, ahead), "change_behind_nats": behind, "causal": max(change, ahead) <= noise,
+            "probability_error": float(np.abs(np.exp(-nats).sum(-1) - 1).max())}
 
 
 # --- n-gram tilt: what followed the same tokens before gets a share of the probability
