@@ -316,8 +316,8 @@ class Config:
                 f"{{{bits}}} {{{quantizer}}}: must be 2 to 8, or 1 with rtn"
         targets = self.ttt_targets.split(",")
         yield len({*targets} & {*TTT_TARGETS}) == len(targets), f"{{ttt_targets}}: some of {TTT_TARGETS}, each once"
-        yield all(chunk >= 1 <= longest for chunk, longest in parse_schedule(
-            self.ttt_chunk_schedule, "TTT_CHUNK_SCHEDULE")), "{ttt_chunk_schedule}: needs tokens above 0, as 8@256"
+        yield all(chunk.is_integer() and chunk >= 1 <= longest for chunk, longest in parse_schedule(
+            self.ttt_chunk_schedule, "TTT_CHUNK_SCHEDULE")), "{ttt_chunk_schedule}: needs whole tokens, as 8@256"
         yield self.ttt_freeze_blocks <= self.num_layers, "{ttt_freeze_blocks}: there are {num_layers}"
         yield self.ttt_strategy == "stream" or self.global_ttt_chunk_tokens > 0 == self.ttt_unsafe_multi_epoch, \
             "{global_ttt_chunk_tokens} {ttt_unsafe_multi_epoch}: 0 and more than 0 are for TTT_STRATEGY=stream"
@@ -3190,24 +3190,24 @@ class TestTimeTrainer:
 
     def score_windows(self, documents: np.ndarray) -> None:
         """Scores documents with the weights as they are."""
-        rows = self.windows_of(documents, self.config.eval_stride)[self.world.rank::self.world.size]
-        self.evaluator.score_rows(self.model, rows, self.ledger)
-        self.scored_chunks += 1
+        start, rows = time.perf_counter(), self.windows_of(documents, self.config.eval_stride)
+        self.evaluator.score_rows(self.model, rows[self.world.rank::self.world.size], self.ledger)
+        self.done_work += int(self.lengths[documents].sum())
+        self.done_seconds += time.perf_counter() - start
+        self.scored_chunks, self.plain_seconds = self.scored_chunks + 1, self.done_seconds / self.done_work
 
     def learn_from(self, documents: np.ndarray, optimizer: torch.optim.Optimizer, progress: float, span: float) -> None:
         """Trains all weights on documents; the learning rate follows a cosine from `progress` over `span`."""
         start, tokens = time.perf_counter(), self.config.global_ttt_chunk_tokens or 32768
         chunks = batch_windows(self.windows_of(documents), tokens)
         for i, rows in enumerate(chunks):
-            taken = (time.perf_counter() - start) / max(i, 1)
-            if not self.world.share(self.in_time(taken)): break
+            if not self.world.share(self.in_time((time.perf_counter() - start) / max(i, 1))): break
             for _ in range(self.config.global_ttt_epochs):
                 self.learn(rows, optimizer, 0.5 + 0.5 * math.cos(math.pi * (progress + span * i / len(chunks))))
 
     def learn(self, rows: np.ndarray, optimizer: torch.optim.Optimizer, lr_scale: float) -> None:
         """One step of all weights on the targets of windows (W, 3), shared out over ranks."""
-        config, params = self.config, dict(self.model.named_parameters())
-        total = int((rows[:, 1] - rows[:, 0]).sum())
+        config, params, total = self.config, dict(self.model.named_parameters()), int((rows[:, 1] - rows[:, 0]).sum())
         grads = [torch.zeros_like(p) for p in params.values()]
         for p, grad in zip(params.values(), grads): p.requires_grad_(True).grad = grad
         for group in batch_windows(rows[self.world.rank::self.world.size], self.evaluator.batch_tokens):
@@ -3223,7 +3223,7 @@ class TestTimeTrainer:
         before = [p.detach()[:count].clone() for p, _, count in frozen]
         if all(bool(grad.isfinite().all()) for grad in grads):  # else the weights stay as they were
             optimizer.step()
-            self.learned_chunks += 1
+            self.learned_chunks += config.ttt_strategy == "stream"  # elsewhere these are chunks of adapters
         self.model.requires_grad_(False)
         for (p, _, count), value in zip(frozen, before): p[:count] = value  # adamw lets weights decay
 
@@ -3258,8 +3258,9 @@ AUDIT_TOKENS = 4096  # of the sample
 def audit(config: Config, evaluator: Evaluator, make: Callable[[], GPT]) -> dict[str, Any]:
     """Scores the beginning of the text twice, and once with another token at a random place -> what that tells.
 
-    No target before the changed token may have another score, beyond what two equal runs differ by. `make` gives a
-    model as the artifact has it. Also: how far a sum of probabilities over the vocabulary is from 1.
+    No target before the changed token may have another score, beyond what two equal runs differ by, nor, in a few first
+    rows, may any token that could stand there. `make` gives a model as the artifact has it. Also: how far a sum of
+    probabilities over the vocabulary is from 1.
     """
     dataset, world, random = evaluator.dataset, evaluator.world, np.random.default_rng(config.seed)
     tokens = np.array(dataset.val_tokens[:AUDIT_TOKENS])
@@ -3270,22 +3271,22 @@ def audit(config: Config, evaluator: Evaluator, make: Callable[[], GPT]) -> dict
     def nats_of(text: np.ndarray) -> np.ndarray:
         sample = replace(dataset, val_tokens=text, val_bytes=dataset.val_bytes[:len(text) - 1])
         quiet = Evaluator(config, world, Log(replace(world, rank=-1), config), sample, False)
-        return np.array(world.sum(score_model(config, quiet, make(), time.perf_counter()).nats.tolist()))
+        return np.array(world.sum(score_model(config, quiet, make(), math.inf).nats.tolist()))
     first, again, other = nats_of(tokens), nats_of(tokens), nats_of(changed)
     earlier = np.arange(len(first)) < place - 1  # target i is token i + 1
     if config.ttt_order == "length":  # of the same document: others may have been scored behind it
         bounds = document_bounds(tokens[:-1])
         earlier &= np.arange(len(first)) >= bounds[np.searchsorted(bounds, place - 1, "right") - 1]
-    window = tokens[:min(9, len(tokens))]
-    every = np.arange(config.vocab_size).repeat(len(window) - 1).reshape(config.vocab_size, -1).T
+    size, model = min(8, len(first), config.eval_seq_len), make()
+    every, segments = np.arange(config.vocab_size), make_segments(np.zeros(1, np.int64), size, size, 0)
+    batches = (make_batch(np.append(tokens[:size - 1], last), np.tile(every, (size, 1)), segments) for last in (BOS, 0))
     with torch.no_grad():
-        ids, _, segments = to_device(window_batch(config, window, config.eval_seq_len), world.device)
-        nats = make()(ids, torch.from_numpy(every)[None].to(world.device), segments).double()
-    noise, change, behind = (float(np.abs(x - first)[mask].max(initial=0)) for x, mask in (
-        (again, slice(None)), (other, earlier), (other, ~earlier)))
-    return {"sample_tokens": len(tokens), "changed_token": place, "noise_nats": noise, "change_before_nats": change,
-            "change_behind_nats": behind, "causal": change <= noise,
-            "probability_error": float((nats.neg().exp().sum(-1) - 1).abs().max())}
+        nats = np.array([model(*to_device(batch, world.device)).tolist() for batch in batches])
+    noise, change, ahead, behind = (float(np.abs(x).max(initial=0)) for x in (
+        again - first, (other - first)[earlier], (nats[1] - nats[0])[:-1], (other - first)[~earlier]))
+    return {"sample_tokens": len(tokens), "changed_token": place, "noise_nats": noise, "change_before_nats":
+            max(change, ahead), "change_behind_nats": behind, "causal": max(change, ahead) <= noise,
+            "probability_error": float(np.abs(np.exp(-nats).sum(-1) - 1).max())}
 
 
 # --- n-gram tilt: what followed the same tokens before gets a share of the probability

@@ -174,7 +174,7 @@ CROSS_CHECKS = [  # environment, what the complaint says
     ({"MUON_BACKEND_STEPS": "11", "MUON_COEFFICIENTS": "quintic"}, ("MUON_BACKEND_STEPS=11", "at most 10", "quintic")),
     ({"TTT_TARGETS": "q,w"}, ("TTT_TARGETS=q,w", "'head'", "each once")),
     ({"TTT_TARGETS": "q,q"}, ("TTT_TARGETS=q,q", "each once")),
-    ({"TTT_CHUNK_SCHEDULE": "0@10"}, ("TTT_CHUNK_SCHEDULE=0@10", "tokens above 0", "8@256")),
+    ({"TTT_CHUNK_SCHEDULE": "0@10"}, ("TTT_CHUNK_SCHEDULE=0@10", "whole tokens", "8@256")),
     ({"NGRAM_ORDER": "1"}, ("NGRAM_ORDER=1", "2 or more")),
     ({"NGRAM_ORDER": "16", "TTT_ORDER": "length"}, ("NGRAM_ORDER=16", "TTT_ORDER=length", "order of the text")),
     ({"TTT_FREEZE_BLOCKS": "12"}, ("TTT_FREEZE_BLOCKS=12", "NUM_LAYERS=11")),
