@@ -2923,6 +2923,57 @@ def batch_windows(rows: np.ndarray, tokens: int) -> list[np.ndarray]:
     return [*groups, rows[first:]] if len(rows) else []
 
 
+# --- n-gram tilt: what followed the same tokens before gets a share of the probability
+def run_places(rows: np.ndarray) -> np.ndarray:
+    """Sorted rows (m, k) -> (m,) each one's place in its run of equal rows, from 0."""
+    new = np.append(True, (rows[1:] != rows[:-1]).any(1))[:len(rows)]
+    return np.arange(len(rows)) - np.maximum.accumulate(new * np.arange(len(rows)))
+
+
+def ngram_hints(tokens: np.ndarray, order: int) -> np.ndarray:
+    """tokens (n,) uint16 -> (3, n - 1) int32 for the targets tokens[1:]: hint, its count, its context's count.
+
+    The context is the order - 1 tokens before the target, the hint what followed it most often before this target; of
+    equal ones the first to get there. All three are 0 where nothing did, and nothing depends on the target or later
+    tokens. Published (PR #2135, via #1145 and #1514) as hash tables filled target by target. Here a hash only drops
+    the contexts that occur once; the others are compared token by token, so a hint never comes from a foreign one.
+    """
+    length, out = order - 1, np.zeros((3, max(len(tokens) - 1, 0)), np.int32)
+    key = np.arange(max(len(tokens) - length, 0), dtype=np.uint64)  # a context's start; hash bits go above it
+    low = np.uint64(2 ** len(key).bit_length() - 1)
+    for first in range(0, len(key), 2 ** 15):  # blocks that stay in the cache
+        part = key[first:first + 2 ** 15]
+        hashed, text = np.zeros_like(part), tokens[first:first + len(part) + length].astype(np.uint64)
+        for i in range(length):
+            hashed = (hashed + text[i:i + len(part)]) * np.uint64(0xD1342543DE82EF95)
+        part |= hashed & ~low
+    key.sort()
+    same = np.concatenate(([False], (key[1:] ^ key[:-1]) <= low, [False]))
+    at = (key[(same[1:] | same[:-1])[:len(key)]] & low).astype(np.int64)
+    at = at[np.lexsort([tokens[at + i] for i in range(length)])]  # by context; equal ones in the order of the text
+    rows = np.stack([tokens[at + i] for i in range(order)], 1)  # contexts and their targets
+    seen = run_places(rows[:, :-1])
+    pairs = np.stack((np.cumsum(seen == 0), rows[:, -1]), 1)  # (context, target)
+    by_pair, count = np.lexsort(pairs.T), np.empty_like(seen)
+    count[by_pair] = run_places(pairs[by_pair]) + 1
+    rises = np.diff(np.maximum.accumulate(pairs[:, 0] * len(at) + count), prepend=0) > 0  # a context's new best count
+    best = np.roll(np.maximum.accumulate(rises * np.arange(len(at))), 1)  # which row set it, before each row
+    out[:, at + length - 1] = np.stack((rows[best, -1], count[best], seen)) * (seen > 0)
+    return out
+
+
+def tilt(nats: np.ndarray, hints: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Nats of targets (n,), their hints (3, n) -> nats (n,) of p' = (1 - w) p + w [token = hint].
+
+    w = count / (seen + 2), so 1/3 after one time, and 0 without a hint. p sums to 1 over the vocabulary, and w and the
+    hint were there before the target: p' sums to 1, too. Published: p(hint) x e^2.625, normalized, where count / seen
+    >= 0.8; it gains less (docs/log.md) and needs p(hint) besides p(target).
+    """
+    weight = hints[1] / (hints[2] + 2)
+    kept = np.log1p(-weight) - nats  # logarithm of (1 - w) p(target)
+    return -np.where(targets == hints[0], np.logaddexp(kept, np.log(np.maximum(weight, 1e-300))), kept)
+
+
 class Ledger:
     """Nats of every target, and how often each was scored: the one place where scores of a stage are kept."""
 
@@ -3287,57 +3338,6 @@ def audit(config: Config, evaluator: Evaluator, make: Callable[[], GPT]) -> dict
     return {"sample_tokens": len(tokens), "changed_token": place, "noise_nats": noise, "change_before_nats":
             max(change, ahead), "change_behind_nats": behind, "causal": max(change, ahead) <= noise,
             "probability_error": float(np.abs(np.exp(-nats).sum(-1) - 1).max())}
-
-
-# --- n-gram tilt: what followed the same tokens before gets a share of the probability
-def run_places(rows: np.ndarray) -> np.ndarray:
-    """Sorted rows (m, k) -> (m,) each one's place in its run of equal rows, from 0."""
-    new = np.append(True, (rows[1:] != rows[:-1]).any(1))[:len(rows)]
-    return np.arange(len(rows)) - np.maximum.accumulate(new * np.arange(len(rows)))
-
-
-def ngram_hints(tokens: np.ndarray, order: int) -> np.ndarray:
-    """tokens (n,) uint16 -> (3, n - 1) int32 for the targets tokens[1:]: hint, its count, its context's count.
-
-    The context is the order - 1 tokens before the target, the hint what followed it most often before this target; of
-    equal ones the first to get there. All three are 0 where nothing did, and nothing depends on the target or later
-    tokens. Published (PR #2135, via #1145 and #1514) as hash tables filled target by target. Here a hash only drops
-    the contexts that occur once; the others are compared token by token, so a hint never comes from a foreign one.
-    """
-    length, out = order - 1, np.zeros((3, max(len(tokens) - 1, 0)), np.int32)
-    key = np.arange(max(len(tokens) - length, 0), dtype=np.uint64)  # a context's start; hash bits go above it
-    low = np.uint64(2 ** len(key).bit_length() - 1)
-    for first in range(0, len(key), 2 ** 15):  # blocks that stay in the cache
-        part = key[first:first + 2 ** 15]
-        hashed, text = np.zeros_like(part), tokens[first:first + len(part) + length].astype(np.uint64)
-        for i in range(length):
-            hashed = (hashed + text[i:i + len(part)]) * np.uint64(0xD1342543DE82EF95)
-        part |= hashed & ~low
-    key.sort()
-    same = np.concatenate(([False], (key[1:] ^ key[:-1]) <= low, [False]))
-    at = (key[(same[1:] | same[:-1])[:len(key)]] & low).astype(np.int64)
-    at = at[np.lexsort([tokens[at + i] for i in range(length)])]  # by context; equal ones in the order of the text
-    rows = np.stack([tokens[at + i] for i in range(order)], 1)  # contexts and their targets
-    seen = run_places(rows[:, :-1])
-    pairs = np.stack((np.cumsum(seen == 0), rows[:, -1]), 1)  # (context, target)
-    by_pair, count = np.lexsort(pairs.T), np.empty_like(seen)
-    count[by_pair] = run_places(pairs[by_pair]) + 1
-    rises = np.diff(np.maximum.accumulate(pairs[:, 0] * len(at) + count), prepend=0) > 0  # a context's new best count
-    best = np.roll(np.maximum.accumulate(rises * np.arange(len(at))), 1)  # which row set it, before each row
-    out[:, at + length - 1] = np.stack((rows[best, -1], count[best], seen)) * (seen > 0)
-    return out
-
-
-def tilt(nats: np.ndarray, hints: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Nats of targets (n,), their hints (3, n) -> nats (n,) of p' = (1 - w) p + w [token = hint].
-
-    w = count / (seen + 2), so 1/3 after one time, and 0 without a hint. p sums to 1 over the vocabulary, and w and the
-    hint were there before the target: p' sums to 1, too. Published: p(hint) x e^2.625, normalized, where count / seen
-    >= 0.8; it gains less (docs/log.md) and needs p(hint) besides p(target).
-    """
-    weight = hints[1] / (hints[2] + 2)
-    kept = np.log1p(-weight) - nats  # logarithm of (1 - w) p(target)
-    return -np.where(targets == hints[0], np.logaddexp(kept, np.log(np.maximum(weight, 1e-300))), kept)
 
 
 # ====================================================================================================================
