@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 if __name__ == "__main__":  # torch takes seconds to import: until main decides otherwise, Ctrl-C just ends the process
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import brotli, constriction, torch, zstandard
+import brotli, constriction, sentencepiece, torch, zstandard
 import numpy as np
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -742,8 +742,7 @@ class Dataset:
 
 def find_shards(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
     """Folder -> (training, validation, validation byte sidecar) shards by name. UserError where one kind is missing."""
-    train, val, sidecar = (sorted(folder.glob(f"fineweb_{kind}_*.bin")) for kind in ("train", "val", "val*_bytes"))
-    val = [path for path in val if path not in sidecar]
+    train, val, sidecar = (sorted(folder.glob(f"fineweb_{kind}*.bin")) for kind in ("train", "val_[!b]", "val*_bytes"))
     for paths, kind in ((train, "train"), (val, "val")):
         require(paths, f"DATA_PATH={folder}: no fineweb_{kind}_*.bin in it; {PREPARE_HINT}")
     if sidecar and len(sidecar) != len(val):
@@ -830,7 +829,6 @@ def check_tokens(largest: int, config: Config, path: Path) -> None:
 
 def load_tokenizer(config: Config, optional: bool) -> tuple[Any, str]:
     """-> (SentencePiece processor or None, sha256 of the file). UserError for a missing or unsuitable model."""
-    import sentencepiece
     path = resolve_path(config.tokenizer_path or f"{config.data_dir}/tokenizers/fineweb_{config.vocab_size}_bpe.model")
     if optional and not config.tokenizer_path and not path.is_file(): return None, ""
     require(path.is_file(), f"TOKENIZER_PATH={path}: no such file, but it counts the bytes of the text; {PREPARE_HINT}")
@@ -1925,8 +1923,7 @@ class Optimizer:
         grads = {name: p.grad for name, p in self.params.items() if p.grad is not None}
         scattered = [group.scatter([grads[name] for name in group.names]) for group in self.groups]
         own = [grad for grad, _ in scattered]
-        for work in [*started, *(work for _, work in scattered)]:
-            if work: work.wait()
+        for work in filter(None, [*started, *(work for _, work in scattered)]): work.wait()
         if buffer is not None:
             loss, *reduced = (buffer / self.world.size).split([1, *(grad.numel() for grad in small)])
             for grad, value in zip(small, reduced): grad.copy_(value.view_as(grad))
@@ -3401,8 +3398,7 @@ def preflight(config: Config, log: Log, trainer: Trainer, code_bytes: int) -> No
 
 def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequest) -> int:
     """Config -> trained weights -> artifact on disk -> model rebuilt from those bytes -> score -> exit code."""
-    source = Path(__file__).read_bytes()
-    code_bytes = len(pack_source(source))
+    code_bytes = len(pack_source(source := Path(__file__).read_bytes()))
     write_run_header(log, config, world, source)
     attention_name, attention = choose_attention(config.attention, world.device)
     compiled = use_compile(config, world, attention_name)
@@ -3525,8 +3521,7 @@ def report_result(config: Config, world: World, log: Log, dataset: Dataset, stag
     log(f"artifact_bytes:{measured['artifact_bytes']} code_bytes:{measured['code_bytes']} "
         f"submission_bytes:{submission} limit_bytes:{SIZE_LIMIT_BYTES} fits:{int(fits)}")
     if not fits:
-        log(f"error: {submission} bytes are over the limit of {SIZE_LIMIT_BYTES}: fewer bits, more clip sigmas or a "
-            "smaller model; ALLOW_OVERSIZE=1 accepts it")
+        log(f"error: {submission} bytes, over {SIZE_LIMIT_BYTES}; lower TARGET_BYTES; ALLOW_OVERSIZE=1 accepts it")
     result = {
         "version": VERSION, "run_id": config.run_id, "seed": config.seed, "world_size": world.size,
         "device": world.describe(), "torch": torch.__version__, "data_fingerprint": dataset.fingerprint,

@@ -315,7 +315,7 @@ def test_a_submission_over_the_limit_is_scored_and_fails(one, inside, monkeypatc
     code, out, _ = inside(RESUME=one[1] / "run.checkpoint")
     result = result_of(out)
     assert code == 3 and result["fits"] is result["legal"] is False and result["headroom_bytes"] < 0
-    assert re.search(r"^error: \d+ bytes are over the limit of 1000: .*ALLOW_OVERSIZE=1", out, re.M)
+    assert re.search(r"^error: \d+ bytes, over 1000; .*ALLOW_OVERSIZE=1", out, re.M)
     code, out, _ = inside(RESUME=one[1] / "run.checkpoint", ALLOW_OVERSIZE=1)
     assert code == 0 and result_of(out)["fits"] is False
 
