@@ -137,7 +137,7 @@ class Config:
     warmup_steps: int = 3  # throw-away steps per graph that compile before the clock starts
     train_batch_tokens: Count = 786432  # tokens per optimizer step over all ranks
     batch_schedule: str = ""  # share of TRAIN_BATCH_TOKENS over time, as 0.5@0.1,1@1; learning rates go with its root
-    micro_batch_tokens: Count = 98304  # tokens per forward pass and rank
+    micro_batch_tokens: Count = 98304  # tokens per forward pass and rank; not set, 1/8 of a batch it does not divide
     val_batch_tokens: Count = 524288  # tokens per scoring batch over all ranks; lowered to fit the free memory
     val_loss_every: int = 0  # steps between validations in training, outside the clock; 0 = only at the end
     train_log_every: int = 0  # steps between progress lines; 0 = about 20 lines
@@ -162,7 +162,7 @@ class Config:
     rope_stretch: float = 0.0  # of rope_scaling, in training too; 0 = EVAL_SEQ_LEN / TRAIN_SEQ_LEN in evaluation only
     value_residual: bool = False  # values are blended with the first layer's, in layers behind the loops
     ln_scale: bool = True  # block inputs are scaled by 1 / sqrt(layer + 1)
-    xsa_last_n: int = 11  # layers, from the end, with exclusive self attention; 0 = off
+    xsa_last_n: int = 11  # layers, from the end, with exclusive self attention; 0 = off, more than there are = all
     skip_gates_enabled: bool = True  # U-Net skips are gated blends; 0 = weighted sums
     num_loops: int = 2  # extra passes over layers LOOP_START..LOOP_END; 0 = no depth recurrence
     loop_start: int = 3  # first looped layer
@@ -247,11 +247,14 @@ class Config:
                 continue
             name, value = resolve(variable, text.strip())
             if not name:
-                notes.append(f"{variable}={text} has no effect of its own here")
+                notes.append(f"{variable}={text} {value or 'has no effect of its own here'}")
             elif name in values and values[name] != value:
                 raise UserError(f"{variable}={text} contradicts {origin[name]}: set one of them")
             else:
                 values[name], origin[name] = value, f"{variable}={text}"
+        batch = values.get("train_batch_tokens", 0)
+        if "micro_batch_tokens" not in values and batch % cls.micro_batch_tokens:  # 8 a step, as in published scripts
+            values["micro_batch_tokens"] = batch // 8 or 1
         return cls(**values), notes
 
     def __post_init__(self):
@@ -285,7 +288,6 @@ class Config:
             f"{{rope_dims}}: must be even and at most the head width {self.head_dim}"
         yield self.gate_window <= (self.embed_dim or self.model_dim), \
             "{gate_window}: must be at most {model_dim} and {embed_dim}"
-        yield self.xsa_last_n <= self.num_layers, "{xsa_last_n}: must be at most {num_layers}"
         yield self.parallel_start_layer < self.num_layers, "{parallel_start_layer}: must be below {num_layers}; 0 = off"
         yield not 0 < self.parallel_start_layer < self.num_layers // 2, \
             "{parallel_start_layer}: lanes are for the second half of {num_layers}"
@@ -383,24 +385,35 @@ def parse_schedule(text: str, variable: str = "") -> list[tuple[float, float]]:
         return [(float(value), float(until)) for value, until in (part.split("@") for part in text.split(",") if text)]
 
 
-# Other published names -> ours, or {value: (our field, its value), or None where we do so anyway}; other values are
-# refused.
+def accepted(table: str, note: str | None = None) -> dict[str, Any]:
+    """'A=0 B=1,x' -> the rows of ALIASES for variables without a field and the values that pass; the note says why."""
+    return {name: dict.fromkeys(values.split(","), ("", note)) for name, values in re.findall("(\\w+)=(\\S*)", table)}
+
+
+# Other published names -> ours, or {value: (our field, its value), or None where we do so anyway, or ("", what the log
+# says of it)}; other values are refused.
 ALIASES: dict[str, str | dict[str, tuple[str, Any] | None]] = {
     "MUON_WEIGHT_DECAY": "muon_wd", "ADAM_WEIGHT_DECAY": "adam_wd", "EMBED_WEIGHT_DECAY": "embed_wd",
-    "VAL_BATCH_SIZE": "val_batch_tokens", "EMBEDDING_BITS": "embed_bits", "TIED_EMBEDDING_LR": "tied_embed_lr",
-    "BIGRAM_VOCAB_SIZE": "bigram_hash_buckets", "BIGRAM_DIM": "bigram_hash_dim",
-    "SKIP_GATE_ENABLED": "skip_gates_enabled",
+    "VAL_BATCH_SIZE": "val_batch_tokens", "BIGRAM_DIM": "bigram_hash_dim", "SKIP_GATE_ENABLED": "skip_gates_enabled",
+    "BIGRAM_VOCAB_SIZE": "bigram_hash_buckets", "TIED_EMBEDDING_LR": "tied_embed_lr", "EMBEDDING_BITS": "embed_bits",
     "SMEAR_GATE_ENABLED": {"0": ("smear_gate", "off"), "1": ("smear_gate", "input")},
     "USE_SMEARGATE": {"0": ("smear_gate", "off"), "1": ("smear_gate", "static")},
     "SPARSE_ATTN_GATE_ENABLED": {"0": ("sparse_attn_gate_scale", 0.0), "1": ("attn_gate", "sparse")},
     **{name: {"0": None, "1": ("attn_gate", "dense")} for name in ("GATED_ATTN_ENABLED", "GATED_ATTENTION")},
     "ATTN_OUT_GATE_ENABLED": {"0": None, "1": ("attn_gate", "output")},
     "EMA_ENABLED": {"0": ("ema_decay", 0.0), "1": None}, "SWA_ENABLED": {"0": ("swa_start_frac", 0.0), "1": None},
-    "LATE_QAT": {"0": ("late_qat_threshold", 0.0), "1": None}, "PARALLEL_FINAL_LANE": {"mean": None},
-    "SMEAR_GATE_BOS_FIX": {"1": None}, "SPARSE_ATTN_GATE_INIT_STD": {"0": None, "0.0": None},
-    "FUSED_CE_ENABLED": {"0": None, "1": None}, "CASEOPS_ENABLED": {"0": None, "1": None},
-    **{name: {"0": None} for name in ("LQER_ENABLED", "TTT_ENABLED", "PHASED_TTT_ENABLED", "QAT_ENABLED",
-                                      "OPTROT_ENABLED", "ROPE_YARN")}}
+    "LATE_QAT": {"0": ("late_qat_threshold", 0.0), "1": None},
+    "COMPRESSOR": {"pergroup": ("", "means rans"), **{name: ("compressor", name) for name in CHOICES["compressor"]}},
+    **accepted("LQER_ENABLED=0,1 LQER_ASYM_ENABLED=0,1 LQER_RANK=2,4,6 LQER_TOP_K=1,3,4 LQER_FACTOR_BITS=4 "
+               "LQER_ASYM_GROUP=32,64", "is not needed here: tcq leaves less error than LQER at the same size"),
+    **accepted("SMEAR_GATE_BOS_FIX=0,1", "changes nothing here: no token is ever smeared into another document"),
+    **accepted("ASYM_LOGIT_RESCALE=0,1", "changes nothing, as published; SOFTCAP_TYPE=two_sided trains its caps"),
+    **accepted("GATED_ATTN_QUANT_GATE=0,1", "changes nothing here: gates are kept in float16"),
+    **accepted("PARALLEL_FINAL_LANE=mean SPARSE_ATTN_GATE_INIT_STD=0,0.0 FUSED_CE_ENABLED=0,1 CASEOPS_ENABLED=0,1 "
+               "TTT_ENABLED=0 PHASED_TTT_ENABLED=0 QAT_ENABLED=0 OPTROT_ENABLED=0 ROPE_YARN=0 MUON_HUBER_WD=0 "
+               "MATRIX_CLIP_SIGMAS=12.85 QK_GAIN_INIT_SCHEDULE= TTT_LORA_EMA_DECAY=0,0.0 TTT_UPDATE_EVERY=1 "
+               "TTT_GRAD_STEPS=1 GLOBAL_TTT_OPTIMIZER=sgd NGRAM_HINT_PRECOMPUTE_OUTSIDE=0 WITHIN_TAU=99.0 "
+               "WORD_TAU=99.0 WITHIN_BOOST=0,0.0 WORD_BOOST=0,0.0 AGREE_ADD_BOOST=0,0.0")}
 NAMES = {name.upper(): name for name in KINDS} | ALIASES
 
 
