@@ -281,6 +281,7 @@ INERT = {"ROPE_YARN": (["0"], ["1"]), "FUSED_CE_ENABLED": (["0", "1"], ["2"]),
          "GATED_ATTENTION": (["0"], [""]), "TTT_ENABLED": (["0"], ["1"]), "QAT_ENABLED": (["0"], ["1"]),
          "PHASED_TTT_ENABLED": (["0"], ["1"]), "SWA_ENABLED": (["1"], ["2"]), "LATE_QAT": (["1"], ["0.15"]),
          "OPTROT_ENABLED": (["0"], ["1"]), "EMA_ENABLED": (["1"], ["maybe"]), "MUON_HUBER_WD": (["0"], ["1"]),
+         "NGRAM_TILT_ENABLED": (["0"], ["1"]),
          "MATRIX_CLIP_SIGMAS": (["12.85"], ["13"]), "QK_GAIN_INIT_SCHEDULE": ([""], ["4,5"]),
          "TTT_UPDATE_EVERY": (["1"], ["2"]), "TTT_GRAD_STEPS": (["1"], ["2"]),
          "GLOBAL_TTT_OPTIMIZER": (["sgd"], ["muon"]), "NGRAM_HINT_PRECOMPUTE_OUTSIDE": (["0"], ["1"]),
@@ -366,7 +367,7 @@ def test_near_misses_are_refused_with_a_guess(variable, guess):
     assert text.startswith(f"{variable}: unknown setting; did you mean {guess}?") and "unset it" in text
 
 
-@pytest.mark.parametrize("variable", ["TTT_FOO", "GPTQ_BLOCK", "EMA_X", "SWA_SOMETIMES", "LQER_RANKS_X", "LORA_RANK_XYZ",
+@pytest.mark.parametrize("variable", ["TTT_FOO", "GPTQ_BLOCK", "EMA_X", "SWA_SOMETIMES", "LQER_BITS", "LORA_RANK_XYZ",
                                       "BIGRAM_ORDER", "MUON_EVERYTHING", "SOFTCAP", "QAT_BITS"])
 def test_words_of_our_family_are_refused(variable):
     text = refusal(**{variable: "1"})
