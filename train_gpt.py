@@ -17,42 +17,21 @@ Shapes: T tokens of a packed micro-batch, D model width, H query heads, K key/va
 V vocabulary, L layers. A batch is one row of T tokens that holds many documents: a segment is a piece of one document,
 at most TRAIN_SEQ_LEN tokens long, and attention never leaves a segment.
 """
-import ast
-import contextlib
-import difflib
-import fnmatch
-import functools
-import gc
-import hashlib
-import inspect
-import io
-import json
-import lzma
-import math
-import os
-import re
-import shutil
-import signal
-import struct
-import sys
-import time
-import warnings
-import zlib
+import ast, contextlib, difflib, fnmatch, functools, hashlib, io, json, lzma, math, os, re, signal, struct, sys, time
+import gc, inspect, shutil, zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 if __name__ == "__main__":  # torch takes seconds to import: until main decides otherwise, Ctrl-C just ends the process
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import brotli
+import brotli, constriction, torch, zstandard
 import numpy as np
-import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import zstandard
 from torch import Tensor, nn
 
 VERSION = "0.1.0"
@@ -68,8 +47,7 @@ class UserError(ValueError):
 
 def require(holds: object, complaint: str) -> None:
     """UserError with this complaint where something does not hold."""
-    if not holds:
-        raise UserError(complaint)
+    if not holds: raise UserError(complaint)
 
 
 def first_line(error: BaseException) -> str:
@@ -112,10 +90,10 @@ class Config:
     resume: str = ""  # checkpoint to continue from
     preflight: bool = False  # check everything, project seconds and bytes, stop before training
     checkpoint_every_seconds: float = 0.0  # seconds between checkpoints in training; 0 = only at its end and on signals
-    device: str = "auto"  # auto, cuda or cpu
-    compile: str = "auto"  # torch.compile: auto (on CUDA), 0 or 1
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # what computes
+    compile: Literal["auto", "0", "1"] = "auto"  # torch.compile: auto = on CUDA
     cuda_graphs: bool = True  # a compiled micro-batch is replayed as one CUDA graph; 0 = kernel by kernel
-    attention: str = "auto"  # auto, or one of fa3, fa4, varlen, sdpa
+    attention: Literal["auto", "fa3", "fa4", "varlen", "sdpa"] = "auto"  # auto = the first that is there
     fused_kernels: bool = True  # Triton kernels in training, where they are faster; 0 = what torch makes
     fp8_matmul: bool = False  # blocks multiply in 8-bit floats, forward, in training
     allow_oversize: bool = False  # a submission above 16,000,000 bytes is no error
@@ -127,7 +105,7 @@ class Config:
     train_seq_len: Count = 2048  # tokens of the longest attention segment in training
     document_mask: bool = True  # segments begin at document starts; 0 = plain rows of TRAIN_SEQ_LEN tokens
     train_seq_schedule: str = ""  # longest segment over time, as 1024@0.1,2048@0.7,3072@1; empty = TRAIN_SEQ_LEN
-    train_order: str = "sequential"  # sequential, or strided: rows of TRAIN_SEQ_LEN tokens from all over the shards
+    train_order: Literal["sequential", "strided"] = "sequential"  # strided: rows of TRAIN_SEQ_LEN from all over
     max_leaked_documents: int = 0  # validation documents that may occur in the training shards
     # --- training length
     iterations: Count = 20000  # optimizer steps at most
@@ -138,7 +116,7 @@ class Config:
     train_batch_tokens: Count = 786432  # tokens per optimizer step over all ranks
     batch_schedule: str = ""  # share of TRAIN_BATCH_TOKENS over time, as 0.5@0.1,1@1; learning rates go with its root
     micro_batch_tokens: Count = 98304  # tokens per forward pass and rank; not set, 1/8 of a batch it does not divide
-    val_batch_tokens: Count = 524288  # tokens per scoring batch over all ranks; lowered to fit the free memory
+    val_batch_tokens: Count = 524288  # tokens per scoring batch over all ranks; halved where memory runs out
     val_loss_every: int = 0  # steps between validations in training, outside the clock; 0 = only at the end
     train_log_every: int = 0  # steps between progress lines; 0 = about 20 lines
     # --- model
@@ -148,17 +126,17 @@ class Config:
     num_kv_heads: Count = 4  # K, key/value heads; query head h reads h // (H / K)
     mlp_mult: Positive = 4.0  # F = D x this
     mlp_hidden: int = 0  # F; 0 = by MLP_MULT
-    mlp_activation: str = "leaky2"  # leaky2 = leaky_relu(x)^2, or swiglu (with two up projections of width F)
+    mlp_activation: Literal["leaky2", "swiglu"] = "leaky2"  # leaky_relu(x)^2, or two up projections of width F
     leaky_relu_slope: Fraction = 0.5  # of leaky2; 0 = ReLU^2
     projection_norm: bool = False  # RMS norm before the output and the down projection
     tie_embeddings: bool = True  # the embedding is also the head
     embed_dim: int = 0  # width of embedding and head, with projections to D and back; 0 = D
     vocab_bias: bool = False  # learned bias of each token's logit
     logit_softcap: Positive = 30.0  # logits = cap x tanh(logits / cap)
-    softcap_type: str = "tanh"  # tanh, poly5, or two_sided: learned caps for positive and negative logits
+    softcap_type: Literal["tanh", "poly5", "two_sided"] = "tanh"  # two_sided: learned caps above and below 0
     rope_base: Positive = 10000.0  # of the rotation frequencies
     rope_dims: int = 16  # channels per head that rotate; 0 = no positions
-    rope_scaling: str = "none"  # for longer contexts than TRAIN_SEQ_LEN: none, ntk or yarn
+    rope_scaling: Literal["none", "ntk", "yarn"] = "none"  # for longer contexts than TRAIN_SEQ_LEN
     rope_stretch: float = 0.0  # of rope_scaling, in training too; 0 = EVAL_SEQ_LEN / TRAIN_SEQ_LEN in evaluation only
     value_residual: bool = False  # values are blended with the first layer's, in layers behind the loops
     ln_scale: bool = True  # block inputs are scaled by 1 / sqrt(layer + 1)
@@ -170,18 +148,18 @@ class Config:
     depth_lora_rank: int = 0  # adapters of queries and values for each visit of a looped layer; 0 = off
     parallel_start_layer: int = 8  # from here attention and MLP run on two lanes; 0 = off
     gptj_block: bool = False  # other layers' attention and MLP read the same input
-    attn_gate: str = "sparse"  # per-head output gate of GATE_WINDOW channels (sparse, output) or all, with bias (dense)
+    attn_gate: Literal["sparse", "dense", "output"] = "sparse"  # per head; reads GATE_WINDOW channels, dense all
     sparse_attn_gate_scale: float = 0.5  # sparse: sigmoid(scale x W x); 0 = no such gate
     gate_window: Count = 12  # channels that the head gate and the smear gate read
-    smear_gate: str = "input"  # blends in the previous token: off, input (gate per token), static; mean = all before
+    smear_gate: Literal["off", "input", "static", "mean"] = "input"  # blends in the token before; mean = all before
     bigram_hash_buckets: int = 0  # rows of a table of hashed token pairs, added to the embedding; 0 = off
     bigram_hash_dim: Count = 128  # its width
-    bigram_hash: str = "92821"  # the hash, by its multiplier: 92821, 36313, 1000003 or 31
+    bigram_hash: Literal["92821", "36313", "1000003", "31"] = "92821"  # the hash, by its multiplier
     # --- model, what matters in training alone
     tied_embed_init_std: float = 0.005  # of the embedding
-    embed_init: str = "normal"  # normal, or overtone: singular values fall with the root of their index
-    matrix_init: str = "orthogonal"  # orthogonal, or uniform within 1 / sqrt(columns)
-    resid_mix_init: str = "identity"  # identity, or phase: early layers read the embedding, late ones the stream
+    embed_init: Literal["normal", "overtone"] = "normal"  # overtone: singular values fall with the root of their index
+    matrix_init: Literal["orthogonal", "uniform"] = "orthogonal"  # uniform: within 1 / sqrt(columns)
+    resid_mix_init: Literal["identity", "phase"] = "identity"  # phase: early layers read x0, late ones the stream
     z_loss: float = 0.0  # weight of logsumexp(logits)^2 in training
     qk_gain_init: float = 5.0  # start of the learned gain on normalized queries
     enable_looping_at: Fraction = 0.35  # fraction at which looping starts
@@ -195,7 +173,7 @@ class Config:
     muon_momentum_warmup_start: Fraction = 0.92  # at step 0
     muon_momentum_warmup_steps: int = 1500  # steps; 0 = constant
     muon_backend_steps: Count = 5  # Newton-Schulz steps
-    muon_coefficients: str = "polar"  # of Newton-Schulz: polar (Polar Express) or quintic
+    muon_coefficients: Literal["polar", "quintic"] = "polar"  # of Newton-Schulz: Polar Express or quintic
     muon_row_normalize: bool = True  # rows of the update get unit norm before Newton-Schulz (MuonEq-R)
     normuon_beta2: Decay = 0.0  # rows of the orthogonal update are divided by their running size (NorMuon); 0 = off
     muon_wd: float = 0.095  # decoupled weight decay, times the learning rate
@@ -220,8 +198,8 @@ class Config:
     qat_embedding: bool = False  # the embedding too
     qat_noise: bool = False  # looped layers get noise of the quantizer's step instead
     # --- artifact
-    matrix_quantizer: str = "tcq"  # of the banks: tcq (GPTQ over a trellis), gptq, rtn (round to nearest) or fp16
-    embed_quantizer: str = "tcq"  # of embedding and head: the same
+    matrix_quantizer: Literal["tcq", "gptq", "rtn", "fp16"] = "tcq"  # banks: tcq = GPTQ over a trellis
+    embed_quantizer: Literal["tcq", "gptq", "rtn", "fp16"] = "tcq"  # of embedding and head
     quant_overrides: str = ""  # for some matrices, as k_proj:-[12]=fp16,*:[3-7]=tcq/5,up_proj:loop=gptq/7/13
     quant_sensitivity: Fraction = 0.5  # how far steps follow what a row's errors cost, instead of its size
     gptq_calibration_batches: Count = 16  # micro-batches of training text for gptq and tcq, over all ranks
@@ -231,11 +209,38 @@ class Config:
     attn_clip_sigmas: Positive = 13.0  # a row's last level is at this many standard deviations
     mlp_clip_sigmas: Positive = 11.5  # the same for the MLP
     embed_clip_sigmas: Positive = 14.0  # the same for the embedding
-    compressor: str = "rans"  # of the codes: rans (order-0 entropy coder), brotli, zstd, lzma or zlib
+    compressor: Literal["rans", "brotli", "zstd", "lzma", "zlib"] = "rans"  # of the codes: rans = order-0 coder
     # --- evaluation
     eval_seq_len: Count = 2048  # tokens of the longest context
     eval_stride: Count = 64  # tokens between sliding windows
-    eval_mode: str = "sliding"  # stage that is the score: packed (each token once, cheap) or sliding
+    eval_mode: Literal["packed", "sliding", "adapted"] = "sliding"  # what the score is; packed: each token once, cheap
+    eval_only: str = ""  # artifact to score; nothing is trained
+    eval_budget_seconds: Positive = 590.0  # of evaluation: adaptation stops where more would be needed, scoring never
+    audit: bool = False  # behind the score: a sample is scored again with a token changed, for what that may not change
+    # --- test-time training, where EVAL_MODE=adapted
+    ttt_strategy: Literal["documents", "stream"] = "documents"  # adapters for each document, or all weights in a row
+    ttt_order: Literal["stream", "length"] = "stream"  # of the documents: the text's own, or longest first
+    ttt_batch_size: Count = 64  # documents side by side
+    ttt_chunk_size: Count = 48  # tokens that are scored before the adapters learn from them
+    ttt_chunk_schedule: str = ""  # the same for documents up to some length, as 8@256,24@2000
+    ttt_targets: str = "q,k,v,out,mlp,head"  # what has adapters
+    ttt_lora_rank: Count = 80  # of the adapters
+    ttt_lora_alpha: Positive = 144.0  # adapters are scaled by this / TTT_LORA_RANK
+    ttt_lora_lr: float = 1e-4  # of the adapters' optimizer
+    ttt_optimizer: Literal["adamw", "sgd"] = "adamw"  # of adapters, and of the weights where TTT_STRATEGY=stream
+    ttt_weight_decay: float = 0.5  # of adamw
+    ttt_beta1: Decay = 0.0  # of adamw
+    ttt_beta2: Decay = 0.99  # of adamw
+    ttt_warm_start_a: bool = False  # the inner matrices of adapters go on to the next documents in their place
+    phased_ttt_num_phases: int = 1  # times that all weights learn from the scored prefix; 0 = never
+    phased_ttt_prefix_docs: int = 2500  # documents of the prefix
+    global_ttt_lr: float = 0.001  # of the weights
+    global_ttt_momentum: Decay = 0.9  # of sgd
+    global_ttt_epochs: int = 1  # over each chunk
+    global_ttt_chunk_tokens: int = 32768  # of a step over all ranks, at least; 0 = a document (stream)
+    global_ttt_grad_clip: float = 1.0  # global norm; 0 = off
+    ttt_freeze_blocks: int = 0  # first layers whose weights stay as they are
+    ttt_unsafe_multi_epoch: int = 0  # epochs over the text before it is scored: shows what is not legal (PR #532)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> tuple["Config", list[str]]:
@@ -248,10 +253,10 @@ class Config:
             name, value = resolve(variable, text.strip())
             if not name:
                 notes.append(f"{variable}={text} {value or 'has no effect of its own here'}")
-            elif name in values and values[name] != value:
-                raise UserError(f"{variable}={text} contradicts {origin[name]}: set one of them")
-            else:
-                values[name], origin[name] = value, f"{variable}={text}"
+                continue
+            require(name not in values or values[name] == value,
+                    f"{variable}={text} contradicts {origin.get(name)}: set one of them")
+            values[name], origin[name] = value, f"{variable}={text}"
         batch = values.get("train_batch_tokens", 0)
         if "micro_batch_tokens" not in values and batch % cls.micro_batch_tokens:  # 8 a step, as in published scripts
             values["micro_batch_tokens"] = batch // 8 or 1
@@ -259,8 +264,7 @@ class Config:
 
     def __post_init__(self):
         shown = {f.name: f"{f.name.upper()}={getattr(self, f.name)}" for f in fields(self)}
-        for condition, complaint in self.checks():
-            require(condition, complaint.format_map(shown))
+        for condition, complaint in self.checks(): require(condition, complaint.format_map(shown))
 
     def checks(self) -> Iterator[tuple[object, str]]:
         """Yields (holds, complaint) for every rule; {field} in a complaint is shown as FIELD=value."""
@@ -269,46 +273,39 @@ class Config:
             if kind in (int, float):
                 yield 0 <= value < (2 ** 63 if kind is int else math.inf), \
                     f"{{{f.name}}}: must be a finite number, at least 0"
-            if rule := getattr(f.type, "__metadata__", None):
-                yield rule[0](value), f"{{{f.name}}}: {rule[1]}"
+            if rule := getattr(f.type, "__metadata__", None): yield rule[0](value), f"{{{f.name}}}: {rule[1]}"
             if f.name in CHOICES:
                 yield value in CHOICES[f.name], f"{{{f.name}}}: must be one of {', '.join(CHOICES[f.name])}"
         yield from self.rules()
 
     def rules(self) -> Iterator[tuple[object, str]]:
         """The same for those between settings."""
-        for whole, part in (("model_dim", "num_heads"), ("num_heads", "num_kv_heads"),
-                            ("train_batch_tokens", "micro_batch_tokens")):
-            yield getattr(self, whole) % getattr(self, part) == 0, \
-                f"{{{whole}}} is not divisible by {{{part}}}: change one of them"
+        for pair in ("model_dim num_heads", "num_heads num_kv_heads", "train_batch_tokens micro_batch_tokens"):
+            whole, part = pair.split()
+            yield getattr(self, whole) % getattr(self, part) == 0, f"{{{whole}}} is not divisible by {{{part}}}"
         yield self.model_dim > 1, "{model_dim}: must be at least 2"
         yield self.mlp_hidden > 0 or float(self.mlp_mult * self.model_dim).is_integer(), \
             "{mlp_mult} x {model_dim} is no whole width: change one of them"
         yield self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim, \
             f"{{rope_dims}}: must be even and at most the head width {self.head_dim}"
-        yield self.gate_window <= (self.embed_dim or self.model_dim), \
-            "{gate_window}: must be at most {model_dim} and {embed_dim}"
-        yield self.parallel_start_layer < self.num_layers, "{parallel_start_layer}: must be below {num_layers}; 0 = off"
-        yield not 0 < self.parallel_start_layer < self.num_layers // 2, \
-            "{parallel_start_layer}: lanes are for the second half of {num_layers}"
+        yield self.gate_window <= (self.embed_dim or self.model_dim), "{gate_window}: at most {model_dim}, {embed_dim}"
+        yield not self.parallel_start_layer or self.num_layers // 2 <= self.parallel_start_layer < self.num_layers, \
+            "{parallel_start_layer}: lanes are for the second half of {num_layers}; 0 = off"
         if self.num_loops:
-            yield self.loop_start <= self.loop_end < self.num_layers, \
-                "{loop_start} {loop_end}: no range of {num_layers}"
+            yield self.loop_start <= self.loop_end < self.num_layers, "{loop_start} {loop_end}: no part of {num_layers}"
             yield not 0 < self.parallel_start_layer <= self.loop_end, \
                 "{loop_end}: must be below {parallel_start_layer}, joined lanes do not part; NUM_LOOPS=0 = no loops"
         yield self.num_loops or not self.depth_lora_rank, "{depth_lora_rank} {num_loops}: adapters need looped layers"
         yield not self.value_residual or self.num_loops == 0 or self.loop_end + 1 < self.num_layers, \
             "VALUE_RESIDUAL=1 {loop_end}: no layer behind the loops takes the first layer's values"
         for name in ("swa_start_frac", "late_qat_threshold"):
-            yield not 0 < getattr(self, name) <= self.min_lr, \
-                f"{{{name}}}: never reached, the multiplier does not fall below {{min_lr}}"
+            yield not 0 < getattr(self, name) <= self.min_lr, f"{{{name}}}: never reached, below the floor {{min_lr}}"
         yield not (self.qat_start and self.late_qat_threshold), "{qat_start} {late_qat_threshold}: set one of them"
         for name, full in (("train_seq_schedule", self.train_seq_len), ("batch_schedule", 1)):
             values, ends = zip(*parse_schedule(getattr(self, name), name.upper()) or [(full, 1)])
             yield list(ends) == sorted(set(ends)) and ends[-1] == 1 and min(values) > 0 and max(values) == full \
                 and (full == 1 or all(float(value).is_integer() for value in values)), \
-                f"{{{name}}}: needs values above 0, the largest {full} (tokens: whole numbers), at rising fractions " \
-                "up to 1"
+                f"{{{name}}}: needs values above 0, the largest {full}, at rising fractions up to 1 (tokens: whole)"
         yield self.vocab_size <= 65536, "{vocab_size}: shards hold 16-bit tokens, at most 65536"
         yield self.train_order == "sequential" or self.micro_batch_tokens % self.train_seq_len == 0, \
             "{micro_batch_tokens} is no whole number of rows of {train_seq_len}, as {train_order} needs: change one"
@@ -318,6 +315,13 @@ class Config:
         for bits, quantizer in (("matrix_bits", "matrix_quantizer"), ("embed_bits", "embed_quantizer")):
             yield 1 + (getattr(self, quantizer) in ("gptq", "tcq")) <= getattr(self, bits) <= 8, \
                 f"{{{bits}}} {{{quantizer}}}: must be 2 to 8, or 1 with rtn"
+        targets = self.ttt_targets.split(",")
+        yield len({*targets} & {*TTT_TARGETS}) == len(targets), f"{{ttt_targets}}: some of {TTT_TARGETS}, each once"
+        yield all(chunk >= 1 <= longest for chunk, longest in parse_schedule(
+            self.ttt_chunk_schedule, "TTT_CHUNK_SCHEDULE")), "{ttt_chunk_schedule}: needs tokens above 0, as 8@256"
+        yield self.ttt_freeze_blocks <= self.num_layers, "{ttt_freeze_blocks}: there are {num_layers}"
+        yield self.ttt_strategy == "stream" or self.global_ttt_chunk_tokens > 0 == self.ttt_unsafe_multi_epoch, \
+            "{global_ttt_chunk_tokens} {ttt_unsafe_multi_epoch}: 0 and more than 0 are for TTT_STRATEGY=stream"
         most = len(NEWTON_SCHULZ[self.muon_coefficients])
         yield self.muon_backend_steps <= most, f"{{muon_backend_steps}}: at most {most}, {{muon_coefficients}}"
 
@@ -328,9 +332,8 @@ class Config:
     def accumulation_steps(self, world_size: int, share: float = 1.0) -> int:
         """Micro-batches per rank in a step of a share of the batch. UserError where they do not divide it evenly."""
         count = share * self.train_batch_tokens / (world_size * self.micro_batch_tokens)
-        require(count >= 1 and count.is_integer(), f"{f'BATCH_SCHEDULE: {share} x ' * (share != 1)}TRAIN_BATCH_TOKENS="
-                f"{self.train_batch_tokens} is not a multiple of {world_size} processes x MICRO_BATCH_TOKENS="
-                f"{self.micro_batch_tokens}: change one of them or the number of processes")
+        require(count >= 1 and count.is_integer(), f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} (times {share:g}) is "
+                f"no multiple of {world_size} processes x MICRO_BATCH_TOKENS={self.micro_batch_tokens}: change one")
         return int(count)
 
     @property
@@ -347,26 +350,18 @@ class Config:
 
 
 # Newton-Schulz coefficients (a, b, c) per step: x <- a x + (b A + c A^2) x with A = x x^T.
-NEWTON_SCHULZ = {
-    "polar": (  # Polar Express (arXiv:2505.16932) as in PR #1787: the optimal odd polynomial for each step
+NEWTON_SCHULZ = {  # polar: Polar Express (arXiv:2505.16932) as in PR #1787: the optimal odd polynomial for each step
+    "polar": (
         (8.156554524902461, -22.48329292557795, 15.878769915207462),
         (4.042929935166739, -2.808917465908714, 0.5000178451051316),
         (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
         (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)),
-    "quintic": ((3.4445, -4.7750, 2.0315),) * 10,  # Keller Jordan's Muon
-}
-CHOICES = {
-    "train_order": ("sequential", "strided"), "device": ("auto", "cuda", "cpu"), "compile": ("auto", "0", "1"),
-    "attention": ("auto", "fa3", "fa4", "varlen", "sdpa"), "muon_coefficients": tuple(NEWTON_SCHULZ),
-    "mlp_activation": ("leaky2", "swiglu"), "softcap_type": ("tanh", "poly5", "two_sided"),
-    "embed_init": ("normal", "overtone"), "matrix_init": ("orthogonal", "uniform"),
-    "resid_mix_init": ("identity", "phase"), "rope_scaling": ("none", "ntk", "yarn"),
-    "attn_gate": ("sparse", "dense", "output"), "smear_gate": ("off", "input", "static", "mean"),
-    "bigram_hash": ("92821", "36313", "1000003", "31"), "eval_mode": ("packed", "sliding"),
-    **dict.fromkeys(("matrix_quantizer", "embed_quantizer"), ("tcq", "gptq", "rtn", "fp16")),
-    "compressor": ("rans", "brotli", "zstd", "lzma", "zlib")}
-KINDS = get_type_hints(Config)  # field -> bool, int, float or str
+    "quintic": ((3.4445, -4.7750, 2.0315),) * 10}  # Keller Jordan's Muon
+TTT_TARGETS = ("q", "k", "v", "out", "mlp", "head")
+HINTS = get_type_hints(Config)
+CHOICES = {name: get_args(hint) for name, hint in HINTS.items() if get_args(hint)}
+KINDS = {name: str if name in CHOICES else hint for name, hint in HINTS.items()}  # bool, int, float or str
 FAMILY_WORDS = {"TTT", "EMA", "SWA", "GPTQ", "LQER", "MUON", "LOOP", "LOOPS", "LOOPING", "ROPE", "XSA", "QAT", "SMEAR",
                 "SMEARGATE", "LORA", "WARMDOWN", "BIGRAM", "SOFTCAP"}
 NOT_OURS = {"COMPILER"}  # close to a field, but everybody's
@@ -396,6 +391,8 @@ ALIASES: dict[str, str | dict[str, tuple[str, Any] | None]] = {
     "MUON_WEIGHT_DECAY": "muon_wd", "ADAM_WEIGHT_DECAY": "adam_wd", "EMBED_WEIGHT_DECAY": "embed_wd",
     "VAL_BATCH_SIZE": "val_batch_tokens", "BIGRAM_DIM": "bigram_hash_dim", "SKIP_GATE_ENABLED": "skip_gates_enabled",
     "BIGRAM_VOCAB_SIZE": "bigram_hash_buckets", "TIED_EMBEDDING_LR": "tied_embed_lr", "EMBEDDING_BITS": "embed_bits",
+    "TTT_EVAL_SEQ_LEN": "eval_seq_len", "TTT_LR": "global_ttt_lr", "TTT_CHUNK_TOKENS": "global_ttt_chunk_tokens",
+    **{f"TTT_{name}": f"global_ttt_{name.lower()}" for name in ("EPOCHS", "MOMENTUM", "GRAD_CLIP")},
     "SMEAR_GATE_ENABLED": {"0": ("smear_gate", "off"), "1": ("smear_gate", "input")},
     "USE_SMEARGATE": {"0": ("smear_gate", "off"), "1": ("smear_gate", "static")},
     "SPARSE_ATTN_GATE_ENABLED": {"0": ("sparse_attn_gate_scale", 0.0), "1": ("attn_gate", "sparse")},
@@ -403,6 +400,10 @@ ALIASES: dict[str, str | dict[str, tuple[str, Any] | None]] = {
     "ATTN_OUT_GATE_ENABLED": {"0": None, "1": ("attn_gate", "output")},
     "EMA_ENABLED": {"0": ("ema_decay", 0.0), "1": None}, "SWA_ENABLED": {"0": ("swa_start_frac", 0.0), "1": None},
     "LATE_QAT": {"0": ("late_qat_threshold", 0.0), "1": None},
+    "TTT_ENABLED": {"0": None, "1": ("eval_mode", "adapted")},
+    "PHASED_TTT_ENABLED": {"0": ("phased_ttt_num_phases", 0), "1": None},
+    "TTT_K_LORA": {"0": ("ttt_targets", "q,v,out,mlp,head"), "1": None},
+    "TTT_MASK": {"no_qv": ("ttt_targets", "k,out,mlp,head"), "": None},
     "COMPRESSOR": {"pergroup": ("", "means rans"), **{name: ("compressor", name) for name in CHOICES["compressor"]}},
     **accepted("LQER_ENABLED=0,1 LQER_ASYM_ENABLED=0,1 LQER_RANK=2,4,6 LQER_TOP_K=1,3,4 LQER_FACTOR_BITS=4 "
                "LQER_ASYM_GROUP=32,64", "is not needed here: tcq leaves less error than LQER at the same size"),
@@ -410,7 +411,7 @@ ALIASES: dict[str, str | dict[str, tuple[str, Any] | None]] = {
     **accepted("ASYM_LOGIT_RESCALE=0,1", "changes nothing, as published; SOFTCAP_TYPE=two_sided trains its caps"),
     **accepted("GATED_ATTN_QUANT_GATE=0,1", "changes nothing here: gates are kept in float16"),
     **accepted("PARALLEL_FINAL_LANE=mean SPARSE_ATTN_GATE_INIT_STD=0,0.0 FUSED_CE_ENABLED=0,1 CASEOPS_ENABLED=0,1 "
-               "TTT_ENABLED=0 PHASED_TTT_ENABLED=0 QAT_ENABLED=0 OPTROT_ENABLED=0 ROPE_YARN=0 MUON_HUBER_WD=0 "
+               "QAT_ENABLED=0 OPTROT_ENABLED=0 ROPE_YARN=0 MUON_HUBER_WD=0 TTT_O_LORA=1 TTT_MLP_LORA=1 "
                "MATRIX_CLIP_SIGMAS=12.85 QK_GAIN_INIT_SCHEDULE= TTT_LORA_EMA_DECAY=0,0.0 TTT_UPDATE_EVERY=1 "
                "TTT_GRAD_STEPS=1 GLOBAL_TTT_OPTIMIZER=sgd NGRAM_TILT_ENABLED=0 NGRAM_HINT_PRECOMPUTE_OUTSIDE=0 "
                "WITHIN_TAU=99.0 WORD_TAU=99.0 WITHIN_BOOST=0,0.0 WORD_BOOST=0,0.0 AGREE_ADD_BOOST=0,0.0")}
@@ -420,8 +421,7 @@ NAMES = {name.upper(): name for name in KINDS} | ALIASES
 def resolve(variable: str, text: str) -> tuple[str, Any]:
     """A variable of NAMES -> (our field or "" for no effect, value). UserError for a value that it cannot have."""
     meaning = NAMES[variable]
-    if isinstance(meaning, str):
-        return meaning, parse_value(variable, text, KINDS[meaning])
+    if isinstance(meaning, str): return meaning, parse_value(variable, text, KINDS[meaning])
     if text.lower() not in meaning:
         raise UserError(f"{variable}={text}: is not supported here; leave it out or set it to {' or '.join(meaning)}")
     return meaning[text.lower()] or ("", None)
@@ -430,8 +430,7 @@ def resolve(variable: str, text: str) -> tuple[str, Any]:
 def refuse_near_miss(variable: str) -> None:
     """UserError for a variable that looks meant for us but is none of NAMES; others pass."""
     close = difflib.get_close_matches(variable, NAMES, 1, 0.87)
-    if variable in NOT_OURS or not (close or FAMILY_WORDS & set(variable.split("_"))):
-        return
+    if variable in NOT_OURS or not (close or FAMILY_WORDS & set(variable.split("_"))): return
     guess = close or difflib.get_close_matches(variable, NAMES, 1, 0.5)
     hint = f"did you mean {guess[0]}?" if guess else "no setting has this name."
     raise UserError(f"{variable}: unknown setting; {hint} See --help; unset it if it is not meant for this program")
@@ -439,7 +438,7 @@ def refuse_near_miss(variable: str) -> None:
 
 def help_text() -> str:
     """The title and one line per setting, made from the comments of Config."""
-    comments = dict(re.findall(r"^    (\w+): \w+ = .+?  # (.*)$", Path(__file__).read_text("latin1"), re.MULTILINE))
+    comments = dict(re.findall(r"^    (\w+): .+? = .+?  # (.*)$", Path(__file__).read_text("latin1"), re.MULTILINE))
     lines = [(__doc__ or "").strip(), "", "Settings (environment variables) and their defaults:"]
     lines += [f"  {f.name.upper()}={f.default}".ljust(38) + comments.get(f.name, "") for f in fields(Config)]
     return "\n".join(lines)
@@ -463,13 +462,11 @@ class World:
     @classmethod
     def start(cls, config: Config, environ: Mapping[str, str]) -> "World":
         """Joins torchrun's process group, if any. UserError for a device that is missing or cannot do it."""
-        rank, size, local = (parse_value(name, environ.get(name, default), int) for name, default in
-                             (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
-        if size > 1 and "RANK" not in environ:
-            raise UserError(f"WORLD_SIZE={size} without RANK: start several processes with torchrun, or unset it")
+        given = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} | dict(environ)
+        rank, size, local = (parse_value(name, given[name], int) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        require(size == 1 or "RANK" in environ, f"WORLD_SIZE={size} without RANK: start with torchrun, or unset it")
         device = choose_device(config, local)
-        if on_gpu := device.type == "cuda":
-            torch.cuda.set_device(device)
+        if on_gpu := device.type == "cuda": torch.cuda.set_device(device)
         half = on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)
         world = cls(rank, size, device, torch.bfloat16 if half else torch.float32)
         config.accumulation_steps(size)
@@ -478,15 +475,10 @@ class World:
         torch.set_float32_matmul_precision("high")
         return world
 
-    def close(self) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sums over ranks, in float64."""
         buffer = torch.tensor(values, dtype=torch.float64)
-        if self.size > 1:
-            dist.all_reduce(buffer)
+        if self.size > 1: dist.all_reduce(buffer)
         return buffer.tolist()
 
     def share(self, value: Any) -> Any:
@@ -496,22 +488,18 @@ class World:
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order."""
         values = [value] * self.size
-        if self.size > 1:
-            dist.all_gather_object(values, value)
+        if self.size > 1: dist.all_gather_object(values, value)
         return values
 
     def synchronize(self) -> None:
         """Waits for this rank's device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        if self.device.type == "cuda": torch.cuda.synchronize()
 
     def peak_memory_bytes(self) -> int:
         """Largest allocation so far: of the GPU, else of the process."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated()
-        import resource
-        scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+        if self.device.type == "cuda": return torch.cuda.max_memory_allocated()
+        import resource  # ru_maxrss is in bytes on macOS, in KiB elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def describe(self) -> str:
         if self.device.type == "cuda":
@@ -521,8 +509,7 @@ class World:
 
 def choose_device(config: Config, local_rank: int) -> torch.device:
     """auto -> cuda, else cpu. UserError where the asked device is missing or cannot serve this process."""
-    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()): return torch.device("cpu")
     require(torch.cuda.is_available(), "DEVICE=cuda: torch finds no CUDA device; check the driver or use DEVICE=cpu")
     require(local_rank < (gpus := torch.cuda.device_count()),
             f"{local_rank + 1} or more processes on this host, {gpus} GPUs: lower --nproc_per_node")
@@ -533,8 +520,7 @@ class Log:
     """One event per line, to the terminal and the run's file; rank 0 only. Other ranks' lines vanish."""
 
     def __init__(self, world: World, config: Config):
-        self.path = Path(config.log_dir) / f"{config.run_id}.txt"
-        self.file = None
+        self.path, self.file = Path(config.log_dir) / f"{config.run_id}.txt", None
         if world.rank == 0:
             with naming_path(self.path, "LOG_DIR"):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -542,15 +528,12 @@ class Log:
 
     def __call__(self, text: str, to_terminal: bool = True) -> None:
         if self.file:
-            with naming_path(self.path, "LOG_DIR"):
-                self.file.write(text + "\n")
-            if to_terminal:
-                print(text, flush=True)
+            with naming_path(self.path, "LOG_DIR"): self.file.write(text + "\n")
+            if to_terminal: print(text, flush=True)
 
     def progress(self, text: str) -> None:
         """Overwrites one line of the terminal, if there is one; empty text clears it."""
-        if self.file and sys.stderr.isatty():
-            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        if self.file and sys.stderr.isatty(): print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def naming_path(path: Path, variable: str) -> contextlib.AbstractContextManager[None]:
@@ -584,12 +567,10 @@ class StopRequest:
         self.deferred, self.received, self.received_at, self.ending = False, False, 0.0, False
 
     def install(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
+        for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: Any) -> None:
-        if self.deferred and not self.received:
-            self.received, self.received_at = True, time.monotonic()
+        if self.deferred and not self.received: self.received, self.received_at = True, time.monotonic()
         elif not self.received or time.monotonic() - self.received_at > 2:
             self.ending = True
             raise KeyboardInterrupt
@@ -728,8 +709,7 @@ class TrainLoader:
         row = config.train_seq_len if config.train_order == "strided" else tokens
         first = (index * self.world.size + self.world.rank) * tokens // row
         rows = range(first, first + tokens // row)
-        if config.train_order == "strided":
-            rows = [i * self.stride % self.num_rows for i in rows]
+        if config.train_order == "strided": rows = [i * self.stride % self.num_rows for i in rows]
         windows = np.stack([self.stream.slice(i * row, row + 1) for i in rows])
         starts = np.concatenate([i * row + cut_segments(window[:-1], seq_len, config.document_mask)
                                  for i, window in enumerate(windows)])
@@ -758,7 +738,6 @@ class Dataset:
     fingerprint: str  # sha256 over validation tokens, their bytes and all training shards
     leaked_documents: int  # validation documents found in the training shards
     max_documents: int  # BOS tokens in any micro-batch, at most
-    notes: list[str]
 
 
 def find_shards(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
@@ -805,8 +784,7 @@ def scan_shard(stream: TokenStream, shard: int, keys: np.ndarray, digests: set[b
     tail = next(found, len(stream)) - end  # the last document ends at the next BOS
     whole = np.concatenate((ids, stream.slice(end, tail))) if tail else ids
     bounds = document_bounds(whole)
-    if shard and len(bounds) > 2 and whole[0] != BOS:
-        bounds = bounds[1:]  # the head belongs to the previous shard
+    if shard and len(bounds) > 2 and whole[0] != BOS: bounds = bounds[1:]  # the head belongs to the previous shard
     candidates = np.flatnonzero(np.isin(document_keys(whole, bounds), keys))
     leaked = digests & {digest(whole[bounds[i]:bounds[i + 1]]) for i in candidates}
     places = np.flatnonzero(np.concatenate((ids, stream.slice(end, window_tokens))) == BOS)
@@ -824,7 +802,6 @@ def open_dataset(config: Config, world: World) -> Dataset:
     require(len(val_tokens) > 1, f"{val_paths[0]}: holds no target to score; {PREPARE_HINT}")
     check_tokens(int(val_tokens.max()), config, val_paths[0])
     tokenizer, sha256 = load_tokenizer(config, bool(sidecar_paths))
-    notes = check_manifest(folder, sha256)
     val_bytes = read_sidecar(val, sidecar_paths, tokenizer) if sidecar_paths else table_bytes(val_tokens, tokenizer)
     bounds = document_bounds(val_tokens)
     keys = np.unique(document_keys(val_tokens, bounds))
@@ -834,8 +811,7 @@ def open_dataset(config: Config, world: World) -> Dataset:
     mine = [scan_shard(train, i, keys, digests, window) for i in range(world.rank, len(train.shards), world.size)]
     by_rank = world.gather(mine)
     scans = [by_rank[i % world.size][i // world.size] for i in range(len(train.shards))]
-    for scan, path in zip(scans, train_paths):
-        check_tokens(scan.max_token, config, path)
+    for scan, path in zip(scans, train_paths): check_tokens(scan.max_token, config, path)
     leaked = len(set().union(*(scan.leaked for scan in scans)))
     if leaked > config.max_leaked_documents:
         culprit = next(path for scan, path in zip(scans, train_paths) if scan.leaked)
@@ -844,7 +820,7 @@ def open_dataset(config: Config, world: World) -> Dataset:
     parts = [hashlib.sha256(x.data).hexdigest() for x in (val_tokens, val_bytes)] + [scan.sha256 for scan in scans]
     fingerprint = hashlib.sha256(" ".join(parts).encode()).hexdigest()
     most = rows * max(scan.max_documents for scan in scans)
-    return Dataset(train, val_tokens, val_bytes, sha256, fingerprint, leaked, most, notes)
+    return Dataset(train, val_tokens, val_bytes, sha256, fingerprint, leaked, most)
 
 
 def check_tokens(largest: int, config: Config, path: Path) -> None:
@@ -856,8 +832,7 @@ def load_tokenizer(config: Config, optional: bool) -> tuple[Any, str]:
     """-> (SentencePiece processor or None, sha256 of the file). UserError for a missing or unsuitable model."""
     import sentencepiece
     path = resolve_path(config.tokenizer_path or f"{config.data_dir}/tokenizers/fineweb_{config.vocab_size}_bpe.model")
-    if optional and not config.tokenizer_path and not path.is_file():
-        return None, ""
+    if optional and not config.tokenizer_path and not path.is_file(): return None, ""
     require(path.is_file(), f"TOKENIZER_PATH={path}: no such file, but it counts the bytes of the text; {PREPARE_HINT}")
     model = path.read_bytes()
     with refusing(RuntimeError, f"TOKENIZER_PATH={path}: not a SentencePiece model"):
@@ -866,20 +841,6 @@ def load_tokenizer(config: Config, optional: bool) -> tuple[Any, str]:
             f"VOCAB_SIZE={config.vocab_size}: set the one that made the shards")
     require((bos := tokenizer.bos_id()) in (BOS, -1), f"TOKENIZER_PATH={path}: its BOS is {bos}, shards use {BOS}")
     return tokenizer, hashlib.sha256(model).hexdigest()
-
-
-def check_manifest(folder: Path, tokenizer_sha256: str) -> list[str]:
-    """Notes for the log. The manifest is used for nothing but this: a tokenizer that is not the shards' is refused."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-        expected = manifest["tokenizer"]["sha256"]
-    except FileNotFoundError:
-        return [f"{folder}: no manifest.json; whether the tokenizer is that of the shards is not known"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder / 'manifest.json'}: unreadable; make the data again or remove it") from None
-    require(tokenizer_sha256 in ("", expected), f"{folder / 'manifest.json'}: the shards were made with tokenizer "
-            f"{expected[:12]}, TOKENIZER_PATH is {tokenizer_sha256[:12]}: set the right one")
-    return []
 
 
 def byte_table(tokenizer: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -937,8 +898,7 @@ def read_sidecar(val: TokenStream, paths: Sequence[Path], tokenizer: Any) -> np.
         wrong = np.flatnonzero((length > 0) & (counts != length))
         place = next(iter(wrong.tolist()), 0)
         require(1000 * len(wrong) <= np.count_nonzero(length), f"{paths[0]}: counts {counts[place]} bytes for token "
-                f"{place} = {pieces[tokens[place]]!r}; it is not the sidecar of these shards or TOKENIZER_PATH is not "
-                "theirs")
+                f"{place} = {pieces[tokens[place]]!r}; it, or TOKENIZER_PATH, does not belong to these shards")
     return counts[1:]
 
 
@@ -962,13 +922,12 @@ class Kernels(NamedTuple):
     leaky2: Callable[..., Tensor] | None = None  # the whole MLP
     rotate_heads: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None  # norm, rotation, gain of heads
     mix_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None  # blend of streams, and its norm
-    exclude_gate: Callable[..., Tensor] | None = None  # exclusive self attention and the sparse gate
     note: str = ""  # for the log
 
     @property
     def names(self) -> str:
         """For the log: torch or fp8, and what is fused."""
-        fused = [name for name in ("rotate_heads", "exclude_gate", "mix_norm", "leaky2") if getattr(self, name)]
+        fused = [name for name in self._fields[3:6] if getattr(self, name)]
         return "+".join(["torch" if self.linear is F.linear else "fp8", *fused]) + self.note
 
 
@@ -1038,10 +997,10 @@ def load_leaky2_product() -> Callable[..., Tensor]:
         (rows, inner), width, (bm, bn, bk) = a.shape, b.numel() // a.size(1), (128, 256, 64)
         out, describe = a.new_empty(rows, width), TensorDescriptor.from_tensor
         programs = torch.cuda.get_device_properties(a.device).multi_processor_count
-        kernel[(programs,)](
-            describe(a.contiguous(), [bm, bk]), describe(b.contiguous(), [bk, bn] if kept is not None else [bn, bk]),
-            describe(out, [bm, bn // 2]), None if kept is None else describe(kept, [bm, bn // 2]), slope, rows, width,
-            inner, bm, bn, bk, num_warps=8, num_stages=4 if kept is None else 3)
+        right, half = [bk, bn] if kept is not None else [bn, bk], [bm, bn // 2]
+        kernel[(programs,)](describe(a.contiguous(), [bm, bk]), describe(b.contiguous(), right), describe(out, half),
+                            None if kept is None else describe(kept, half), slope, rows, width, inner, bm, bn, bk,
+                            num_warps=8, num_stages=4 if kept is None else 3)
         return out
 
     return launch
@@ -1098,13 +1057,12 @@ def load_leaky2() -> Callable[..., Tensor]:
         n, up, _, post = kept
         return dpre @ up, dpre.T @ n, grads[0].T @ post, None
 
-    operator = differentiable(
-        "leaky2", ("(Tensor n, Tensor up, Tensor down, float slope) -> (Tensor, Tensor)", forward,
-                   lambda n, up, *_: (torch.empty_like(n), n.new_empty(len(n), len(up)))),
-        ("(Tensor n, Tensor up, Tensor down, Tensor post, Tensor dout, Tensor? dpost, float slope) -> Tensor",
-         lambda _, __, down, post, dout, ___, slope: launch(dout, down, slope, post),
-         lambda n, up, down, post, *_: torch.empty_like(post)),
-        lambda inputs, outputs: (*inputs[:3], outputs[1]), finish)
+    operator = differentiable("leaky2", (
+        "(Tensor n, Tensor up, Tensor down, float slope) -> (Tensor, Tensor)", forward,
+        lambda n, up, *_: (torch.empty_like(n), n.new_empty(len(n), len(up)))), (
+        "(Tensor n, Tensor up, Tensor down, Tensor post, Tensor dout, Tensor? dpost, float slope) -> Tensor",
+        lambda _, __, down, post, dout, ___, slope: launch(dout, down, slope, post),
+        lambda n, up, down, post, *_: torch.empty_like(post)), lambda xs, ys: (*xs[:3], ys[1]), finish)
     return lambda *inputs: operator(*inputs)[0]
 
 
@@ -1187,77 +1145,6 @@ def load_rotate_heads() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
         lambda kept, _, found: (found[0], found[1].sum(0).to(kept[1].dtype), None, None, None))
 
 
-def load_exclude_gate_kernel() -> Any:
-    """-> the Triton kernel of load_exclude_gate. Forward, without dy and what follows, `out` is written; backward it is
-    the gradient that comes in; dgate has a row for each program."""
-    import triton  # pyright: ignore[reportMissingImports]
-    import triton.language as tl  # pyright: ignore[reportMissingImports]
-
-    def exclude_gate_kernel(y, v, start, gate, out, dy, dv, dstart, dgate, inner, T, H: tl.constexpr, K: tl.constexpr,
-                            E: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, KP: tl.constexpr, WP: tl.constexpr):
-        row, kv = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None], tl.arange(0, KP)[None, :, None]
-        col, window = tl.arange(0, E)[None, None, :], tl.arange(0, WP)[None, None, :]
-        live, opens = (row < T) & (kv < K), (row < T) & (window < W)
-        own = tl.load(v + (row * K + kv) * E + col, live, 0.0).to(tl.float32)
-        size = tl.maximum(tl.sum(own * own, 2, keep_dims=True), 1e-24)
-        first = tl.load(start + row * W + window, opens, 0.0).to(tl.float32)
-        down, dfirst = tl.zeros((ROWS, KP, E), tl.float32), tl.zeros((ROWS, 1, WP), tl.float32)
-        for g in tl.static_range(H // K):
-            head = kv * (H // K) + g
-            at, weight_at = (row * H + head) * E + col, head * W + window
-            x = tl.load(y + at, live, 0.0).to(tl.float32)
-            weight = tl.load(gate + weight_at, (kv < K) & (window < W), 0.0).to(tl.float32)
-            opened = tl.sigmoid(inner * tl.sum(first * weight, 2, keep_dims=True))
-            share = tl.sum(x * own, 2, keep_dims=True) / size
-            rest = x - share * own
-            if dy is None:
-                tl.store(out + at, opened * rest, live)
-            else:
-                grad = tl.load(out + at, live, 0.0).to(tl.float32)
-                turn = tl.sum(grad * rest, 2, keep_dims=True) * opened * (1 - opened) * inner  # gradient of the logit
-                grad *= opened
-                back = tl.sum(grad * own, 2, keep_dims=True) / size
-                tl.store(dy + at, grad - back * own, live)
-                down -= share * grad + back * (rest - share * own)
-                dfirst += tl.sum(turn * weight, 1, keep_dims=True)
-                tl.store(dgate + tl.program_id(0) * H * W + weight_at, tl.sum(turn * first, 0, keep_dims=True),
-                         (kv < K) & (window < W))
-        if dy is not None:
-            tl.store(dv + (row * K + kv) * E + col, down, live)
-            tl.store(dstart + row * W + window, dfirst, opens)
-
-    return triton.jit(exclude_gate_kernel)
-
-
-@functools.cache
-def load_exclude_gate() -> Callable[..., Tensor]:
-    """(y (T, H, E), v (T, K, E), start (T, W), gate (H, W), c) -> exclusive(y, v) times sigmoid(c start gate^T), as
-    (T, H E); E is a power of 2. Each direction reads and writes every tensor once."""
-    kernel = load_exclude_gate_kernel()
-
-    def launch(y: Tensor, v: Tensor, start: Tensor, gate: Tensor, *rest: Any) -> None:
-        (inner,), (out, *grads) = ([x for x in rest if isinstance(x, kind)] for kind in (float, Tensor))
-        (tokens, heads, width), kv, window = y.shape, v.size(1), start.size(1)
-        kernel[(-(-tokens // HEAD_ROWS),)](
-            y, v, start, gate, out, *(grads or [None] * 4), inner, tokens, heads, kv, width, window, HEAD_ROWS,
-            1 << (kv - 1).bit_length(), 1 << (window - 1).bit_length(), num_warps=HEAD_ROWS)
-
-    def output(y: Tensor, *_: Any) -> Tensor:
-        return y.new_empty(len(y), y.size(1) * y.size(2))
-
-    def gradients(y: Tensor, v: Tensor, start: Tensor, gate: Tensor, *_: Any) -> tuple[Tensor, ...]:
-        sums = y.new_empty(-(-len(y) // HEAD_ROWS), *gate.shape, dtype=torch.float32)
-        return torch.empty_like(y), torch.empty_like(v), torch.empty_like(start), sums
-
-    four = "Tensor y, Tensor v, Tensor start, Tensor gate"
-    return differentiable(
-        "exclude_gate", (f"({four}, float inner) -> Tensor", written(launch, output), output),
-        (f"({four}, Tensor dout, float inner) -> (Tensor, Tensor, Tensor, Tensor)", written(launch, gradients),
-         gradients),
-        lambda inputs, _: inputs[:4],
-        lambda kept, _, found: (*found[:3], found[3].sum(0).to(kept[3].dtype), None))
-
-
 def load_mix_norm_kernels() -> tuple[Any, Any]:
     """-> (forward, backward) Triton kernels of load_mix_norm."""
     import triton  # pyright: ignore[reportMissingImports]
@@ -1300,8 +1187,7 @@ def load_mix_norm_kernels() -> tuple[Any, Any]:
             grad = (grad + tl.load(dstart + row * W + col, (row < T) & (col < W), 0.0)) * (factor * rstd)
             mean = tl.sum(grad * mixed, 1, keep_dims=True) / D
             grad -= mixed * (mean * rstd * rstd)
-            if dmixed is not None:
-                grad += tl.load(dmixed + at, live, 0.0).to(tl.float32)
+            if dmixed is not None: grad += tl.load(dmixed + at, live, 0.0).to(tl.float32)
             tl.store(db + at, grad * wy, live)
             tl.store(dc + at, grad * wz, live)
             sum_b += grad * y
@@ -1357,23 +1243,19 @@ def load_mix_norm() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 def choose_kernels(config: Config, device: torch.device) -> Kernels:
     """What this device and these settings allow. UserError where FP8_MATMUL=1 does not fit them."""
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    widths = {"MODEL_DIM": config.model_dim, "MLP width": config.mlp_dim,
-              "key width": config.num_kv_heads * config.head_dim}
-    odd = {name: value for name, value in widths.items() if value % 16}
-    if config.fp8_matmul and (odd or 10 * major + minor < 89):
-        raise UserError(f"FP8_MATMUL=1 DEVICE={config.device} {odd or ''}: needs products of 8-bit floats (this is "
-                        f"{device.type} {major}.{minor}) and widths that are multiples of 16; set FP8_MATMUL=0")
+    odd = [width for width in (config.model_dim, config.mlp_dim, config.num_kv_heads * config.head_dim) if width % 16]
+    require(not config.fp8_matmul or (not odd and 10 * major + minor >= 89), "FP8_MATMUL=1 DEVICE="
+            f"{config.device}: needs products of 8-bit floats (this is {device.type} {major}.{minor}) and widths that "
+            f"are multiples of 16, not {odd}; set FP8_MATMUL=0")
     kernels = Kernels(Fp8Linear.apply) if config.fp8_matmul else PLAIN
     heads = not (config.head_dim & (config.head_dim - 1) or config.value_residual)
-    gated = config.attn_gate == "sparse" and config.sparse_attn_gate_scale > 0
     leaky2 = config.mlp_activation == "leaky2" and not (config.projection_norm or odd or config.fp8_matmul)
-    loaders = {"rotate_heads": (load_rotate_heads, heads), "exclude_gate": (load_exclude_gate, heads and gated),
-               "mix_norm": (load_mix_norm, True), "leaky2": (load_leaky2, leaky2)}
+    loaders = {"rotate_heads": (load_rotate_heads, heads), "mix_norm": (load_mix_norm, True),
+               "leaky2": (load_leaky2, leaky2)}
     try:
         fused = config.fused_kernels and major == 9
         return kernels._replace(**{name: load() for name, (load, fits) in loaders.items() if fits and fused})
-    except (ImportError, AttributeError) as error:
-        return kernels._replace(note=f" ({error})")
+    except (ImportError, AttributeError) as error: return kernels._replace(note=f" ({error})")
 
 
 # ====================================================================================================================
@@ -1397,8 +1279,7 @@ def rotary_frequencies(config: Config, training: bool) -> Tensor:
     in the ternary record: without a temperature).
     """
     dims, stretch = config.rope_dims, config.rope_stretch or 1.0
-    if not training and not config.rope_stretch:
-        stretch = max(config.eval_seq_len / config.train_seq_len, 1.0)
+    if not training and not config.rope_stretch: stretch = max(config.eval_seq_len / config.train_seq_len, 1.0)
     exponent = torch.arange(0, dims, 2, dtype=torch.float32) / max(dims, 1)
     base = config.rope_base * (stretch ** (dims / max(dims - 2, 1)) if config.rope_scaling == "ntk" else 1.0)
     frequencies = base ** -exponent
@@ -1452,14 +1333,25 @@ def bigram_buckets(ids: Tensor, keep: Tensor, kind: str, buckets: int) -> Tensor
     (#363), 31 (#289).
     """
     previous = torch.where(keep, ids.roll(1), ids if kind == "1000003" else 0)
-    if kind == "36313":
-        return torch.where(keep, ((36313 * ids) ^ (27191 * previous)) % (buckets - 1), buckets - 1)
+    if kind == "36313": return torch.where(keep, ((36313 * ids) ^ (27191 * previous)) % (buckets - 1), buckets - 1)
     return (int(kind) * previous + ids) % buckets
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "leaky2": lambda x, slope: F.leaky_relu(x, slope).square(),
-    "swiglu": lambda x, slope: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]}
+def adapted(y: Tensor, x: Tensor, w: Mapping[str, Tensor], target: str) -> Tensor:
+    """y (T, out) plus what the adapters of `target` in w make of x (T, in).
+
+    TARGET_adapter_in, _out (R, in), (out, R) belong to the model, for each visit of a looped layer. TARGET_document_in,
+    _out (docs, R, in), (docs, out, R) belong to the documents whose rows, of equal length, make up x.
+    """
+    for kind in ("adapter", "document"):
+        if (inner := w.get(f"{target}_{kind}_in")) is not None:
+            rows = x.view(len(inner) if inner.dim() > 2 else 1, -1, x.size(-1))
+            y = y + (rows @ inner.mT @ w[f"{target}_{kind}_out"].mT).view_as(y)
+    return y
+
+
+ACTIVATIONS = {"leaky2": lambda x, slope: F.leaky_relu(x, slope).square(),
+               "swiglu": lambda x, _: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]}
 
 
 def poly5(u: Tensor) -> Tensor:
@@ -1488,15 +1380,11 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tenso
 def load_varlen() -> Attention:
     """torch.nn.attention.varlen: the FlashAttention-2 kernels that come with torch."""
     from torch.nn.attention.varlen import varlen_attn
-    options: dict[str, Any] = {"window_size": (-1, 0)}  # any distance back, none ahead
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        options["enable_gqa"] = True
+    options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-        bounds, longest = segments.boundaries, segments.max_length
-        y = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
-        assert isinstance(y, Tensor)
-        return y
+    def attention(q: Tensor, k: Tensor, v: Tensor, s: Segments) -> Any:  # any distance back, none ahead
+        bounds, most = s.boundaries, s.max_length
+        return varlen_attn(q, k, v, bounds, bounds, most, most, window_size=(-1, 0), **options)
     return attention
 
 
@@ -1504,9 +1392,8 @@ def load_fa3() -> Attention:
     """FlashAttention-3 (Hopper), built from its repository."""
     from flash_attn_interface import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-        bounds, longest = segments.boundaries, segments.max_length
-        y = flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, causal=True)
+    def attention(q: Tensor, k: Tensor, v: Tensor, s: Segments) -> Tensor:
+        y = flash_attn_varlen_func(q, k, v, s.boundaries, s.boundaries, s.max_length, s.max_length, causal=True)
         return y[0] if isinstance(y, tuple) else y
     return attention
 
@@ -1518,7 +1405,6 @@ def load_fa4() -> Attention:
     Its own autograd function forgets the longest length in the backward pass, which makes that slow on Hopper.
     """
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd  # pyright: ignore[reportMissingImports]
-    warnings.filterwarnings("ignore", "Argument aux_data")  # harmless, but long
 
     def forward(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
         y, lse = _flash_attn_fwd(q, k, v, cu_seqlens_q=boundaries, cu_seqlens_k=boundaries, max_seqlen_q=max_length,
@@ -1541,25 +1427,21 @@ def load_fa4() -> Attention:
     return lambda q, k, v, segments: operator(q, k, v, segments.boundaries, segments.max_length)[0]
 
 
-# name -> (loader, oldest compute capability, None = any device); in order of preference
-ATTENTIONS: dict[str, tuple[Callable[[], Attention], tuple[int, int] | None]] = {
+# name -> (loader, oldest compute capability, (0, 0) = any device); in order of preference
+ATTENTIONS: dict[str, tuple[Callable[[], Attention], tuple[int, int]]] = {
     "fa3": (load_fa3, (9, 0)), "fa4": (load_fa4, (9, 0)), "varlen": (load_varlen, (8, 0)),
-    "sdpa": (lambda: attention_sdpa, None)}
+    "sdpa": (lambda: attention_sdpa, (0, 0))}
 
 
 def choose_attention(wanted: str, device: torch.device) -> tuple[str, Attention]:
     """'auto' or a name -> (name, back end): the first that this machine has. UserError where a named one is absent."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    for name, (load, needed) in ATTENTIONS.items():
-        if wanted not in ("auto", name):
-            continue
+    for name, (load, needed) in ATTENTIONS.items() if wanted == "auto" else [(wanted, ATTENTIONS[wanted])]:
         try:
-            if needed and capability < needed:
-                raise ImportError(f"needs a GPU of compute capability {needed[0]}.{needed[1]}, this is {device.type}")
+            if capability < needed: raise ImportError("needs a GPU of compute capability {}.{}".format(*needed))
             return name, load()
         except (ImportError, OSError, AttributeError) as error:
-            if wanted == name:
-                raise UserError(f"ATTENTION={wanted}: {error}; install it or use ATTENTION=auto") from None
+            require(wanted == "auto", f"ATTENTION={wanted}: {error}; install it or use ATTENTION=auto")
     raise AssertionError("sdpa is always there")
 
 
@@ -1576,8 +1458,7 @@ class Visit(NamedTuple):
 def layer_order(config: Config, looping: bool) -> list[int]:
     """Layers in the order of application, e.g. 0 1 2 (3 4 5) (3 4 5) (3 4 5) 6 ... 10."""
     layers = list(range(config.num_layers))
-    if not (looping and config.num_loops):
-        return layers
+    if not (looping and config.num_loops): return layers
     first, last = config.loop_start, config.loop_end + 1
     return layers[:last] + layers[first:last] * config.num_loops + layers[last:]
 
@@ -1631,23 +1512,21 @@ def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     looped = (config.loop_end + 1 - config.loop_start) * (config.num_loops + 1) if config.num_loops else 0
     embed, window = config.embed_dim or width, width if config.attn_gate == "dense" else config.gate_window
     gated, smear = config.attn_gate != "sparse" or config.sparse_attn_gate_scale > 0, config.smear_gate
+    hashed, depth = bool(config.bigram_hash_buckets), (looped, rank)
     sizes = {  # a parameter of size 0 does not exist
-        "embedding": (config.vocab_size, embed),
-        "head": (config.vocab_size * (not config.tie_embeddings), embed),
+        "embedding": (config.vocab_size, embed), "head": (config.vocab_size * (not config.tie_embeddings), embed),
         "vocab_bias": (config.vocab_size * config.vocab_bias,),
         "embed_in": (bool(config.embed_dim), width, embed), "embed_out": (bool(config.embed_dim), embed, width),
-        "bigram_table": (config.bigram_hash_buckets, config.bigram_hash_dim),
-        "bigram_proj": (bool(config.bigram_hash_buckets), embed, config.bigram_hash_dim),
-        "bigram_scale": (bool(config.bigram_hash_buckets) * (config.bigram_hash == "36313"),),
+        "bigram_table": (config.bigram_hash_buckets, config.bigram_hash_dim), "bigram_scale": (
+            hashed * (config.bigram_hash == "36313"),), "bigram_proj": (hashed, embed, config.bigram_hash_dim),
         "q_proj": (layers, width, width), "k_proj": (layers, kv, width), "v_proj": (layers, kv, width),
         "out_proj": (layers, width, width), "down_proj": (layers, width, mlp),
         "up_proj": (layers, mlp * (2 if config.mlp_activation == "swiglu" else 1), width),
-        "q_adapter_in": (looped, rank, width), "q_adapter_out": (looped, width, rank),
-        "v_adapter_in": (looped, rank, width), "v_adapter_out": (looped, kv, rank),
-        "q_gain": (layers, heads), "attn_scale": (layers, width), "mlp_scale": (layers, width),
-        "resid_mix": (layers, 2, width), "skip_weight": (rows, width),
-        "skip_gate": (rows * config.skip_gates_enabled, width),
-        "attn_gate": (layers * gated, heads, window), "attn_gate_bias": (layers * (config.attn_gate == "dense"), heads),
+        "q_adapter_in": (*depth, width), "q_adapter_out": (looped, width, rank), "v_adapter_in": (*depth, width),
+        "v_adapter_out": (looped, kv, rank), "q_gain": (layers, heads), "attn_scale": (layers, width),
+        "mlp_scale": (layers, width), "resid_mix": (layers, 2, width), "skip_weight": (rows, width),
+        "skip_gate": (rows * config.skip_gates_enabled, width), "attn_gate": (layers * gated, heads, window),
+        "attn_gate_bias": (layers * (config.attn_gate == "dense"), heads),
         "value_mix": (behind * config.value_residual, 2), "lane_resid": (lanes, 2), "lane_mix": (lanes, 2, 2),
         "smear_gate": (smear == "input", config.gate_window), "smear_scale": (smear == "input",),
         "static_smear": (embed * (smear == "static"),), "mean_smear": (layers * (smear == "mean"), width),
@@ -1655,13 +1534,15 @@ def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return {name: tuple(map(int, shape)) for name, shape in sizes.items() if math.prod(shape)}
 
 
+EMPTY: Mapping[str, Any] = {}  # no adapters
 Forward = Callable[..., Tensor]  # a GPT or its compiled form: (ids, targets, segments) -> nats
 SKIP_ROLES, GLOBAL_ROLES = {"skip_weight", "skip_gate"}, {  # a row per skip; one for the whole model; else per layer
     "embedding", "head", "vocab_bias", "embed_in", "embed_out", "bigram_table", "bigram_proj", "bigram_scale",
     "smear_gate", "smear_scale", "static_smear", "softcap_scale"}
 CONSTANTS = {"attn_scale": 1.0, "mlp_scale": 1.0, "skip_weight": 1.0, "lane_resid": 1.1, "lane_mix": 1.0,
              "value_mix": 0.5, "attn_gate_bias": 4.0, "static_smear": 3.0, "bigram_scale": 0.05}
-SCALES = {"out_proj": "attn_scale", "down_proj": "mlp_scale"}  # of the outputs of these matrices, a row each
+SCALES = {"out_proj": "attn_scale", "down_proj": "mlp_scale", "out_document_out": "attn_scale",
+          "mlp_document_out": "mlp_scale"}  # of the outputs of these matrices, a row each
 MATRICES = {"q_proj", "k_proj", "v_proj", "up_proj", "embed_in", "embed_out", "q_adapter_in", "v_adapter_in"}
 FakeQuantize = Callable[[str, int, Tensor], Tensor]  # (parameter, layer or -1, weights) -> as the artifact gives them
 
@@ -1680,16 +1561,20 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.dtype, self.attention, self.kernels = config, dtype, attention, kernels
         self.plans = (visit_plan(config, False), visit_plan(config, True))
-        self.looping = False
+        self.looping, self.fused = False, False
         self.fake_quantize: FakeQuantize | None = None  # in training; set by the trainer when QAT starts
-        for name, shape in param_shapes(config).items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        for name, shape in param_shapes(config).items(): self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         for training in (False, True):
             places = torch.arange(max(config.train_seq_len, config.eval_seq_len))
             for name, table in zip(("cos", "sin"), rotary_angles(places, rotary_frequencies(config, training))):
                 self.register_buffer(f"{name}_{training}", table, persistent=False)
         depth = torch.arange(1, config.num_layers + 1, dtype=torch.float32)
         self.register_buffer("ln_scale", depth ** -0.5 if config.ln_scale else torch.ones_like(depth), persistent=False)
+
+    @property
+    def active_kernels(self) -> Kernels:
+        """Those of training, there and where `fused` says so; plain torch in other scoring."""
+        return self.kernels if self.training or self.fused else PLAIN
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -1703,13 +1588,11 @@ class GPT(nn.Module):
                 if config.embed_init == "overtone":  # (2026-03-19 record)
                     u, sigma, v = torch.linalg.svd(value, full_matrices=False)
                     value = u * (sigma[0] * torch.arange(1, len(sigma) + 1) ** -0.5) @ v
-            elif name == "bigram_table":
-                value.normal_(0.0, 0.01, generator=generator)
+            elif name == "bigram_table": value.normal_(0.0, 0.01, generator=generator)
             elif name in MATRICES and (config.matrix_init == "uniform" or "adapter" in name):
                 value.uniform_(-(value.size(-1) ** -0.5), value.size(-1) ** -0.5, generator=generator)
             elif name in MATRICES:
-                for matrix in value:
-                    nn.init.orthogonal_(matrix, generator=generator)
+                for matrix in value: nn.init.orthogonal_(matrix, generator=generator)
             elif name == "resid_mix":
                 depth = torch.arange(len(value)) / max(len(value) - 1, 1)
                 share = (3 * (depth - 0.5)).sigmoid() if config.resid_mix_init == "phase" else torch.ones(len(value))
@@ -1719,8 +1602,7 @@ class GPT(nn.Module):
     def weight(self, name: str) -> Tensor:
         """A parameter of the whole model, through the fake quantizer while that is on, in the activations' dtype."""
         value = getattr(self, name)
-        if self.fake_quantize and self.training:
-            value = self.fake_quantize(name, -1, value)
+        if self.fake_quantize and self.training: value = self.fake_quantize(name, -1, value)
         return value.to(self.dtype)
 
     def visit_weights(self, banks: Mapping[str, Sequence[Tensor]], visit: Visit) -> dict[str, Tensor]:
@@ -1750,8 +1632,7 @@ class GPT(nn.Module):
         if config.smear_gate == "input":
             gate = F.linear(x[:, :config.gate_window], self.weight("smear_gate")).sigmoid() * self.smear_scale
             x = x + (gate * keep[:, None]).to(self.dtype) * x.roll(1, 0)
-        if config.smear_gate == "static":
-            x = torch.lerp(shift(x, keep), x, self.weight("static_smear").sigmoid())
+        if config.smear_gate == "static": x = torch.lerp(shift(x, keep), x, self.weight("static_smear").sigmoid())
         return norm(F.linear(x, self.weight("embed_in")[0]) if config.embed_dim else x)
 
     def attend(self, w: Mapping[str, Tensor], n: Tensor, start: Tensor, angles: tuple[Tensor, Tensor],
@@ -1762,46 +1643,41 @@ class GPT(nn.Module):
         (arXiv:2410.17897).
         """
         config = self.config
-        kernels, heads = self.kernels if self.training else PLAIN, (config.num_heads, config.num_kv_heads)
+        kernels, heads = self.active_kernels, (config.num_heads, config.num_kv_heads)
         qkv = kernels.linear(n, torch.cat((w["q_proj"], w["k_proj"], w["v_proj"])))
-        if "q_adapter_in" in w:
-            q, v = (F.linear(F.linear(n, w[f"{x}_adapter_in"]), w[f"{x}_adapter_out"]) for x in "qv")
-            qkv = qkv + torch.cat((q, torch.zeros_like(v), v), -1)
-        if kernels.rotate_heads:
-            q, k, v, own = kernels.rotate_heads(qkv, w["q_gain"], *angles, config.head_dim)
+        if any(name.endswith("_in") for name in w):
+            parts = qkv.split([len(w[f"{x}_proj"]) for x in "qkv"], -1)
+            qkv = torch.cat([adapted(part, n, w, target) for part, target in zip(parts, "qkv")], -1)
+        if kernels.rotate_heads: q, k, v, own = kernels.rotate_heads(qkv, w["q_gain"], *angles, config.head_dim)
         else:
             qk, v = qkv.unflatten(-1, (-1, config.head_dim)).split([sum(heads), heads[1]], 1)
             q, k = rotary(norm(qk), *angles).split(heads, 1)
             q = q * w["q_gain"][:, None]
-            if "value_mix" in w and first_value is not None:
-                v = w["value_mix"][0] * first_value + w["value_mix"][1] * v
+            if "value_mix" in w and first_value is not None: v = w["value_mix"][0] * first_value + w["value_mix"][1] * v
             own = v
         y = self.attention(q, k, v, segments)
-        if exclude and kernels.exclude_gate:
-            y = kernels.exclude_gate(y, own, start, w["attn_gate"], config.sparse_attn_gate_scale)
-        else:
-            y = exclusive(y, own) if exclude else y
-            if "attn_gate" in w:
-                inner = config.sparse_attn_gate_scale if config.attn_gate == "sparse" else 1.0
-                gate = F.linear(n if config.attn_gate == "dense" else start, w["attn_gate"], w.get("attn_gate_bias"))
-                y = y * ((inner * gate).sigmoid() * (2 if config.attn_gate == "output" else 1))[:, :, None]
-            y = y.flatten(1).to(self.dtype)
-        return kernels.linear(norm(y) if config.projection_norm else y, w["out_proj"]), own
+        y = exclusive(y, own) if exclude else y
+        if "attn_gate" in w:
+            inner = config.sparse_attn_gate_scale if config.attn_gate == "sparse" else 1.0
+            gate = F.linear(n if config.attn_gate == "dense" else start, w["attn_gate"], w.get("attn_gate_bias"))
+            y = y * ((inner * gate).sigmoid() * (2 if config.attn_gate == "output" else 1))[:, :, None]
+        y = y.flatten(1).to(self.dtype)
+        return adapted(kernels.linear(norm(y) if config.projection_norm else y, w["out_proj"]), n, w, "out"), own
 
     def feed_forward(self, w: Mapping[str, Tensor], n: Tensor) -> Tensor:
         """Weights w of a layer, its normalized input n (T, D) -> the MLP's output (T, D)."""
-        config, kernels = self.config, self.kernels if self.training else PLAIN
-        if kernels.leaky2:
-            return kernels.leaky2(n, w["up_proj"], w["down_proj"], config.leaky_relu_slope)
-        hidden = ACTIVATIONS[config.mlp_activation](kernels.linear(n, w["up_proj"]), config.leaky_relu_slope)
-        return kernels.linear(norm(hidden) if config.projection_norm else hidden, w["down_proj"])
+        config, kernels = self.config, self.active_kernels
+        if kernels.leaky2: out = kernels.leaky2(n, w["up_proj"], w["down_proj"], config.leaky_relu_slope)
+        else:
+            hidden = ACTIVATIONS[config.mlp_activation](kernels.linear(n, w["up_proj"]), config.leaky_relu_slope)
+            out = kernels.linear(norm(hidden) if config.projection_norm else hidden, w["down_proj"])
+        return adapted(out, n, w, "mlp")
 
     def mix_norm(self, skipped: Tensor | None, x: Tensor, x0: Tensor, mix: Tensor,
                  scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Streams (T, D), their weights mix (3, D) -> their blend, its norm, and the norm's first channels."""
-        window, kernel = self.config.gate_window, (self.kernels if self.training else PLAIN).mix_norm
-        if kernel:
-            return kernel(skipped, x, x0, mix, scale, window)
+        window, kernel = self.config.gate_window, self.active_kernels.mix_norm
+        if kernel: return kernel(skipped, x, x0, mix, scale, window)
         mixed = mix[1] * x + mix[2] * x0 if skipped is None else mix[0] * skipped + mix[1] * x + mix[2] * x0
         n = norm(mixed := mixed.to(self.dtype), scale)
         return mixed, n, n[:, :window]
@@ -1815,15 +1691,13 @@ class GPT(nn.Module):
         There is one lane until the first parallel block. Scales of outputs go into their matrices.
         """
         config, x, mlp_lane, scale, resid = self.config, lanes[0], lanes[-1], w["ln_scale"], w["resid_mix"]
-        mix, w = torch.stack((0 * resid[0], *resid)), w | {m: w[s][:, None] * w[m] for m, s in SCALES.items()}
+        mix, w = torch.stack((0 * resid[0], *resid)), w | {m: w[s][:, None] * w[m] for m, s in SCALES.items() if m in w}
         if skipped is not None:
             gate = w["skip_gate"].sigmoid() if config.skip_gates_enabled else None
             blend = (w["skip_weight"], torch.ones_like(resid[0])) if gate is None else (
                 (1 - gate) * w["skip_weight"], gate)
-            if parallel or "mean_smear" in w:
-                x, skipped = (blend[0] * skipped + blend[1] * x).to(self.dtype), None
-            else:
-                mix = torch.stack((resid[0] * blend[0], resid[0] * blend[1], resid[1]))
+            if parallel or "mean_smear" in w: x, skipped = (blend[0] * skipped + blend[1] * x).to(self.dtype), None
+            else: mix = torch.stack((resid[0] * blend[0], resid[0] * blend[1], resid[1]))
         w = {name: value.to(self.dtype) for name, value in w.items()}
         if "mean_smear" in w:
             x = torch.lerp(x, segment_mean(x, segments.positions).to(self.dtype), w["mean_smear"].tanh())
@@ -1839,61 +1713,65 @@ class GPT(nn.Module):
         return (stay[0] * x + share[0, 0] * attn_out + share[1, 0] * mlp_out,
                 stay[1] * mlp_lane + share[0, 1] * attn_out + share[1, 1] * mlp_out), v
 
-    def features(self, ids: Tensor, segments: Segments) -> Tensor:
+    def features(self, ids: Tensor, segments: Segments, adapters: Mapping[str, Any] = EMPTY) -> Tensor:
         """ids (1, T) -> (T, D), normalized: what the head reads."""
         config = self.config
         banks = {name: p.unbind(0) for name, p in self.named_parameters() if name not in GLOBAL_ROLES}
         cos, sin = (getattr(self, f"{name}_{self.training}")[segments.positions] for name in ("cos", "sin"))
         x0 = self.embed(ids, segments)
         lanes, kept, first_value = (x0,), [], None
-        for visit in self.plans[1 if self.looping else 0]:
-            skipped = kept.pop() if visit.skip >= 0 else None
-            lanes, v = self.block(self.visit_weights(banks, visit), lanes, skipped, x0, (cos, sin), segments,
+        for place, visit in enumerate(self.plans[1 if self.looping else 0]):
+            skipped, weights = kept.pop() if visit.skip >= 0 else None, self.visit_weights(banks, visit)
+            weights |= {name: parts[place] for name, parts in adapters.items() if not name.startswith("head")}
+            lanes, v = self.block(weights, lanes, skipped, x0, (cos, sin), segments,
                                   visit.layer >= config.num_layers - config.xsa_last_n, is_lane(config, visit.layer),
                                   first_value)
             first_value = v if first_value is None else first_value
-            if visit.push:
-                kept.append(lanes[0])
+            if visit.push: kept.append(lanes[0])
         return self.merge(lanes[0], lanes[-1])
 
     def merge(self, x: Tensor, mlp_lane: Tensor) -> Tensor:
         """The two lanes (T, D) -> what the head reads (T, D)."""
         return norm((x + mlp_lane) * 0.5 if self.config.parallel_start_layer else x)
 
-    def logits(self, features: Tensor) -> Tensor:
+    def logits(self, features: Tensor, adapters: Mapping[str, Tensor] = EMPTY) -> Tensor:
         """features (T, D) -> softcapped logits (T, V) float32."""
         cap, kind = self.config.logit_softcap, self.config.softcap_type
-        if self.config.embed_dim:
-            features = F.linear(features, self.weight("embed_out")[0])
-        multiply = self.kernels.head if self.training else F.linear
-        logits = multiply(features, self.weight("embedding" if self.config.tie_embeddings else "head")).float()
-        if self.config.vocab_bias:
-            logits = logits + self.vocab_bias
+        if self.config.embed_dim: features = F.linear(features, self.weight("embed_out")[0])
+        head = self.weight("embedding" if self.config.tie_embeddings else "head")
+        logits = adapted(self.active_kernels.head(features, head), features, adapters, "head").float()
+        if self.config.vocab_bias: logits = logits + self.vocab_bias
         if kind == "two_sided":  # learned on a log scale, so that a step of the optimizer is a share of the cap
             above, below = cap * self.softcap_scale.exp()
             cap = torch.where(logits >= 0, above, below)
-        if kind == "poly5":
-            return cap * poly5(logits / cap)
+        if kind == "poly5": return cap * poly5(logits / cap)
         return cap * (2 * (logits * (2 / cap)).sigmoid() - 1)  # tanh, of cheaper instructions
 
-    def forward(self, ids: Tensor, targets: Tensor, segments: Segments) -> Tensor:
+    def forward(self, ids: Tensor, targets: Tensor, segments: Segments, adapters: Mapping[str, Tensor] = EMPTY,
+                rows: Tensor | None = None) -> Tensor:
         """ids (1, T), targets (1, T) or (1, T, C) -> nats (T,) or (T, C) float32, from one pass over the logits.
 
-        A target of -1 has 0 nats. In training the first column includes the z-loss.
+        A target of -1 has 0 nats. In training the first column includes the z-loss. adapters: TARGET_document_in, _out
+        (docs, visits, ...), see adapted; the head's have one visit. rows (N,): tokens whose targets these are; no
+        others reach the head.
         """
-        return self.nats(self.features(ids, segments), targets[0])
+        scale = self.config.ttt_lora_alpha / self.config.ttt_lora_rank
+        parts = {name: (value * scale if name.endswith("out") else value).to(self.dtype).unbind(1)
+                 for name, value in adapters.items()}
+        features = self.features(ids, segments, parts)
+        return self.nats(features if rows is None else features[rows], targets[0],
+                         {name: part for name, (part, *_) in parts.items() if name.startswith("head")})
 
-    def nats(self, features: Tensor, targets: Tensor) -> Tensor:
+    def nats(self, features: Tensor, targets: Tensor, adapters: Mapping[str, Tensor] = EMPTY) -> Tensor:
         """features (T, D), targets (T,) or (T, C) -> nats, shaped like the targets."""
-        logits, cap = self.logits(features), self.config.logit_softcap
+        logits, cap = self.logits(features, adapters), self.config.logit_softcap
         columns: Iterable[Tensor] = targets.view(len(targets), -1).unbind(1)
         if logits.is_cuda and cap <= 30 and self.config.softcap_type != "two_sided":
             # no exponential vanishes, and no place is looked up: one pass each way, once this is compiled
             total, places = (logits - cap).exp().sum(-1).log() + cap, torch.arange(logits.size(1), device=logits.device)
             columns = [torch.where(column < 0, 0.0, total) - torch.where(places == column[:, None], logits, 0.0).sum(-1)
                        for column in columns]
-        else:
-            columns = [F.cross_entropy(logits, column, reduction="none", ignore_index=-1) for column in columns]
+        else: columns = [F.cross_entropy(logits, column, reduction="none", ignore_index=-1) for column in columns]
         if self.config.z_loss and self.training:
             columns[0] = columns[0] + self.config.z_loss * logits.logsumexp(-1).square()
         return columns[0] if targets.dim() == 1 else torch.stack(columns, 1)
@@ -1925,19 +1803,17 @@ class Role(NamedTuple):
 
 
 ATTN = Role("muon", "matrix_lr", "muon_wd", "matrix_quantizer", "matrix_bits", "attn_clip_sigmas")
-MLP = Role("muon", "matrix_lr", "muon_wd", "matrix_quantizer", "matrix_bits", "mlp_clip_sigmas")
-SMALL = Role("adam", "scalar_lr", "adam_wd")
+TABLE = Role("adam", "embedding_lr", "embed_wd", "embed_quantizer", "embed_bits", "embed_clip_sigmas")
 PARAM_TABLE = {
-    "embedding": Role("adam", "embedding_lr", "embed_wd", "embed_quantizer", "embed_bits", "embed_clip_sigmas"),
-    "head": Role("adam", "head_lr", "embed_wd", "embed_quantizer", "embed_bits", "embed_clip_sigmas"),
-    "bigram_table": Role("adam", "embedding_lr", "embed_wd", "matrix_quantizer", "matrix_bits", "embed_clip_sigmas"),
+    "embedding": TABLE, "head": TABLE._replace(lr="head_lr"),
+    "bigram_table": TABLE._replace(quantizer="matrix_quantizer", bits="matrix_bits"),
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "out_proj", "embed_in", "embed_out", "bigram_proj", "q_adapter_in",
                      "q_adapter_out", "v_adapter_in", "v_adapter_out"), ATTN),
-    "up_proj": MLP, "down_proj": MLP,
+    **dict.fromkeys(("up_proj", "down_proj"), ATTN._replace(clip_sigmas="mlp_clip_sigmas")),
     **dict.fromkeys(("q_gain", "attn_scale", "mlp_scale", "resid_mix", "skip_weight", "skip_gate", "attn_gate",
-                     "attn_gate_bias", "value_mix", "lane_resid", "lane_mix", "smear_gate", "smear_scale",
-                     "static_smear", "mean_smear", "bigram_scale", "softcap_scale", "vocab_bias"), SMALL),
-}
+                     "attn_gate_bias", "value_mix", "lane_resid", "lane_mix", "smear_gate", "smear_scale", "mean_smear",
+                     "static_smear", "bigram_scale", "softcap_scale", "vocab_bias"),
+                    Role("adam", "scalar_lr", "adam_wd"))}
 
 
 def orthogonalize(x: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
@@ -2011,16 +1887,14 @@ class MuonGroup:
     def scatter(self, grads: Sequence[Tensor]) -> tuple[Tensor, Any]:
         """Starts averaging the gradients over ranks -> (own share, work to wait for or None)."""
         packed = self.pack(grads, self.dtype)
-        if self.world.size == 1:
-            return packed, None
+        if self.world.size == 1: return packed, None
         own = torch.empty_like(self.state["momentum"], dtype=self.dtype)
         reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # the newer name, if any
         return own, reduce_scatter(own, packed.div_(self.world.size), async_op=True)
 
     def gather(self, own: Tensor) -> tuple[Tensor, Any]:
         """Starts collecting every rank's share -> (stack, work to wait for or None)."""
-        if self.world.size == 1:
-            return own, None
+        if self.world.size == 1: return own, None
         packed = own.new_empty(self.share * self.world.size, *own.shape[1:])
         all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
         return packed, all_gather(packed, own.contiguous(), async_op=True)
@@ -2036,10 +1910,8 @@ class Optimizer:
         adam: dict[tuple[str, str], list[Tensor]] = {}
         for name, parameter in params.items():
             role = PARAM_TABLE[name]
-            if role.optimizer == "muon":
-                shapes.setdefault(tuple(sorted(parameter.shape[1:])), []).append(name)
-            else:
-                adam.setdefault((role.lr, role.weight_decay), []).append(parameter)
+            if role.optimizer == "muon": shapes.setdefault(tuple(sorted(parameter.shape[1:])), []).append(name)
+            else: adam.setdefault((role.lr, role.weight_decay), []).append(parameter)
         on_gpu = world.device.type == "cuda"
         order = sorted(shapes, key=math.prod, reverse=True)  # the most work first
         self.groups = [MuonGroup(config, shapes[shape], self.params, world) for shape in order]
@@ -2058,8 +1930,7 @@ class Optimizer:
         """Forgets all momentum, as before the first step."""
         self.adam.state.clear()
         for group in self.groups:
-            for value in group.state.values():
-                value.zero_()
+            for value in group.state.values(): value.zero_()
 
     @torch.no_grad()
     def step(self, loss: Tensor, lr_scale: float, momentum: float, decay_scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -2071,15 +1942,12 @@ class Optimizer:
         scattered = [group.scatter([grads[name] for name in group.names]) for group in self.groups]
         own = [grad for grad, _ in scattered]
         for work in [*started, *(work for _, work in scattered)]:
-            if work:
-                work.wait()
+            if work: work.wait()
         if buffer is not None:
             loss, *reduced = (buffer / self.world.size).split([1, *(grad.numel() for grad in small)])
-            for grad, value in zip(small, reduced):
-                grad.copy_(value.view_as(grad))
+            for grad, value in zip(small, reduced): grad.copy_(value.view_as(grad))
         norm = self.clip(own, small)
-        for settings in self.adam.param_groups:
-            settings["lr"] = settings["base_lr"] * lr_scale
+        for settings in self.adam.param_groups: settings["lr"] = settings["base_lr"] * lr_scale
         self.momentum.fill_(momentum)
         coefficients = NEWTON_SCHULZ[self.config.muon_coefficients][:self.config.muon_backend_steps]
         gathered = []
@@ -2089,8 +1957,7 @@ class Optimizer:
             gathered.append(group.gather(update))
         self.adam.step()
         for group, (packed, work) in zip(self.groups, gathered):
-            if work:
-                work.wait()
+            if work: work.wait()
             self.apply(group, packed, lr_scale, decay_scale)
         torch._foreach_zero_([p.grad for p in self.params.values() if p.grad is not None])
         return loss.reshape(()), norm
@@ -2098,8 +1965,7 @@ class Optimizer:
     def clip(self, own: list[Tensor], small: list[Tensor]) -> Tensor:
         """Scales the reduced gradients down to grad_clip_norm -> their global norm before that."""
         shares = torch.stack(torch._foreach_norm(own, dtype=torch.float32)).square().sum()
-        if self.world.size > 1:
-            dist.all_reduce(shares)
+        if self.world.size > 1: dist.all_reduce(shares)
         norm = (shares + torch.stack(torch._foreach_norm(small)).square().sum()).sqrt()
         if self.config.grad_clip_norm:
             factor = (self.config.grad_clip_norm / (norm + 1e-6)).clamp_max(1.0)
@@ -2113,11 +1979,9 @@ class Optimizer:
             role = PARAM_TABLE[name]
             lr = getattr(self.config, role.lr) * lr_scale
             decay = lr * getattr(self.config, role.weight_decay) * decay_scale
-            if not self.config.muon_wd_after:
-                parameter.mul_(1 - decay)
+            if not self.config.muon_wd_after: parameter.mul_(1 - decay)
             parameter.add_(update, alpha=-lr * math.sqrt(max(1.0, parameter.size(1) / parameter.size(2))))
-            if self.config.muon_wd_after:
-                parameter.mul_(1 - decay)
+            if self.config.muon_wd_after: parameter.mul_(1 - decay)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, whatever the number of ranks; all ranks must call it."""
@@ -2125,8 +1989,7 @@ class Optimizer:
         for group in self.groups:
             for key, own in group.state.items():
                 packed, work = group.gather(own)
-                if work:
-                    work.wait()
+                if work: work.wait()
                 muon.setdefault(key, {}).update(zip(group.names, (x.cpu() for x in group.unpack(packed))))
         return {"adam": self.adam.state_dict()["state"], "muon": muon}
 
@@ -2161,8 +2024,7 @@ def warmdown(config: Config, progress: float, step: int) -> float:
     WARMDOWN_ITERS steps are turned into a fraction by the steps taken so far (the published time-based warmdown).
     """
     window = config.warmdown_frac
-    if config.warmdown_iters:
-        window = min(config.warmdown_iters * progress / step, 1.0) if step and progress else 0.0
+    if config.warmdown_iters: window = min(config.warmdown_iters * progress / step, 1.0) if step and progress else 0.0
     return max(((1 - progress) / window) ** config.warmdown_power, config.min_lr) if 1 - progress < window else 1.0
 
 
@@ -2198,7 +2060,7 @@ def stage_at(config: Config, progress: float, step: int) -> Stage:
     quantizing = 0 < config.qat_start <= progress or warmdown(config, progress, step) < threshold
     seq_len = int(scheduled(config, "train_seq_schedule", progress, config.train_seq_len))
     share = scheduled(config, "batch_schedule", progress, 1.0)
-    return Stage(is_looping(config, progress), quantizing, seq_len, share)
+    return Stage(bool(config.num_loops) and progress >= config.enable_looping_at, quantizing, seq_len, share)
 
 
 def stages(config: Config) -> dict[Stage, float]:
@@ -2217,16 +2079,6 @@ def muon_momentum(config: Config, step: int) -> float:
     return config.muon_momentum_warmup_start + share * (config.muon_momentum - config.muon_momentum_warmup_start)
 
 
-def ema_share(decay: float, step: int) -> float:
-    """Share of the weights after `step` (from 1) in the average: 1 - decay, corrected so that the start has none."""
-    return (1 - decay) / (1 - decay ** step)
-
-
-def is_looping(config: Config, progress: float) -> bool:
-    """Whether looped layers are applied repeatedly at this progress."""
-    return bool(config.num_loops) and progress >= config.enable_looping_at
-
-
 # ====================================================================================================================
 # 8. train: weights from data, inside the wallclock. In: Config, World, Dataset. Out: the last and the averaged weights.
 #    The clock is rank 0's; each step all ranks agree on it and on stopping, so that none takes a step alone.
@@ -2236,6 +2088,7 @@ def is_looping(config: Config, progress: float) -> bool:
 # data, and all of the model but for what matters in training alone.
 MODEL_FIELDS = ["vocab_size", "train_seq_len", "document_mask",
                 *list(KINDS)[list(KINDS).index("num_layers"):list(KINDS).index("tied_embed_init_std")]]
+DIVERGED = "training diverged; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR"
 # Attributes of a Trainer that its checkpoints hold besides weights.
 COUNTERS = ("step", "tokens", "elapsed_seconds", "step_seconds", "finished", "last_loss", "num_snapshots")
 
@@ -2261,10 +2114,8 @@ class Trainer:
         self.params = dict(self.model.named_parameters())
         self.optimizer = Optimizer(config, world, self.params)
         self.forward = compile_model(self.model, compiled)
-        if compiled:
-            self.optimizer.compile()
-        for stage in stages(config):
-            config.accumulation_steps(world.size, stage.batch_share)
+        if compiled: self.optimizer.compile()
+        for stage in stages(config): config.accumulation_steps(world.size, stage.batch_share)
         self.num_segments = segment_bound(config.micro_batch_tokens, dataset.max_documents, config) if compiled else 0
         self.loader = TrainLoader(config, world, dataset.train, self.num_segments)
         self.averages = {name: p.detach().clone() for name, p in self.params.items()} if config.ema_decay else {}
@@ -2276,9 +2127,8 @@ class Trainer:
         self.graph_pool: Any = None
         self.step, self.tokens, self.finished = 0, 0, False  # tokens: used of the stream so far, by all ranks
         self.elapsed_seconds, self.step_seconds, self.saved_seconds = 0.0, 0.0, 0.0  # in all, for a step, when saved
-        # steps that the device may still be working on, oldest first: number, the schedules in words, loss on the CPU,
-        # and the event after which that is valid (none on a CPU)
-        self.pending: list[tuple[int, str, Tensor, Any]] = []
+        # the newest step: number, the schedules in words, loss on the CPU, the event after which it is valid (on CUDA)
+        self.pending: tuple[int, str, Tensor, Any] | None = None
         self.last_loss, self.logged_twentieths = math.nan, 0
         self.num_params = sum(p.numel() for p in self.params.values())
         self.checkpoint_path = Path(config.log_dir) / f"{config.run_id}.checkpoint"
@@ -2290,14 +2140,13 @@ class Trainer:
         config, step = self.config, self.step
         total = torch.zeros((), device=self.world.device)
         self.micro_weight.fill_(1 / len(micro_batches))
-        for batch in micro_batches:
-            total += self.micro_step(batch)
+        for batch in micro_batches: total += self.micro_step(batch)
         loss, _ = self.optimizer.step(total, lr_multiplier(config, progress, step), muon_momentum(config, step),
                                       decay_multiplier(config, progress))
         if self.averages:
-            with torch.no_grad():
-                torch._foreach_lerp_(list(self.averages.values()), list(self.params.values()),
-                                     ema_share(config.ema_decay, step + 1))
+            with torch.no_grad():  # corrected so that the initial weights have no share
+                share = (1 - config.ema_decay) / (1 - config.ema_decay ** (step + 1))
+                torch._foreach_lerp_(list(self.averages.values()), list(self.params.values()), share)
         return loss
 
     def micro_step(self, batch: Batch) -> Tensor:
@@ -2319,8 +2168,7 @@ class Trainer:
         if not (self.config.cuda_graphs and self.compiled) or self.stage._replace(batch_share=1.0) in self.graphs:
             return
         graph, inputs = torch.cuda.CUDAGraph(), map_tensors(torch.clone, batch)
-        with torch.cuda.graph(graph, self.graph_pool, capture_error_mode="thread_local"):
-            loss = self.micro_step(inputs)
+        with torch.cuda.graph(graph, self.graph_pool, capture_error_mode="thread_local"): loss = self.micro_step(inputs)
         self.graph_pool = graph.pool()
         self.graphs[self.stage._replace(batch_share=1.0)] = graph, inputs, loss
 
@@ -2360,8 +2208,7 @@ class Trainer:
         self.enter(stage_at(config, 0.0, 0))
         self.model.init_weights(config.seed)
         self.optimizer.reset()
-        for name, average in self.averages.items():
-            average.copy_(self.params[name].detach())
+        for name, average in self.averages.items(): average.copy_(self.params[name].detach())
         return seconds
 
     # --- the loop
@@ -2370,29 +2217,27 @@ class Trainer:
         config, stop.deferred = self.config, True
         budget, last_step = training_budget_seconds(config), config.force_stop_step or config.iterations
         in_flight = 1 if self.world.device.type == "cuda" else 0
-        self.start, plain = time.perf_counter() - self.elapsed_seconds, False
+        self.start, first = time.perf_counter() - self.elapsed_seconds, self.step
         while self.step < last_step:
             clock, stops = self.world.sum([(time.perf_counter() - self.start) * (self.world.rank == 0), stop.received])
-            if plain:  # nothing but a step since the last look at the clock
-                self.step_seconds = clock - self.elapsed_seconds
-            self.elapsed_seconds, plain = clock, True
-            if stops or clock + (1 + in_flight) * self.step_seconds > budget:
-                break
+            if self.step > first: self.step_seconds = clock - self.elapsed_seconds
+            self.elapsed_seconds = clock
+            if stops or clock + (1 + in_flight) * self.step_seconds > budget: break
             if config.checkpoint_every_seconds and clock - self.saved_seconds >= config.checkpoint_every_seconds:
-                self.settle()
-                self.saved_seconds, plain = clock, False
+                self.report()
+                self.saved_seconds = clock
                 self.save()
             progress = training_progress(config, self.step, clock)
             loss = self.train_step(self.next_batches(progress), progress)
             self.step += 1
             if warmdown(config, progress, self.step) < config.swa_start_frac and self.step % config.swa_every == 0:
                 self.take_snapshot()
-            self.launch(loss, progress)
-            self.settle(in_flight)
+            self.report(loss, progress)
+            if not in_flight: self.report()
             if config.val_loss_every and self.step % config.val_loss_every == 0:
-                self.settle()
+                self.report()
                 self.validate(validate)
-        self.settle()
+        self.report()
         self.elapsed_seconds = self.world.share(time.perf_counter() - self.start)
         self.log.progress("")
         stop.deferred = False
@@ -2415,37 +2260,33 @@ class Trainer:
         first, self.tokens = self.tokens // part, self.tokens + count * part
         return [self.loader.micro(first + j, stage.seq_len) for j in range(count)]
 
-    def launch(self, loss: Tensor, progress: float) -> None:
-        """Sends the loss on its way to the host without waiting for it."""
-        host, done = loss.to("cpu", non_blocking=True), None
-        if self.world.device.type == "cuda":
-            (done := torch.cuda.Event()).record()
-        scale = lr_multiplier(self.config, progress, self.step - 1)
-        schedule = f"lr_multiplier:{scale:.3f} looping:{int(self.stage.looping)}"
-        self.pending.append((self.step, schedule, host, done))
-
-    def settle(self, in_flight: int = 0) -> None:
-        """Waits for all steps but the newest ones, checks their losses, and logs a progress line where one is due."""
-        while len(self.pending) > in_flight:
-            step, schedule, loss, done = self.pending.pop(0)
-            if done:
-                done.synchronize()
-            self.last_loss = loss.item()
-            self.check(math.isfinite(self.last_loss), f"train_loss:{self.last_loss}", step)
-            config, every, seconds = self.config, self.config.train_log_every, time.perf_counter() - self.start
-            text = (f"step:{step}/{config.iterations} train_loss:{self.last_loss:.4f} "
-                    f"train_time:{seconds * 1000:.0f}ms step_avg:{seconds * 1000 / step:.2f}ms")
-            twentieths = int(training_progress(config, step, seconds) * 20)
-            if step % every == 0 if every else twentieths > self.logged_twentieths or step == 1:
-                self.logged_twentieths = twentieths
-                self.log(f"{text} {schedule}")
-            self.log.progress(text)
+    def report(self, loss: Tensor | None = None, progress: float = 0.0) -> None:
+        """Sends the loss of a step on its way to the host; waits for that of the step before, checks it, logs it."""
+        pending, self.pending = self.pending, None
+        if loss is not None:
+            host, done = loss.to("cpu", non_blocking=True), torch.cuda.Event() if loss.is_cuda else None
+            if done: done.record()
+            scale = lr_multiplier(self.config, progress, self.step - 1)
+            schedule = f"lr_multiplier:{scale:.3f} looping:{int(self.stage.looping)}"
+            self.pending = self.step, schedule, host, done
+        if pending is None: return
+        step, schedule, host, done = pending
+        if done: done.synchronize()
+        self.last_loss = host.item()
+        self.check(math.isfinite(self.last_loss), f"train_loss:{self.last_loss}", step)
+        config, every, seconds = self.config, self.config.train_log_every, time.perf_counter() - self.start
+        text = (f"step:{step}/{config.iterations} train_loss:{self.last_loss:.4f} "
+                f"train_time:{seconds * 1000:.0f}ms step_avg:{seconds * 1000 / step:.2f}ms")
+        twentieths = int(training_progress(config, step, seconds) * 20)
+        if step % every == 0 if every else twentieths > self.logged_twentieths or step == 1:
+            self.logged_twentieths = twentieths
+            self.log(f"{text} {schedule}")
+        self.log.progress(text)
 
     def check(self, finite: bool, what: str, step: int) -> None:
         """UserError where training diverged."""
         kept = self.last_checkpoint or "none; CHECKPOINT_EVERY_SECONDS writes some"
-        require(finite, f"{what} at step {step}: training diverged; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR. Last "
-                f"checkpoint: {kept}")
+        require(finite, f"{what} at step {step}: {DIVERGED}. Last checkpoint: {kept}")
 
     def validate(self, validate: Callable[[], Any]) -> None:
         """Scores the present weights; the clock stands still."""
@@ -2483,23 +2324,17 @@ class Trainer:
         """Continues from a checkpoint. UserError for a file that is none, or belongs to another model or other data."""
         with refusing(Exception, f"RESUME={path}: no readable checkpoint ({{}})"):  # whatever a broken file leads to
             state = torch.load(path, map_location="cpu", weights_only=True)
-            saved_model, saved_data = state["model"], state["fingerprint"]
-        for name, value in model_fields(self.config).items():
-            require((saved := saved_model.get(name)) == value,
-                    f"RESUME={path}: was trained with {name.upper()}={saved}, now {value}: use the same settings")
-        require(saved_data == self.fingerprint, f"RESUME={path}: was trained on data {saved_data[:12]}, DATA_PATH "
-                f"holds {self.fingerprint[:12]}: use the same data")
-        if bool(state["averages"]) != bool(self.averages):
-            raise UserError(f"RESUME={path}: EMA_DECAY={self.config.ema_decay} switches averaging on or off; keep it")
+            saved = state["model"] | {"data_fingerprint": state["fingerprint"], "ema_decay>0": bool(state["averages"])}
+        wanted = {"data_fingerprint": self.fingerprint, "ema_decay>0": bool(self.averages)}
+        for name, value in (model_fields(self.config) | wanted).items():
+            require(saved.get(name) == value, f"RESUME={path}: was trained with {name.upper()}={saved.get(name)}, now "
+                    f"{value}: use the same settings and data")
         self.model.load_state_dict(state["params"])
-        for name, average in self.averages.items():
-            average.copy_(state["averages"][name])
+        for name, average in self.averages.items(): average.copy_(state["averages"][name])
         self.snapshots = {name: value.to(self.world.device) for name, value in state["snapshots"].items()}
-        for name in COUNTERS:
-            setattr(self, name, state[name])
+        for name in COUNTERS: setattr(self, name, state[name])
         self.saved_seconds = self.elapsed_seconds
-        if self.finished:
-            self.model.looping = state["looping"]
+        if self.finished: self.model.looping = state["looping"]
         else:  # what this run's own schedule says
             progress = training_progress(self.config, self.step, self.elapsed_seconds)
             self.enter(stage_at(self.config, progress, self.step))
@@ -2527,12 +2362,12 @@ class Guide(NamedTuple):
     log_sensitivity: Tensor  # (n, rows, 1): logarithm of the loss for a unit square error of a weight
 
 
-class Quantizer(NamedTuple):
-    """What makes arrays of a matrix, and a matrix of them."""
+class Pair(NamedTuple):
+    """A direction and its inverse. Of quantizers: (weights (..., rows, columns), steps (..., rows, 1), largest code,
+    guide or None) -> Arrays; (Arrays, shape) -> float32 weights. Of codecs: bytes -> bytes; bytes -> bytes."""
 
-    # (weights (..., rows, columns), steps (..., rows, 1), largest code, guide or None) -> arrays
-    encode: Callable[[Tensor, Tensor, int, Guide | None], Arrays]
-    decode: Callable[[Arrays, tuple[int, ...]], Tensor]  # (arrays, shape) -> float32 weights
+    encode: Callable[..., Any]
+    decode: Callable[..., Any]
 
 
 MIN_SCALE = 2.0 ** -24  # the smallest float16 above 0: no scale underflows
@@ -2659,8 +2494,8 @@ def tcq_decode(arrays: Arrays, shape: tuple[int, ...], states: int = 8) -> Tenso
 
 
 QUANTIZERS = {
-    "rtn": Quantizer(rtn_encode, rtn_decode), "gptq": Quantizer(functools.partial(search_encode, 1), rtn_decode),
-    "tcq": Quantizer(functools.partial(search_encode, 8), tcq_decode), "fp16": Quantizer(  # the nearest in its range
+    "rtn": Pair(rtn_encode, rtn_decode), "gptq": Pair(functools.partial(search_encode, 1), rtn_decode),
+    "tcq": Pair(functools.partial(search_encode, 8), tcq_decode), "fp16": Pair(  # the nearest in its range
         lambda weight, *_: {"values": weight.clamp(-65504.0, 65504.0).half().cpu().numpy()},
         lambda arrays, shape: torch.from_numpy(arrays["values"]).float().view(shape))}
 
@@ -2689,8 +2524,7 @@ def calibrate(config: Config, world: World, model: GPT, batches: Iterable[Batch]
         names, layer = next(calls)
 
         def record(x: Tensor, grad: Tensor) -> None:  # in the backward pass
-            if names[0] in hessian:
-                hessian[names[0]][layer] += x.float().t() @ x.float()
+            if names[0] in hessian: hessian[names[0]][layer] += x.float().t() @ x.float()
             for name, part in zip(names, grad.split([shapes[name][1] for name in names], -1)):
                 gain[name][layer] += part.float().square().sum(0)
                 count[name][layer] += len(x)
@@ -2713,11 +2547,10 @@ def calibrate(config: Config, world: World, model: GPT, batches: Iterable[Batch]
         plain.embedding.grad = None
     for total in (*hessian.values(), *gain.values(), *count.values(), spread, times) if world.size > 1 else ():
         dist.all_reduce(total)
-    for name, scale in SCALES.items():  # the products' outputs have it already
-        gain[name] *= getattr(model, scale).detach().square()
+    for name in ("out_proj", "down_proj"):  # the products' outputs have it already
+        gain[name] *= getattr(model, SCALES[name]).detach().square()
     means = {name: total / count[name].clamp_min(1)[..., None] for name, total in hessian.items()}
-    if config.tie_embeddings:
-        means[head], gain[head] = tied(means[head], gain[head], spread, times)
+    if config.tie_embeddings: means[head], gain[head] = tied(means[head], gain[head], spread, times)
     factors, guides = {name: inverse_factor(mean) for name, mean in means.items()}, {}
     for name in shapes:
         feedback = factors[source.get(name, name)]
@@ -2773,8 +2606,7 @@ def parse_overrides(config: Config) -> list[tuple[str, str, int, float]]:
 def quantizer_of(config: Config, piece: str) -> tuple[str, int, float]:
     """Parameter, or parameter:layer -> (key of QUANTIZERS, bits, clip in sigmas)."""
     name, _, layer = piece.partition(":")
-    if not (role := PARAM_TABLE[name]).quantizer:
-        return "fp16", 16, 0.0
+    if not (role := PARAM_TABLE[name]).quantizer: return "fp16", 16, 0.0
     plan: Any = getattr(config, role.quantizer), getattr(config, role.bits), getattr(config, role.clip_sigmas)
     for pattern, *other in parse_overrides(config):
         if fnmatch.filter(labels(config, name, int(layer or 0)), pattern):
@@ -2803,14 +2635,12 @@ def fake_quantizer(config: Config) -> FakeQuantize:
     def fake(name: str, layer: int, weight: Tensor) -> Tensor:
         quantizer, bits, clip_sigmas = plans[name, max(layer, 0)]
         table = PARAM_TABLE[name].optimizer == "adam"  # embedding, head, hashed pairs
-        if quantizer == "fp16" or (table and not config.qat_embedding):
-            return weight
+        if quantizer == "fp16" or (table and not config.qat_embedding): return weight
         with torch.no_grad():
             scale, levels = round_steps(sigma_steps(weight, bits, clip_sigmas)), 2 ** (bits - 1) - 1
             if config.qat_noise and config.num_loops and config.loop_start <= layer <= config.loop_end:
                 change = (torch.rand_like(weight) - 0.5) * scale
-            else:
-                change = nearest(weight, scale, levels) * scale - weight
+            else: change = nearest(weight, scale, levels) * scale - weight
         return weight + change
     return fake
 
@@ -2844,8 +2674,7 @@ def quantize(config: Config, weights: Mapping[str, Tensor], guides: Mapping[str,
             raise UserError(f"{name}: holds NaN or infinity, so there is nothing to quantize; lower the learning rates")
         for piece, layers in cut_bank(config, name, weight.shape).items():
             pieces[piece] = weight.detach()[layers]
-            if guides and name in guides:
-                known[piece] = Guide(*(part[layers] for part in guides[name]))
+            if guides and name in guides: known[piece] = Guide(*(part[layers] for part in guides[name]))
     steps = step_sizes(config, pieces, known)
     for piece, weight in pieces.items():
         quantizer, bits, _ = quantizer_of(config, piece)
@@ -2864,8 +2693,7 @@ def predicted_bytes(config: Config) -> int:
         for piece, layers in cut_bank(config, name, shape).items():
             count = math.prod(shape) * len(range(shape[0])[layers]) / shape[0]
             quantizer, bits, clip_sigmas = quantizer_of(config, piece)
-            if quantizer == "fp16":
-                total += 2 * count
+            if quantizer == "fp16": total += 2 * count
             else:  # a step of s standard deviations leaves log2(sqrt(2 pi e) / s) bits
                 levels = max(2 ** (bits - 1) - 1, 1)
                 per_weight = max(math.log2(math.sqrt(2 * math.pi * math.e) * levels / clip_sigmas), 0.0)
@@ -2879,85 +2707,47 @@ def predicted_bytes(config: Config) -> int:
 # ====================================================================================================================
 
 
-class Codec(NamedTuple):
-    """What packs bytes, and what gives them back."""
-
-    encode: Callable[[bytes], bytes]
-    decode: Callable[[bytes], bytes]
+ANS: Any = constriction.stream  # pyright: ignore[reportAttributeAccessIssue]
 
 
-RANS_BITS = 14  # of the frequencies
-
-
-def rans_frequencies(counts: np.ndarray) -> np.ndarray:
-    """Counts (n,) -> frequencies (n,) in proportion, that sum to 2^RANS_BITS; none is 0 where the count is not."""
-    total = 1 << RANS_BITS
-    frequencies = np.where(counts > 0, np.maximum(counts * total // counts.sum(), 1), 0)
-    while rest := total - int(frequencies.sum()):  # what rounding left over goes to, or comes from, the commonest
-        place = np.argsort(-frequencies, kind="stable")[:min(abs(rest), np.count_nonzero(frequencies > 1) or 1)]
-        frequencies[place] += 1 if rest > 0 else -1
-    return frequencies
+def rans_model(counts: np.ndarray) -> Any:
+    """Counts (n,) -> the distribution that both directions code with."""
+    return ANS.model.Categorical(counts / counts.sum(dtype=np.float64), perfect=False)
 
 
 def rans_encode(data: bytes) -> bytes:
-    """Order-0 entropy coder: range asymmetric numeral systems (arXiv:1311.2540), many interleaved lanes at once.
+    """Order-0 entropy coder: range asymmetric numeral systems (arXiv:1311.2540), by the constriction package.
 
-    Layout, little-endian: number of bytes uint64, lanes uint16, first symbol and number of symbols - 1 uint8, their
-    frequencies uint16, the lanes' last states uint32, 16-bit words. A symbol is a byte with its highest bit flipped, so
-    that small signed integers lie side by side.
+    Layout, little-endian: number of bytes uint64, first symbol and number of symbols - 1 uint8, their counts to scale
+    uint16, 32-bit words. A symbol is a byte with its highest bit flipped, so that small signed integers lie side by
+    side.
     """
-    if not data:
-        return b""
-    symbols = np.frombuffer(data, np.uint8) ^ 0x80
-    first, last = int(symbols.min()), int(symbols.max())
-    symbols = symbols - np.uint8(first)
-    frequencies = rans_frequencies(np.bincount(symbols))
-    lanes = max(min(len(data) >> 13, 512), 1)
-    rows = np.resize(symbols, -(-len(data) // lanes) * lanes).reshape(-1, lanes)  # the last row is filled up
-    frequency, start = frequencies.astype(np.uint64), (np.cumsum(frequencies) - frequencies).astype(np.uint64)
-    bits, limit = np.uint64(RANS_BITS), frequency << np.uint64(32 - RANS_BITS)
-    state, words = np.full(lanes, 1 << 16, np.uint64), []
-    for row in rows[::-1]:
-        full = state >= limit[row]
-        words.append(state[full].astype("<u2"))
-        state = np.where(full, state >> np.uint64(16), state)
-        quotient, rest = np.divmod(state, frequency[row])
-        state = (quotient << bits) + rest + start[row]
-    header = struct.pack("<QHBB", len(data), lanes, first, last - first)
-    return b"".join(map(bytes, (header, frequencies.astype("<u2"), state.astype("<u4"), np.concatenate(words[::-1]))))
+    if not data: return b""
+    symbols = (np.frombuffer(data, np.uint8) ^ 0x80).astype(np.int32)
+    first, coder = min(int(symbols.min()), 254), ANS.stack.AnsCoder()
+    counts = np.bincount(symbols - first, minlength=2)
+    counts = np.maximum(counts * 65535 // counts.max(), counts > 0).astype("<u2")
+    coder.encode_reverse(symbols - np.int32(first), rans_model(counts))
+    header = struct.pack("<QBB", len(data), first, len(counts) - 1)
+    return header + counts.tobytes() + coder.get_compressed().astype("<u4").tobytes()
 
 
 def rans_decode(data: bytes) -> bytes:
     """The inverse of rans_encode."""
-    if not data:
-        return b""
-    count, lanes, first, number = struct.unpack("<QHBB", data[:12])
-    split = 12 + 2 * (number + 1)
-    frequencies = np.frombuffer(data[12:split], "<u2").astype(np.int64)
-    state = np.frombuffer(data[split:split + 4 * lanes], "<u4").astype(np.uint64)
-    words, used = np.frombuffer(data[split + 4 * lanes:], "<u2").astype(np.uint64), 0
-    symbol = np.repeat(np.arange(number + 1, dtype=np.uint8), frequencies)  # by place in [0, 2^RANS_BITS)
-    start = np.repeat(np.cumsum(frequencies) - frequencies, frequencies)
-    offset = (np.arange(1 << RANS_BITS) - start).astype(np.uint64)
-    frequency, mask = np.repeat(frequencies, frequencies).astype(np.uint64), np.uint64((1 << RANS_BITS) - 1)
-    rows = np.empty((-(-count // lanes), lanes), np.uint8)
-    for row in rows:
-        place = (state & mask).astype(np.int64)
-        row[:] = symbol[place]
-        state = frequency[place] * (state >> np.uint64(RANS_BITS)) + offset[place]
-        low = np.flatnonzero(state < 1 << 16)
-        state[low] = (state[low] << np.uint64(16)) | words[used:used + len(low)]
-        used += len(low)
-    return ((rows.reshape(-1)[:count] + np.uint8(first)) ^ 0x80).tobytes()
+    if not data: return b""
+    (count, first, _), split = struct.unpack("<QBB", data[:10]), 10 + 2 * (data[9] + 1)
+    coder = ANS.stack.AnsCoder(np.frombuffer(data[split:], "<u4").astype(np.uint32))
+    symbols = coder.decode(rans_model(np.frombuffer(data[10:split], "<u2")), count)
+    return ((symbols + first).astype(np.uint8) ^ 0x80).tobytes()
 
 
 CODECS = {
-    "rans": Codec(rans_encode, rans_decode), "zlib": Codec(functools.partial(zlib.compress, level=9), zlib.decompress),
-    "brotli": Codec(functools.partial(brotli.compress, quality=11, lgwin=24), brotli.decompress),
-    "zstd": Codec(functools.partial(zstandard.compress, level=22), zstandard.decompress),
-    "lzma": Codec(functools.partial(lzma.compress, preset=9 | lzma.PRESET_EXTREME), lzma.decompress)}
+    "rans": Pair(rans_encode, rans_decode), "zlib": Pair(functools.partial(zlib.compress, level=9), zlib.decompress),
+    "brotli": Pair(functools.partial(brotli.compress, quality=11, lgwin=24), brotli.decompress),
+    "zstd": Pair(functools.partial(zstandard.compress, level=22), zstandard.decompress),
+    "lzma": Pair(functools.partial(lzma.compress, preset=9 | lzma.PRESET_EXTREME), lzma.decompress)}
 SIDE_CODECS = {**dict(zip(CODECS, CODECS)), "rans": "brotli"}  # of float16 values: an order-0 coder sees no repeats
-ARTIFACT_MAGIC = b"PGOLF\x00\x00\x03"  # the last byte is the version
+ARTIFACT_MAGIC = b"PGOLF\x00\x00\x04"  # the last byte is the version
 
 
 CLASSES = 32
@@ -2987,21 +2777,21 @@ def by_class(rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def pack_artifact(config: Config, quantized: Mapping[str, tuple[str, Arrays]], info: Mapping[str, Any]) -> bytes:
     """Quantized tensors -> the artifact's bytes: a stream of codes for each class, the classes, float16 values."""
-    specs, halves, classes = [], [], []
+    specs, side = [], []
     groups: list[list[bytes]] = [[] for _ in range(CLASSES)]
     for name, (quantizer, arrays) in quantized.items():
         specs.append([name, quantizer, {key: array.shape for key, array in arrays.items()}])
-        halves += [array.tobytes() for array in arrays.values() if array.dtype == np.float16]
-        if "codes" in arrays:
-            codes, columns = arrays["codes"], arrays["columns"]
-            order, sizes = by_class(rows := row_classes(codes, columns), columns)
-            classes += [columns.tobytes(), rows.tobytes()]
-            for group, part in zip(groups, np.split(codes.reshape(-1)[order], np.cumsum(sizes)[:-1])):
-                group.append(part.tobytes())
-    side = CODECS[SIDE_CODECS[config.compressor]].encode
+        for key, array in arrays.items():
+            if key == "codes":
+                order, sizes = by_class(rows := row_classes(array, arrays["columns"]), arrays["columns"])
+                side.append(rows.tobytes())
+                for group, part in zip(groups, np.split(array.reshape(-1)[order], np.cumsum(sizes)[:-1])):
+                    group.append(part.tobytes())
+            else:  # bytes of one significance side by side
+                side.append(array.reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T.tobytes())
     with ThreadPoolExecutor() as pool:  # the compressors release the interpreter lock
         streams = [*pool.map(CODECS[config.compressor].encode, (b"".join(group) for group in groups)),
-                   side(b"".join(classes)), side(np.frombuffer(b"".join(halves), np.uint8).reshape(-1, 2).T.tobytes())]
+                   CODECS[SIDE_CODECS[config.compressor]].encode(b"".join(side))]
     header = {"model": model_fields(config), **info, "codec": config.compressor, "tensors": specs,
               "streams": [len(stream) for stream in streams]}
     packed_header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
@@ -3019,11 +2809,9 @@ def fit_artifact(config: Config, weights: Mapping[str, Tensor], guides: Mapping[
         power = min(max(power, FINEST), COARSEST) if config.target_bytes else 0.0
         data = pack_artifact(config, quantize(config, weights, guides, 2 ** power), info)
         log(f"quantize steps:x{2 ** power:.4f} artifact_bytes:{len(data)} target_bytes:{target}")
-        if not config.target_bytes:
-            return data
+        if not config.target_bytes: return data
         best = max(best, data if len(data) <= target else b"", key=len)
-        if best and (power == FINEST or len(best) > 0.999 * target):
-            break
+        if best and (power == FINEST or len(best) > 0.999 * target): break
         if power != last[0] < math.inf:  # as measured: coarse steps save less
             slope = min(max((last[1] - len(data)) / (power - last[0]), count / 400), count / 8)
         last = power, len(data)
@@ -3035,34 +2823,28 @@ def fit_artifact(config: Config, weights: Mapping[str, Tensor], guides: Mapping[
 
 def unpack_artifact(data: bytes, where: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The artifact's bytes -> (header, {name: float32 weights}). UserError for what pack_artifact did not write."""
-    prefix = len(ARTIFACT_MAGIC)
-    *magic, version = ARTIFACT_MAGIC
-    require(data[:prefix - 1] == bytes(magic) and len(data) >= prefix, f"{where}: no artifact of this program")
-    require(data[prefix - 1] == version, f"{where}: artifact version {data[prefix - 1]}, this program reads {version}")
-    body, checksum = data[:-32], data[-32:]
-    require(hashlib.sha256(body).digest() == checksum,
+    (*magic, version), file = ARTIFACT_MAGIC, io.BytesIO(data[:-32])
+    require(file.read(len(magic)) == bytes(magic), f"{where}: no artifact of this program")
+    require((found := file.read(1)) == bytes([version]), f"{where}: artifact version {found.hex()}, here is {version}")
+    require(hashlib.sha256(data[:-32]).digest() == data[-32:],
             f"{where}: truncated or altered, its sha256 does not fit; copy or make it again")
-    file = io.BytesIO(body[prefix:])
     header = json.loads(zlib.decompress(file.read(int.from_bytes(file.read(4), "little"))))
     streams = [file.read(length) for length in header["streams"]]
-    side = CODECS[SIDE_CODECS[header["codec"]]].decode
-    halves = io.BytesIO(np.frombuffer(side(streams.pop()), np.uint8).reshape(2, -1).T.tobytes())
-    classes = io.BytesIO(side(streams.pop()))
-    with ThreadPoolExecutor() as pool:
-        groups = [*map(io.BytesIO, pool.map(CODECS[header["codec"]].decode, streams))]
+    side = io.BytesIO(CODECS[SIDE_CODECS[header["codec"]]].decode(streams.pop()))
+    with ThreadPoolExecutor() as pool: groups = [*map(io.BytesIO, pool.map(CODECS[header["codec"]].decode, streams))]
     weights, shapes = {}, param_shapes(artifact_config(header))
     for name, quantizer, specs in header["tensors"]:
         arrays = {}
         for key, shape in specs.items():
             if key == "codes":
-                order, sizes = by_class(np.frombuffer(classes.read(shape[0]), np.uint8), arrays["columns"])
+                order, sizes = by_class(np.frombuffer(side.read(shape[0]), np.uint8), arrays["columns"])
                 codes = np.empty(len(order), np.int8)
                 codes[order] = np.frombuffer(b"".join(map(io.BytesIO.read, groups, sizes.tolist())), np.int8)
                 arrays[key] = codes.reshape(shape)
             else:
-                source, dtype = (classes, np.dtype(np.int8)) if key == "columns" else (halves, np.dtype("<f2"))
-                values = bytearray(source.read(math.prod(shape) * dtype.itemsize))
-                arrays[key] = np.frombuffer(values, dtype).reshape(shape)
+                size = math.prod(shape) * (dtype := np.dtype(np.int8 if key == "columns" else "<f2")).itemsize
+                planes = np.frombuffer(side.read(size), np.uint8).reshape(dtype.itemsize, -1)
+                arrays[key] = planes.T.copy().view(dtype).reshape(shape)
         name = name.partition(":")[0]
         weights.setdefault(name, []).append(QUANTIZERS[quantizer].decode(arrays, (-1, *shapes[name][1:])))
     return header, {name: torch.cat(pieces) if len(pieces) > 1 else pieces[0] for name, pieces in weights.items()}
@@ -3075,8 +2857,7 @@ def artifact_config(header: Mapping[str, Any], config: Config | None = None) -> 
 
 def read_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Artifact file -> (header, {name: float32 weights})."""
-    with naming_path(path, "ARTIFACT_PATH"):
-        return unpack_artifact(path.read_bytes(), str(path))
+    with naming_path(path, "ARTIFACT_PATH"): return unpack_artifact(path.read_bytes(), str(path))
 
 
 PACKED_START = b"#coding:latin1\nimport lzma,linecache\n"
@@ -3088,8 +2869,7 @@ def pack_source(source: bytes) -> bytes:
     It needs the standard library only; inspect.getsource and the traceback module see the unpacked source, the
     interpreter's own tracebacks from Python 3.13 on. Packed stays as it is.
     """
-    if source.startswith(PACKED_START):
-        return source
+    if source.startswith(PACKED_START): return source
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
@@ -3147,13 +2927,8 @@ def windows(length: int, seq_len: int, stride: int) -> list[tuple[int, int, int]
 def score_windows(ids: np.ndarray, seq_len: int, stride: int, document_mask: bool) -> np.ndarray:
     """Windows over ids (n,), within documents if document_mask -> (W, 3) start, end, first scored; cover all once."""
     bounds = document_bounds(ids) if document_mask else np.array([0, len(ids)])
-    rows = np.array([(a + s, a + e, a + f) for a, b in zip(bounds[:-1].tolist(), bounds[1:].tolist())
+    return np.array([(a + s, a + e, a + f) for a, b in zip(bounds[:-1].tolist(), bounds[1:].tolist())
                      for s, e, f in windows(b - a, seq_len, stride)], np.int64)
-    times = np.zeros(len(ids) + 1, np.int64)
-    np.add.at(times, rows[:, 2], 1)
-    np.add.at(times, rows[:, 1], -1)
-    assert (np.cumsum(times)[:-1] == 1).all(), "a target is scored twice or never"
-    return rows
 
 
 def batch_windows(rows: np.ndarray, tokens: int) -> list[np.ndarray]:
@@ -3167,13 +2942,26 @@ def batch_windows(rows: np.ndarray, tokens: int) -> list[np.ndarray]:
     return [*groups, rows[first:]] if len(rows) else []
 
 
-def free_memory_bytes(world: World) -> float:
-    """Of this rank's device, or its share of the host's memory."""
-    if world.device.type == "cuda":
-        reusable = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return torch.cuda.mem_get_info()[0] + reusable
-    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
-    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") / world.size
+class Ledger:
+    """Nats of every target, and how often each was scored: the one place where scores of a stage are kept."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset, self.start = dataset, time.perf_counter()
+        self.nats, self.times = np.zeros(len(dataset.val_bytes)), np.zeros(len(dataset.val_bytes), np.uint8)
+
+    def add(self, place: np.ndarray, nats: np.ndarray) -> None:
+        """place, nats: any equal shape; targets that are -1 are nobody's."""
+        scored = place >= 0
+        np.add.at(self.times, place[scored], 1)
+        self.nats[place[scored]] = nats[scored]
+
+    def score(self, world: World) -> Score:
+        """The sum over all ranks. AssertionError where a target was scored twice or never."""
+        parts, times = world.gather(np.packbits(self.times != 0)), self.times - (self.times != 0)
+        for part in parts: times += np.unpackbits(part, count=len(times))
+        assert (times == 1).all(), f"{np.count_nonzero(times != 1)} of {len(times)} targets not scored exactly once"
+        (nats,), count_bytes = world.sum([self.nats.sum()]), int(self.dataset.val_bytes.sum())
+        return Score(nats, len(times), count_bytes, time.perf_counter() - self.start)
 
 
 class Evaluator:
@@ -3182,22 +2970,21 @@ class Evaluator:
     def __init__(self, config: Config, world: World, log: Log, dataset: Dataset, compiled: bool):
         self.config, self.world, self.log, self.dataset, self.compiled = config, world, log, dataset, compiled
         self.stages: dict[str, Score] = {}
-        # roughly the bytes of a token's logits and activations
-        fitting = int(free_memory_bytes(world) * 0.5 / (12 * config.vocab_size + 64 * config.model_dim))
-        wanted = max(config.val_batch_tokens // world.size, 1)
-        if world.device.type == "cpu":  # logits of 16 MB stay in reused memory; larger ones cost a page fault each 4 KB
-            wanted = min(wanted, max(2 ** 22 // config.vocab_size, config.eval_seq_len))
-        self.batch_tokens = max(min(wanted, fitting), config.eval_seq_len)
-        if self.batch_tokens < wanted:
-            log(f"val_batch_tokens:{self.batch_tokens * world.size} lowered to fit the memory")
+        # halved where memory runs out; on CPUs logits of 16 MB stay in reused memory, larger ones cost page faults
+        wanted = config.val_batch_tokens // world.size if world.device.type == "cuda" else 2 ** 22 // config.vocab_size
+        self.batch_tokens = max(min(wanted, config.val_batch_tokens // world.size), config.eval_seq_len)
 
-    def build(self, rows: np.ndarray, tokens: int, num_segments: int) -> tuple[Batch, np.ndarray]:
-        """Windows (W, 3) -> a batch of them in a row, and each token's place in the text, -1 = not scored."""
-        lengths = rows[:, 1] - rows[:, 0]
+    def build(self, rows: np.ndarray, tokens: int = 0, num_segments: int = 0, width: int = 0) -> tuple[Batch, Any]:
+        """Windows (W, 3) -> a batch of them in a row, and each token's place in the text, -1 = not scored.
+
+        Each window takes its own length, or `width` tokens, of which those behind its end are nobody's.
+        """
+        lengths = np.full(len(rows), width) if width else rows[:, 1] - rows[:, 0]
         starts = np.cumsum(lengths) - lengths
         place = np.arange(lengths.sum()) - np.repeat(starts - rows[:, 0], lengths)
-        scored = place >= np.repeat(rows[:, 2], lengths)
-        window, targets = self.dataset.val_tokens[place], self.dataset.val_tokens[place + 1]
+        scored = (place >= np.repeat(rows[:, 2], lengths)) & (place < np.repeat(rows[:, 1], lengths))
+        here = np.minimum(place, len(self.dataset.val_tokens) - 2)
+        window, targets = self.dataset.val_tokens[here], self.dataset.val_tokens[here + 1]
         place = np.where(scored, place, -1)
         if self.compiled and (rest := tokens - len(place)):  # one shape: fill up with segments that nobody scores
             starts = np.concatenate((starts, np.arange(len(place), tokens, self.config.eval_seq_len)))
@@ -3206,22 +2993,27 @@ class Evaluator:
         segments = make_segments(starts, len(window), self.config.eval_seq_len, num_segments)
         return make_batch(window, targets, segments), place
 
-    def score_stage(self, stage: str, forward: Forward, stride: int) -> None:
-        """Scores and keeps one stage of the pipeline."""
-        self.stages[stage] = score = self.score(forward, stride)
-        if not math.isfinite(score.nats):
-            raise UserError(f"final_{stage}: {score.nats} nats: training diverged; lower MATRIX_LR, TIED_EMBED_LR or "
-                            "SCALAR_LR")
+    def keep(self, stage: str, score: Score) -> None:
+        """Keeps and logs the score of one stage of the pipeline. UserError where it is no number."""
+        self.stages[stage] = score
+        require(math.isfinite(score.nats), f"final_{stage}: {score.nats} nats: {DIVERGED}")
         self.log(f"final_{stage}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f} "
                  f"eval_time:{score.seconds * 1000:.0f}ms")
 
-    @torch.no_grad()
     def score(self, forward: Forward, stride: int) -> Score:
         """forward = a GPT or its compiled form -> Score of all targets, summed in float64 over all ranks."""
-        start, dataset, world = time.perf_counter(), self.dataset, self.world
-        rows = score_windows(dataset.val_tokens[:-1], self.config.eval_seq_len, stride, self.config.document_mask)
-        mine = rows[world.rank::world.size]
-        nats, tokens, count_bytes = 0.0, 0, 0
+        return self.score_all(forward, stride).score(self.world)
+
+    def score_all(self, forward: Forward, stride: int) -> Ledger:
+        """The same -> this rank's share of the scores."""
+        config, ledger = self.config, Ledger(self.dataset)
+        rows = score_windows(self.dataset.val_tokens[:-1], config.eval_seq_len, stride, config.document_mask)
+        self.score_rows(forward, rows[self.world.rank::self.world.size], ledger)
+        return ledger
+
+    @torch.no_grad()
+    def score_rows(self, forward: Forward, mine: np.ndarray, ledger: Ledger) -> None:
+        """Scores windows (W, 3) into the ledger, as many at once as the memory holds."""
         while len(mine):
             groups = batch_windows(mine, self.batch_tokens)
             fillers = self.batch_tokens // self.config.eval_seq_len + 2
@@ -3229,23 +3021,281 @@ class Evaluator:
             try:
                 for group in groups:
                     batch, place = self.build(group, self.batch_tokens, bound)
-                    result = forward(*to_device(batch, world.device)).cpu().double().numpy()
-                    scored = place >= 0
-                    nats += float(result[scored].sum())
-                    tokens += int(scored.sum())
-                    count_bytes += int(dataset.val_bytes[place[scored]].sum())
+                    ledger.add(place, forward(*to_device(batch, self.world.device)).cpu().double().numpy())
                     mine = mine[len(group):]
-                    self.log.progress(f"evaluate stride:{stride} windows_left:{len(mine)}")
+                    self.log.progress(f"evaluate windows_left:{len(mine)}")
             except torch.OutOfMemoryError:
-                if self.batch_tokens <= self.config.eval_seq_len:
-                    raise
+                if self.batch_tokens <= self.config.eval_seq_len: raise
                 self.batch_tokens = max(self.batch_tokens // 2, self.config.eval_seq_len)
-                print(f"rank {world.rank}: out of memory, now scores {self.batch_tokens} tokens at once", flush=True)
+                print(f"rank {self.world.rank}: out of memory, now scores {self.batch_tokens} tokens", flush=True)
                 gc.collect()
         self.log.progress("")
-        nats, tokens, count_bytes = world.sum([nats, tokens, count_bytes])
-        assert int(tokens) == len(dataset.val_tokens) - 1 and int(count_bytes) == int(dataset.val_bytes.sum())
-        return Score(nats, int(tokens), int(count_bytes), time.perf_counter() - start)
+
+
+# ====================================================================================================================
+# 12. test-time training: the text in chunks; each is scored, and only then adapters, or all weights, learn from it.
+#     In: a model made of the artifact alone, the validation text. Out: the score. Adapters learn from what score
+#     returned, with its graph: nothing is run twice, and nothing can be learned from a token that has no score yet.
+# ====================================================================================================================
+
+
+def plan_groups(config: Config, lengths: np.ndarray, documents: Sequence[int], world: World) -> list[list[int]]:
+    """Lengths of all documents, those to score -> this rank's groups of documents to score side by side.
+
+    Documents that carry nothing over may be scored in any order without changing a score: the longest come first, in
+    smaller groups, so that ranks share them.
+    """
+    in_a_row, groups = config.ttt_warm_start_a and config.ttt_order == "stream", []
+    order = list(documents) if in_a_row else sorted(documents, key=lambda i: (-int(lengths[i]), i))
+    while order:
+        small = lengths[order[0]] > 2 * config.eval_seq_len and not in_a_row
+        size = max(config.ttt_batch_size // 8, 1) if small else config.ttt_batch_size
+        groups.append(order[:size])
+        order = order[size:]
+    if not in_a_row: groups.sort(key=lambda group: -group_work(config, lengths[group]))
+    return groups[world.rank::world.size]
+
+
+def chunk_size(config: Config, longest: int) -> int:
+    """Tokens of a chunk in a group whose longest document has so many; no more than a row holds (PR #2014)."""
+    fitting = [int(chunk) for chunk, most in parse_schedule(config.ttt_chunk_schedule) if longest <= most]
+    return min([*fitting, config.ttt_chunk_size][0], config.eval_seq_len)
+
+
+def group_work(config: Config, lengths: np.ndarray) -> int:
+    """Tokens that pass through the model to score a group of documents."""
+    chunk = chunk_size(config, longest := int(lengths.max()))
+    return len(lengths) * sum(min(end, config.eval_seq_len) for end in range(chunk, longest + chunk, chunk))
+
+
+class TestTimeTrainer:
+    """Scores the validation text with weights that learn from what was scored."""
+
+    def __init__(self, config: Config, evaluator: Evaluator, model: GPT, started: float):
+        self.config, self.world, self.evaluator, self.model = config, evaluator.world, evaluator, model
+        self.dataset, self.ledger = evaluator.dataset, Ledger(evaluator.dataset)
+        self.deadline = started + config.eval_budget_seconds
+        self.bounds = document_bounds(self.dataset.val_tokens[:-1])
+        self.lengths = np.diff(self.bounds)
+        known = evaluator.stages.get("quantized")  # what scoring a target takes, if nothing learns
+        self.plain_seconds = known.seconds / known.tokens if known else 0.0
+        self.unscored, self.done_work, self.done_seconds = int(self.bounds[-1]), 0, 0.0
+        self.scored_chunks = self.learned_chunks = self.skipped = 0
+        self.inner: list[Tensor] = []
+        model.requires_grad_(False).fused = True
+
+    def run(self) -> Ledger:
+        """Scores all targets, in parts of the documents; behind each part all weights learn, if they are to."""
+        config, streams = self.config, self.config.ttt_strategy == "stream"
+        order = np.arange(len(self.lengths))
+        if config.ttt_order == "length": order = np.argsort(-self.lengths, kind="stable")
+        optimizer = self.weight_optimizer()
+        for _ in range(config.ttt_unsafe_multi_epoch):  # not legal: learns from what has no score yet
+            self.learn_from(order, optimizer, 0.0, 1.0)
+        parts = self.parts(order)
+        for i, part in enumerate(parts):
+            (self.score_windows if streams else self.score_documents)(part)
+            self.unscored -= int(self.lengths[part].sum())
+            if i + 1 < len(parts) and not config.ttt_unsafe_multi_epoch:
+                if streams: self.learn_from(part, optimizer, i / (len(parts) - 1), 0.0)
+                else: self.learn_from(np.concatenate(parts[:i + 1]), self.weight_optimizer(), 0.0, 1.0)
+        self.evaluator.log(f"adaptation scored_chunks:{self.scored_chunks} learned_chunks:{self.learned_chunks} "
+                           f"skipped:{self.skipped} legal:{int(not config.ttt_unsafe_multi_epoch)}")
+        return self.ledger
+
+    def parts(self, order: np.ndarray) -> list[np.ndarray]:
+        """Documents in the order of their scores -> those between two times that all weights learn."""
+        config, count = self.config, len(order)
+        if config.ttt_strategy == "stream":
+            before = np.cumsum(self.lengths[order]) - self.lengths[order]
+            ends = np.flatnonzero(np.diff(before // (config.global_ttt_chunk_tokens or 1))) + 1
+        else:
+            prefix, phases = min(config.phased_ttt_prefix_docs, count), config.phased_ttt_num_phases
+            ends = sorted({prefix * (phase + 1) // phases for phase in range(phases)} - {0, count})
+        return np.split(order, ends)
+
+    def in_time(self, seconds: float) -> bool:
+        """Whether there is time for something that takes so long, and for scoring what is left without adaptation."""
+        late = time.perf_counter() + seconds + self.plain_seconds * self.unscored > self.deadline
+        self.skipped += late
+        return not late
+
+    # --- adapters of documents
+    def score_documents(self, documents: np.ndarray) -> None:
+        """Scores documents, each with adapters of its own that learn from chunk to chunk."""
+        for group in plan_groups(self.config, self.lengths, documents.tolist(), self.world):
+            start, work = time.perf_counter(), group_work(self.config, self.lengths[group])
+            if self.in_time(self.done_seconds / max(self.done_work, 1) * work):
+                self.score_group(group)
+                self.done_work, self.done_seconds = \
+                    self.done_work + work, self.done_seconds + time.perf_counter() - start
+            else: self.evaluator.score_rows(self.model, self.windows_of(group), self.ledger)
+            self.evaluator.log.progress(f"adapted tokens:{self.done_work} seconds:{self.done_seconds:.0f}")
+
+    def score_group(self, group: Sequence[int]) -> None:
+        """score, then adapt, chunk by chunk."""
+        lengths, kept = self.lengths[group], []
+        size, (adapters, optimizer) = chunk_size(self.config, int(lengths.max())), self.fresh_adapters(len(group))
+        for first in range(0, int(lengths.max()), size):
+            scored, place = self.score(group, first, size, adapters)
+            kept.append((place, scored.detach()))
+            self.scored_chunks += 1
+            if (goes_on := first + size < lengths).any():  # the mean of a chunk, where the document has another one
+                weights = torch.from_numpy(np.repeat(goes_on / size, size)).float()
+                self.adapt(scored, weights.to(self.world.device), optimizer)
+        for place, nats in kept: self.ledger.add(place, nats.cpu().double().numpy())
+        places = np.concatenate([place[place >= 0] for place, _ in kept])
+        if len(lost := places[~np.isfinite(self.ledger.nats[places])]):  # the rest of a document whose adapters broke
+            self.evaluator.score_rows(self.model, self.windows_of(group), plain := Ledger(self.dataset))
+            self.ledger.nats[lost] = plain.nats[lost]
+            self.evaluator.log(f"adaptation: {len(lost)} targets had no number, scored without adapters")
+
+    def score(self, group: Sequence[int], first: int, size: int,
+              adapters: Mapping[str, Tensor]) -> tuple[Tensor, np.ndarray]:
+        """Targets [first, first + size) of each document, with as much before them as a row holds -> their nats
+        (docs x size,) with the graph, their places in the text, -1 = none."""
+        width, ends = min(first + size, self.config.eval_seq_len), np.minimum(first + size, self.lengths[group])
+        start, begins, device = self.bounds[group], np.maximum(ends - width, 0), self.world.device
+        batch, place = self.evaluator.build(np.stack((start + begins, start + ends, start + first), 1), width=width)
+        columns = first - begins[:, None] + np.arange(size)  # of the rows; the same number of each, for the head
+        here = (np.arange(len(group))[:, None] * width + np.minimum(columns, width - 1)).ravel()
+        place = np.where(columns.ravel() < width, place[here], -1)
+        (ids, targets, segments), (here, kept) = to_device(batch, device), (
+            torch.from_numpy(x).to(device) for x in (here, place >= 0))
+        return self.model(ids, torch.where(kept, targets[:, here], -1), segments, adapters, here), place
+
+    def adapt(self, scored: Tensor, weights: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """One step of the optimizer on nats that were kept. A document whose nats are no numbers rests."""
+        assert self.learned_chunks < self.scored_chunks
+        (scored.nan_to_num(0, 0, 0) * weights).sum().backward()
+        for parameter in (p for settings in optimizer.param_groups for p in settings["params"]):
+            parameter.grad.nan_to_num_(0, 0, 0)
+        optimizer.step()
+        optimizer.zero_grad()
+        self.learned_chunks += 1
+
+    def fresh_adapters(self, documents: int) -> tuple[dict[str, Tensor], torch.optim.Optimizer]:
+        """-> adapters that add nothing yet, see GPT.forward, (docs, visits, R, in) and (docs, visits, out, R); their
+        optimizer. Every document starts with the same ones: its score does not depend on its place or its neighbors.
+        """
+        config, device, width, rank = self.config, self.world.device, self.config.model_dim, self.config.ttt_lora_rank
+        visits, kv = len(self.model.plans[self.model.looping]), config.num_kv_heads * config.head_dim
+        sizes = {"k": (visits, width, kv), "v": (visits, width, kv),
+                 "head": (1, config.embed_dim or width, config.vocab_size)}
+        generator, adapters = torch.Generator(device).manual_seed(config.seed), {}
+        for target in config.ttt_targets.split(","):
+            count, inputs, outputs = sizes.get(target, (visits, width, width))
+            inner = torch.empty(count, rank, inputs, device=device)
+            inner.uniform_(-(inputs ** -0.5), inputs ** -0.5, generator=generator)
+            adapters[f"{target}_document_in"] = inner.repeat(documents, 1, 1, 1)
+            adapters[f"{target}_document_out"] = torch.zeros(documents, count, outputs, rank, device=device)
+        inside = [name for name in adapters if name.endswith("in")]
+        if config.ttt_warm_start_a and self.inner and len(self.inner[0]) == documents:
+            adapters |= {name: value.detach() for name, value in zip(inside, self.inner)}
+        self.inner = [adapters[name].requires_grad_() for name in inside]
+        outer = [value.requires_grad_() for name, value in adapters.items() if name not in inside]
+        return adapters, self.make_optimizer([*self.inner, *outer], config.ttt_lora_lr, config.ttt_optimizer)
+
+    # --- all weights
+    def windows_of(self, documents: Sequence[int] | np.ndarray, stride: int = 0) -> np.ndarray:
+        """-> (W, 3) windows over the documents' targets, see windows; without a stride they do not overlap."""
+        length = self.config.eval_seq_len
+        return np.concatenate([np.array(windows(int(self.lengths[i]), length, stride or length)) + self.bounds[i]
+                               for i in documents])
+
+    def score_windows(self, documents: np.ndarray) -> None:
+        """Scores documents with the weights as they are."""
+        rows = self.windows_of(documents, self.config.eval_stride)[self.world.rank::self.world.size]
+        self.evaluator.score_rows(self.model, rows, self.ledger)
+        self.scored_chunks += 1
+
+    def learn_from(self, documents: np.ndarray, optimizer: torch.optim.Optimizer, progress: float, span: float) -> None:
+        """Trains all weights on documents; the learning rate follows a cosine from `progress` over `span`."""
+        start, tokens = time.perf_counter(), self.config.global_ttt_chunk_tokens or 32768
+        chunks = batch_windows(self.windows_of(documents), tokens)
+        for i, rows in enumerate(chunks):
+            taken = (time.perf_counter() - start) / max(i, 1)
+            if not self.world.share(self.in_time(taken)): break
+            for _ in range(self.config.global_ttt_epochs):
+                self.learn(rows, optimizer, 0.5 + 0.5 * math.cos(math.pi * (progress + span * i / len(chunks))))
+
+    def learn(self, rows: np.ndarray, optimizer: torch.optim.Optimizer, lr_scale: float) -> None:
+        """One step of all weights on the targets of windows (W, 3), shared out over ranks."""
+        config, params = self.config, dict(self.model.named_parameters())
+        total = int((rows[:, 1] - rows[:, 0]).sum())
+        grads = [torch.zeros_like(p) for p in params.values()]
+        for p, grad in zip(params.values(), grads): p.requires_grad_(True).grad = grad
+        for group in batch_windows(rows[self.world.rank::self.world.size], self.evaluator.batch_tokens):
+            batch = to_device(self.evaluator.build(group)[0], self.world.device)
+            (self.model(*batch).sum() / total).backward()
+        frozen = [(p, grad, max(config.ttt_freeze_blocks + len(p) - config.num_layers, 0))
+                  for (name, p), grad in zip(params.items(), grads)
+                  if name not in GLOBAL_ROLES | SKIP_ROLES and "adapter" not in name]
+        for grad in grads if self.world.size > 1 else (): dist.all_reduce(grad)
+        for _, grad, count in frozen: grad[:count] = 0
+        if config.global_ttt_grad_clip: torch.nn.utils.clip_grad_norm_(params.values(), config.global_ttt_grad_clip)
+        for settings in optimizer.param_groups: settings["lr"] = settings["base_lr"] * lr_scale
+        before = [p.detach()[:count].clone() for p, _, count in frozen]
+        if all(bool(grad.isfinite().all()) for grad in grads):  # else the weights stay as they were
+            optimizer.step()
+            self.learned_chunks += 1
+        self.model.requires_grad_(False)
+        for (p, _, count), value in zip(frozen, before): p[:count] = value  # adamw lets weights decay
+
+    def make_optimizer(self, params: Any, lr: float, kind: str) -> torch.optim.Optimizer:
+        config = self.config
+        if kind == "sgd": return torch.optim.SGD(params, lr, momentum=config.global_ttt_momentum)
+        return torch.optim.AdamW(params, lr, (config.ttt_beta1, config.ttt_beta2), 1e-10, config.ttt_weight_decay)
+
+    def weight_optimizer(self) -> torch.optim.Optimizer:
+        """Of all weights: sgd in phases. adamw has the factors of PR #532: output projections 3, up projections 0.5."""
+        config, params = self.config, self.model.named_parameters()
+        kind = config.ttt_optimizer if config.ttt_strategy == "stream" else "sgd"
+        factors = {"out_proj": 3.0, "down_proj": 3.0, "up_proj": 0.5} if kind == "adamw" else {}
+        groups = [{"params": [p], "base_lr": config.global_ttt_lr * factors.get(name, 1.0)} for name, p in params]
+        return self.make_optimizer(groups, config.global_ttt_lr, kind)
+
+
+def score_model(config: Config, evaluator: Evaluator, model: GPT, started: float) -> Ledger:
+    """Scores all targets as EVAL_MODE says; `started` on the evaluation's clock."""
+    if config.eval_mode == "adapted": return TestTimeTrainer(config, evaluator, model, started).run()
+    return evaluator.score_all(model, config.eval_seq_len if config.eval_mode == "packed" else config.eval_stride)
+
+
+AUDIT_TOKENS = 4096  # of the sample
+
+
+def audit(config: Config, evaluator: Evaluator, make: Callable[[], GPT]) -> dict[str, Any]:
+    """Scores the beginning of the text twice, and once with another token at a random place -> what that tells.
+
+    No target before the changed token may have another score, beyond what two equal runs differ by. `make` gives a
+    model as the artifact has it. Also: how far a sum of probabilities over the vocabulary is from 1.
+    """
+    dataset, world, random = evaluator.dataset, evaluator.world, np.random.default_rng(config.seed)
+    tokens = np.array(dataset.val_tokens[:AUDIT_TOKENS])
+    inside = np.flatnonzero(tokens[2:] != BOS) + 2
+    place, changed = int(random.choice(inside)) if len(inside) else len(tokens), tokens.copy()
+    changed[place:place + 1] = max((int(tokens[place % len(tokens)]) + 1) % config.vocab_size, BOS + 1)
+
+    def nats_of(text: np.ndarray) -> np.ndarray:
+        sample = replace(dataset, val_tokens=text, val_bytes=dataset.val_bytes[:len(text) - 1])
+        quiet = Evaluator(config, world, Log(replace(world, rank=-1), config), sample, False)
+        return np.array(world.sum(score_model(config, quiet, make(), time.perf_counter()).nats.tolist()))
+    first, again, other = nats_of(tokens), nats_of(tokens), nats_of(changed)
+    earlier = np.arange(len(first)) < place - 1  # target i is token i + 1
+    if config.ttt_order == "length":  # of the same document: others may have been scored behind it
+        bounds = document_bounds(tokens[:-1])
+        earlier &= np.arange(len(first)) >= bounds[np.searchsorted(bounds, place - 1, "right") - 1]
+    window = tokens[:min(9, len(tokens))]
+    every = np.arange(config.vocab_size).repeat(len(window) - 1).reshape(config.vocab_size, -1).T
+    with torch.no_grad():
+        ids, _, segments = to_device(window_batch(config, window, config.eval_seq_len), world.device)
+        nats = make()(ids, torch.from_numpy(every)[None].to(world.device), segments).double()
+    noise, change, behind = (float(np.abs(x - first)[mask].max(initial=0)) for x, mask in (
+        (again, slice(None)), (other, earlier), (other, ~earlier)))
+    return {"sample_tokens": len(tokens), "changed_token": place, "noise_nats": noise, "change_before_nats": change,
+            "change_behind_nats": behind, "causal": change <= noise,
+            "probability_error": float((nats.neg().exp().sum(-1) - 1).abs().max())}
 
 
 # ====================================================================================================================
@@ -3264,8 +3314,7 @@ def write_run_header(log: Log, config: Config, world: World, source: bytes) -> N
 
 def describe_dataset(log: Log, dataset: Dataset, notes: Sequence[str]) -> None:
     """What was read, and its fingerprint."""
-    for note in [*notes, *dataset.notes]:
-        log(f"warning: {note}")
+    for note in notes: log(f"warning: {note}")
     log(f"train_shards:{len(dataset.train.shards)} train_tokens:{len(dataset.train)} "
         f"val_documents:{len(document_bounds(dataset.val_tokens)) - 1} val_tokens:{len(dataset.val_tokens)} "
         f"val_bytes:{int(dataset.val_bytes.sum())} leaked_documents:{dataset.leaked_documents}")
@@ -3303,9 +3352,9 @@ def preflight(config: Config, log: Log, trainer: Trainer, code_bytes: int) -> No
     projected = min(budget, config.iterations * sum(share * seconds[stage] for stage, share in shares.items()))
     log(f"preflight projected_steps:{steps} projected_train_seconds:{projected:.0f} "
         f"peak_memory:{trainer.world.peak_memory_bytes() // 2**20}MiB")
-    predicted = predicted_bytes(config)
-    log(f"preflight predicted_artifact_bytes:{predicted} code_bytes:{code_bytes} predicted_submission_bytes:"
-        f"{predicted + code_bytes} limit_bytes:{SIZE_LIMIT_BYTES}\npreflight ok")
+    total = (predicted := predicted_bytes(config)) + code_bytes
+    log(f"preflight predicted_artifact_bytes:{predicted} code_bytes:{code_bytes} predicted_submission_bytes:{total} "
+        f"limit_bytes:{SIZE_LIMIT_BYTES}\npreflight ok")
 
 
 def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequest) -> int:
@@ -3315,39 +3364,56 @@ def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequ
     write_run_header(log, config, world, source)
     attention_name, attention = choose_attention(config.attention, world.device)
     compiled = use_compile(config, world, attention_name)
+    artifact_path = Path(config.eval_only or config.artifact_path or Path(config.log_dir) / f"{config.run_id}.artifact")
+    if config.eval_only:
+        config = replace(config, **model_fields(reload(config, world, artifact_path, attention)[0].config))
     dataset = open_dataset(config, world)
     describe_dataset(log, dataset, notes)
-    trainer = Trainer(config, world, log, dataset, attention, compiled, fake_quantizer(config))
-    describe_model(log, config, trainer, attention_name)
-    artifact_path = Path(config.artifact_path or Path(config.log_dir) / f"{config.run_id}.artifact")
-    if world.rank == 0:
-        check_disk(config, trainer, artifact_path)
-    if config.preflight:
-        preflight(config, log, trainer, code_bytes)
-        return 0
-
     evaluator = Evaluator(config, world, log, dataset, compiled)
+    facts = {"steps": 0, "train_tokens": 0, "train_seconds": 0.0, "compile_seconds": 0.0, "calibration_seconds": 0.0,
+             "num_params": sum(map(math.prod, param_shapes(config).values()))}
+    if not config.eval_only:
+        trainer = Trainer(config, world, log, dataset, attention, compiled, fake_quantizer(config))
+        describe_model(log, config, trainer, attention_name)
+        if world.rank == 0: check_disk(config, trainer, artifact_path)
+        if config.preflight:
+            preflight(config, log, trainer, code_bytes)
+            return 0
+        facts |= make_artifact(config, trainer, evaluator, stop, artifact_path, code_bytes)
+
+    start = time.perf_counter()
+    model, header, artifact_bytes = reload(config, world, artifact_path, attention)
+    require(header["tokenizer_sha256"] == dataset.tokenizer_sha256, f"{artifact_path}: was made with tokenizer "
+            f"{header['tokenizer_sha256'][:12]}, TOKENIZER_PATH is {dataset.tokenizer_sha256[:12]}: set the right one")
+    if config.eval_mode == "adapted":  # nothing to compile: the kernels do most of it, and adapters come in many shapes
+        evaluator.compiled, model.fused = False, True
+    compile_model(model, evaluator.compiled)
+    evaluator.keep("quantized", evaluator.score(model, config.eval_seq_len))
+    if config.eval_mode != "packed":
+        evaluator.keep(config.eval_mode, score_model(config, evaluator, model, start).score(world))
+    measured = {**facts, "eval_seconds": round(time.perf_counter() - start, 3), "artifact_bytes": artifact_bytes,
+                "code_bytes": code_bytes, "submission_bytes": artifact_bytes + code_bytes,
+                "source_sha256": hashlib.sha256(source).hexdigest()}
+    found = audit(config, evaluator, lambda: reload(config, world, artifact_path, attention)[0]) if config.audit else {}
+    return report_result(config, world, log, dataset, evaluator.stages, measured, found)
+
+
+def make_artifact(config: Config, trainer: Trainer, evaluator: Evaluator, stop: StopRequest, path: Path,
+                  code_bytes: int) -> dict[str, Any]:
+    """Trains, averages, calibrates, and writes the artifact -> what is to be known of that."""
+    world, dataset = trainer.world, evaluator.dataset
     compile_seconds = train(config, trainer, evaluator, stop)
     trainer.model.eval()
-    evaluator.score_stage("raw", trainer.forward, config.eval_seq_len)
+    evaluator.keep("raw", evaluator.score(trainer.forward, config.eval_seq_len))
     trainer.use_averages()
-    evaluator.score_stage("averaged", trainer.forward, config.eval_seq_len)
+    evaluator.keep("averaged", evaluator.score(trainer.forward, config.eval_seq_len))
     guides, calibration_seconds = calibrate_on_training_text(config, trainer, dataset)
     if world.rank == 0:
         info = {"looping": trainer.model.looping, "tokenizer_sha256": dataset.tokenizer_sha256}
-        data = fit_artifact(config, trainer.params, guides, info, code_bytes, log)
-        write_atomic(artifact_path, lambda file: file.write(data), "ARTIFACT_PATH")
-
-    start = time.perf_counter()
-    forward, artifact_bytes = reload(config, world, artifact_path, attention, compiled)
-    evaluator.score_stage("quantized", forward, config.eval_seq_len)
-    if config.eval_mode == "sliding":
-        evaluator.score_stage("sliding", forward, config.eval_stride)
-    return report_result(config, world, log, dataset, trainer, evaluator.stages, {
-        "compile_seconds": round(compile_seconds, 3), "calibration_seconds": round(calibration_seconds, 3),
-        "eval_seconds": round(time.perf_counter() - start, 3), "artifact_bytes": artifact_bytes,
-        "code_bytes": code_bytes, "submission_bytes": artifact_bytes + code_bytes,
-        "source_sha256": hashlib.sha256(source).hexdigest()})
+        data = fit_artifact(config, trainer.params, guides, info, code_bytes, trainer.log)
+        write_atomic(path, lambda file: file.write(data), "ARTIFACT_PATH")
+    return {"steps": trainer.step, "train_tokens": trainer.tokens, "train_seconds": round(trainer.elapsed_seconds, 3),
+            "compile_seconds": round(compile_seconds, 3), "calibration_seconds": round(calibration_seconds, 3)}
 
 
 def train(config: Config, trainer: Trainer, evaluator: Evaluator, stop: StopRequest) -> float:
@@ -3357,8 +3423,7 @@ def train(config: Config, trainer: Trainer, evaluator: Evaluator, stop: StopRequ
         trainer.warmup(config.warmup_steps)
         trainer.log(f"compile_warmup seconds:{time.perf_counter() - start:.1f}")
     compile_seconds = time.perf_counter() - start
-    if config.resume:
-        trainer.load(config.resume)
+    if config.resume: trainer.load(config.resume)
     if not trainer.finished:
         trainer.run(stop, lambda: evaluator.score(trainer.forward, config.eval_seq_len))
     trainer.loader.close()
@@ -3370,8 +3435,7 @@ def train(config: Config, trainer: Trainer, evaluator: Evaluator, stop: StopRequ
 
 def calibrate_on_training_text(config: Config, trainer: Trainer, dataset: Dataset) -> tuple[dict[str, Guide], float]:
     """-> (guides for the quantizers that take them, seconds). All ranks take part; the pieces come from all over."""
-    if not {"gptq", "tcq"} & {quantizer_of(config, piece)[0] for name, p in trainer.params.items()
-                              for piece in cut_bank(config, name, p.shape)}:
+    if not re.search("gptq|tcq", f"{config.matrix_quantizer} {config.embed_quantizer} {config.quant_overrides}"):
         return {}, 0.0
     start, world, stream = time.perf_counter(), trainer.world, dataset.train
     tokens = min(config.micro_batch_tokens, 16384)  # without compilation more would not fit
@@ -3387,38 +3451,43 @@ def calibrate_on_training_text(config: Config, trainer: Trainer, dataset: Datase
     return guides, seconds
 
 
-def reload(config: Config, world: World, path: Path, attention: Attention, compiled: bool) -> tuple[Forward, int]:
-    """Artifact file, read by rank 0 -> (model on every rank, made of nothing but the file's bytes; their number)."""
+def reload(config: Config, world: World, path: Path, attention: Attention) -> tuple[GPT, dict[str, Any], int]:
+    """Artifact file, read by rank 0 -> (model on every rank, made of nothing but the file; its header; its bytes).
+
+    UserError where the environment asks for another model.
+    """
     header, weights, size = None, {}, 0
-    if world.rank == 0:
-        (header, weights), size = read_artifact(path), path.stat().st_size
+    if world.rank == 0: (header, weights), size = read_artifact(path), path.stat().st_size
     header, size = world.share((header, size))
-    model = GPT(artifact_config(header, config), world.dtype, attention).to(world.device).eval()
+    for name, kept in header["model"].items() if config.eval_only else ():
+        require((wanted := getattr(config, name)) in (getattr(Config, name), kept),
+                f"EVAL_ONLY={path}: was made with {name.upper()}={kept}, not {wanted}; leave it out")
+    config = artifact_config(header, config)
+    kernels = choose_kernels(replace(config, fp8_matmul=False), world.device)
+    model = GPT(config, world.dtype, attention, kernels).to(world.device).eval()
     model.looping = header["looping"]
-    if world.rank == 0:
-        model.load_state_dict(weights)
-    for parameter in model.parameters() if world.size > 1 else ():
-        dist.broadcast(parameter.detach(), 0)
-    return compile_model(model, compiled), size
+    if world.rank == 0: model.load_state_dict(weights)
+    for parameter in model.parameters() if world.size > 1 else (): dist.broadcast(parameter.detach(), 0)
+    return model, header, size
 
 
 def use_compile(config: Config, world: World, attention: str) -> bool:
     """Whether to compile. auto: on CUDA, where attention takes packed segments directly. UserError without CUDA."""
     on_gpu = world.device.type == "cuda"
-    if config.compile == "0" or (config.compile == "auto" and not (on_gpu and attention != "sdpa")):
-        return False
+    if config.compile == "0" or (config.compile == "auto" and not (on_gpu and attention != "sdpa")): return False
     require(on_gpu, f"COMPILE={config.compile}: needs CUDA, this is {world.device.type}; use COMPILE=auto")
     torch._dynamo.config.recompile_limit = 64  # graphs: the stages of training, and scoring, with their shapes
     return True
 
 
-def report_result(config: Config, world: World, log: Log, dataset: Dataset, trainer: Trainer,
-                  stages: Mapping[str, Score], measured: Mapping[str, Any]) -> int:
+def report_result(config: Config, world: World, log: Log, dataset: Dataset, stages: Mapping[str, Score],
+                  measured: Mapping[str, Any], audited: Mapping[str, Any]) -> int:
     """Logs sizes and the result line -> exit code: 3 where the submission is too large, else 0."""
     submission = measured["submission_bytes"]
     official = "quantized" if config.eval_mode == "packed" else config.eval_mode
     score, fits = stages[official], submission <= SIZE_LIMIT_BYTES
-    in_time = max(measured["eval_seconds"], trainer.elapsed_seconds + measured["calibration_seconds"]) <= LIMIT_SECONDS
+    training = measured["train_seconds"] + measured["calibration_seconds"]
+    in_time = max(measured["eval_seconds"], training) <= LIMIT_SECONDS
     log(f"artifact_bytes:{measured['artifact_bytes']} code_bytes:{measured['code_bytes']} "
         f"submission_bytes:{submission} limit_bytes:{SIZE_LIMIT_BYTES} fits:{int(fits)}")
     if not fits:
@@ -3427,14 +3496,14 @@ def report_result(config: Config, world: World, log: Log, dataset: Dataset, trai
     result = {
         "version": VERSION, "run_id": config.run_id, "seed": config.seed, "world_size": world.size,
         "device": world.describe(), "torch": torch.__version__, "data_fingerprint": dataset.fingerprint,
-        "overrides": config.overrides(), "steps": trainer.step, "train_tokens": trainer.tokens,
-        "train_seconds": round(trainer.elapsed_seconds, 3), "num_params": trainer.num_params,
-        "peak_memory_bytes": max(world.gather(world.peak_memory_bytes())), "official_stage": official,
-        "stages": {name: stage.as_dict() for name, stage in stages.items()}, "val_loss": score.val_loss,
-        "val_bpb": score.val_bpb, **measured, "headroom_bytes": SIZE_LIMIT_BYTES - submission, "fits": fits,
-        "legal": fits and in_time and dataset.leaked_documents == 0,
+        "overrides": config.overrides(), "peak_memory_bytes": max(world.gather(world.peak_memory_bytes())),
+        "stages": {name: stage.as_dict() for name, stage in stages.items()}, "official_stage": official,
+        "val_loss": score.val_loss, "val_bpb": score.val_bpb, **measured,
+        "headroom_bytes": SIZE_LIMIT_BYTES - submission, "fits": fits,
+        "legal": fits and in_time and dataset.leaked_documents == 0 and not config.ttt_unsafe_multi_epoch
+        and audited.get("causal", True) and audited.get("probability_error", 0) < 1e-4,
         "audit": {"scored_targets": score.tokens, "targets": len(dataset.val_tokens) - 1, "scored_bytes": score.bytes,
-                  "leaked_documents": dataset.leaked_documents, "in_time": in_time}}
+                  "leaked_documents": dataset.leaked_documents, "in_time": in_time, **audited}}
     log("result " + json.dumps(result))
     return 0 if fits or config.allow_oversize else 3
 
@@ -3453,24 +3522,18 @@ def main(environ: Mapping[str, str], arguments: Sequence[str] = ()) -> int:
         world = World.start(config, environ)
         config = replace(config, run_id=config.run_id or world.share(time.strftime("%Y%m%d-%H%M%S")))
         log = Log(world, config)
-        code = run(config, notes, world, log, stop)
-        world.close()
-        return code
-    except UserError as error:
-        message, code = f"error: {error}", 2
+        return run(config, notes, world, log, stop)
+    except UserError as error: message, code = f"error: {error}", 2
     except torch.OutOfMemoryError as error:
         message, code = f"error: out of memory ({first_line(error)}); lower MICRO_BATCH_TOKENS", 2
-    except Interrupted as interruption:
-        message, code = f"interrupted; RESUME={interruption} continues", 130
+    except Interrupted as interruption: message, code = f"interrupted; RESUME={interruption} continues", 130
     except (Exception, KeyboardInterrupt) as error:
         if stop.ending:  # a KeyboardInterrupt; libraries turn some into errors of their own
             message, code = "interrupted; nothing was left half-written", 130
         elif isinstance(error, dist.DistError) or "gloo" in str(error).lower():
             message, code = f"error: another process is gone ({first_line(error):.200})", 2
-        else:
-            raise
-    if log:
-        log(message, to_terminal=False)
+        else: raise
+    if log: log(message, to_terminal=False)
     prefix = f"rank {rank}: " if rank.isdigit() and rank != "0" else ""
     print(prefix + message, file=sys.stderr, flush=True)
     return code

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import train_gpt
-from train_gpt import Codec, UserError
+from train_gpt import Pair, UserError
 
 LONGEST = 15  # bits of a code
 BLOCK = 8192  # symbols that start at a byte of their own, so that many blocks can be decoded side by side
@@ -217,9 +217,9 @@ def unsort_rows(permutation: np.ndarray, transposed: np.ndarray) -> np.ndarray:
     return codes
 
 
-PUBLISHED_CODECS: Mapping[str, Codec] = {
-    "huffman": Codec(huffman_encode, huffman_decode), "radix": Codec(radix_encode, radix_decode),
-    "lrzip": Codec(lrzip_encode, lrzip_decode)}
+PUBLISHED_CODECS: Mapping[str, Pair] = {
+    "huffman": Pair(huffman_encode, huffman_decode), "radix": Pair(radix_encode, radix_decode),
+    "lrzip": Pair(lrzip_encode, lrzip_decode)}
 
 
 def register() -> None:

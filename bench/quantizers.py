@@ -27,7 +27,7 @@ from train_gpt import (
     MIN_SCALE,
     Arrays,
     Guide,
-    Quantizer,
+    Pair,
     coded,
     nearest,
     round_steps,
@@ -458,29 +458,29 @@ def stepped_encode(weight: Tensor, steps: Tensor, _levels: int, _guide: Guide | 
     return coded(((weight / scale).round() / multiple).round().mul(multiple).clamp(-127, 127), scale)
 
 
-def codebook(number: int, **options: bool | str | int) -> Quantizer:
+def codebook(number: int, **options: bool | str | int) -> Pair:
     """Codebooks of at most 128 levels; options of codebook_encode."""
-    return Quantizer(functools.partial(codebook_encode, number, **options), codebook_decode)
+    return Pair(functools.partial(codebook_encode, number, **options), codebook_decode)
 
 
-def lqer(grids: tuple[Grid, Grid], **options: bool | int | float) -> Quantizer:
+def lqer(grids: tuple[Grid, Grid], **options: bool | int | float) -> Pair:
     """Low-rank correction with factors on these grids; options of lqer_encode."""
-    return Quantizer(functools.partial(lqer_encode, grids, **options), functools.partial(lqer_decode, grids))
+    return Pair(functools.partial(lqer_encode, grids, **options), functools.partial(lqer_decode, grids))
 
 
-PUBLISHED_QUANTIZERS: dict[str, Quantizer] = {
-    "absmax": Quantizer(functools.partial(reach_encode, (1.0,)), rtn_decode),
-    "percentile": Quantizer(functools.partial(reach_encode, (0.9999984,)), rtn_decode),
-    "search": Quantizer(functools.partial(reach_encode, (0.999, 0.9995, 0.9999, 0.99999, 1.0)), rtn_decode),
-    "gptq_plain": Quantizer(gptq_encode, rtn_decode), "act_order": Quantizer(act_order_encode, rtn_decode),
-    "awq_lite": Quantizer(awq_encode, awq_decode), "lqer_sym": lqer(SYMMETRIC), "lqer_asym": lqer(ASYMMETRIC),
+PUBLISHED_QUANTIZERS: dict[str, Pair] = {
+    "absmax": Pair(functools.partial(reach_encode, (1.0,)), rtn_decode),
+    "percentile": Pair(functools.partial(reach_encode, (0.9999984,)), rtn_decode),
+    "search": Pair(functools.partial(reach_encode, (0.999, 0.9995, 0.9999, 0.99999, 1.0)), rtn_decode),
+    "gptq_plain": Pair(gptq_encode, rtn_decode), "act_order": Pair(act_order_encode, rtn_decode),
+    "awq_lite": Pair(awq_encode, awq_decode), "lqer_sym": lqer(SYMMETRIC), "lqer_asym": lqer(ASYMMETRIC),
     "lqer_weighted": lqer(SYMMETRIC, weighted=True),
     "codebook48": codebook(48), "codebook64": codebook(64), "codebook80": codebook(80),
     **{f"codebook{number}_linear": codebook(number, start="linear", rounds=20) for number in (48, 64, 80)},
     "codebook64_rows": codebook(64, by_row=True),
     "codebook64_entropy": codebook(64, start="step", rounds=200),
-    "int6": Quantizer(int6_encode, rtn_decode), "fp8": Quantizer(fp8_encode, fp8_decode),
-    "pruned": Quantizer(pruned_encode, rtn_decode), "stepped": Quantizer(stepped_encode, rtn_decode)}
+    "int6": Pair(int6_encode, rtn_decode), "fp8": Pair(fp8_encode, fp8_decode),
+    "pruned": Pair(pruned_encode, rtn_decode), "stepped": Pair(stepped_encode, rtn_decode)}
 
 
 def register() -> None:

@@ -56,7 +56,7 @@ def made_up_dataset(config: Config, folder: Path) -> Dataset:
     places, window = np.flatnonzero(tokens == train_gpt.BOS), config.micro_batch_tokens + 1
     most = int((np.searchsorted(places, places + window) - np.arange(len(places))).max())
     stream, empty = TokenStream([write_shard(folder, tokens)]), np.zeros(0, np.int64)
-    return Dataset(stream, empty, empty, "", "made up", 0, 2 * most, [])
+    return Dataset(stream, empty, empty, "", "made up", 0, 2 * most)
 
 
 def median_seconds(world: World, work: Callable[[], Any], repeats: int) -> float:
@@ -169,7 +169,6 @@ def with_settings(work: Callable[[Config, World], None]) -> int:
         config, _ = Config.from_env(os.environ)
         world = World.start(config, os.environ)
         work(config, world)
-        world.close()
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

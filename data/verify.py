@@ -366,14 +366,16 @@ def verify(folder: Path, option: Path | None, full: bool, workers: int) -> list[
     if files.manifest is not None:
         check_manifest(files, report)
     path = find_tokenizer(files, option)
+    given = hashlib.sha256(path.read_bytes()).hexdigest()
+    made = files.manifest["tokenizer"]["sha256"] if files.manifest is not None else given
+    train_gpt.require(made == given, f"{path}: the shards were made with tokenizer {made[:12]}, this is {given[:12]}: "
+                      "name the right one with --tokenizer")
     tokenizer: Any = prepare.load_tokenizer(path.read_bytes(), str(path))
     config = train_gpt.Config(data_path=str(folder), tokenizer_path=str(path), vocab_size=tokenizer.vocab_size(),
                               max_leaked_documents=sys.maxsize)
     world = train_gpt.World(0, 1, train_gpt.torch.device("cpu"), train_gpt.torch.float32)
     data = train_gpt.open_dataset(config, world)
     report.say("tokenizer", f"{tokenizer.vocab_size():,} pieces, sha256 {data.tokenizer_sha256}")
-    for note in data.notes:
-        report.say("note", note)
     sizes = None
     if full:
         val = train_gpt.TokenStream(files.val)

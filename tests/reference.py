@@ -88,15 +88,25 @@ def skip_row(config, layer: int, occurrence: int) -> int:
     return seen.index((layer, occurrence))
 
 
-def forward(config, w: dict[str, Tensor], ids: Tensor, targets: Tensor, starts: list[int], looping: bool) -> Tensor:
-    """Weights w (float64), ids (T,), targets (T,) -> nats (T,)."""
+def forward(config, w: dict[str, Tensor], ids: Tensor, targets: Tensor, starts: list[int], looping: bool,
+            adapters: dict[str, tuple[Tensor, Tensor]] | None = None) -> Tensor:
+    """Weights w (float64), ids (T,), targets (T,) -> nats (T,).
+
+    adapters, section 6c: target -> (A (visits, R, in), B (visits, out, R)), or (R, in), (out, R) for the head.
+    """
     heads, kv, c = config.num_heads, config.num_kv_heads, config.sparse_attn_gate_scale
     tokens, window = len(ids), config.gate_window
     position = [t - max(s for s in starts if s <= t) for t in range(tokens)]
 
-    def attend(i: int, n: Tensor) -> Tensor:
-        q, k, v = ((n @ w[name][i].T).view(tokens, count, -1) for name, count in
-                   (("q_proj", heads), ("k_proj", kv), ("v_proj", kv)))
+    def low(target: str, n: Tensor, step: int | None) -> Tensor | float:
+        if target not in (adapters or {}):
+            return 0.0
+        a, b = (x if step is None else x[step] for x in adapters[target])
+        return torch.stack([b @ (a @ row) for row in n])
+
+    def attend(i: int, n: Tensor, step: int) -> Tensor:
+        q, k, v = ((n @ w[f"{name}_proj"][i].T + low(name, n, step)).view(tokens, count, -1) for name, count in
+                   (("q", heads), ("k", kv), ("v", kv)))
         q, k = rms(q), rms(k)
         for t in range(tokens):
             for x in (q, k):
@@ -107,11 +117,11 @@ def forward(config, w: dict[str, Tensor], ids: Tensor, targets: Tensor, starts: 
             y = exclude_own_value(y, v)
         if c:
             y = y * torch.sigmoid(c * (n[:, :window] @ w["attn_gate"][i].T))[:, :, None]
-        return y.reshape(tokens, -1) @ w["out_proj"][i].T
+        return y.reshape(tokens, -1) @ w["out_proj"][i].T + low("out", n, step)
 
-    def feed_forward(i: int, n: Tensor) -> Tensor:
+    def feed_forward(i: int, n: Tensor, step: int) -> Tensor:
         z = n @ w["up_proj"][i].T
-        return torch.maximum(z, config.leaky_relu_slope * z) ** 2 @ w["down_proj"][i].T
+        return torch.maximum(z, config.leaky_relu_slope * z) ** 2 @ w["down_proj"][i].T + low("mlp", n, step)
 
     e = w["embedding"][ids]
     x = e.clone()
@@ -143,20 +153,20 @@ def forward(config, w: dict[str, Tensor], ids: Tensor, targets: Tensor, starts: 
         a, b = w["resid_mix"][i]
         if lanes is None:
             u = a * x + b * x0
-            h = u + w["attn_scale"][i] * attend(i, scale * rms(u))
-            x = h + w["mlp_scale"][i] * feed_forward(i, scale * rms(h))
+            h = u + w["attn_scale"][i] * attend(i, scale * rms(u), step)
+            x = h + w["mlp_scale"][i] * feed_forward(i, scale * rms(h), step)
         else:
             p = i - config.parallel_start_layer
             first, second = lanes
-            o_a = w["attn_scale"][i] * attend(i, scale * rms(a * first + b * x0))
-            o_m = w["mlp_scale"][i] * feed_forward(i, scale * rms(second))
+            o_a = w["attn_scale"][i] * attend(i, scale * rms(a * first + b * x0), step)
+            o_m = w["mlp_scale"][i] * feed_forward(i, scale * rms(second), step)
             rho, pi = w["lane_resid"][p], w["lane_mix"][p]
             lanes = [rho[d] * lane + pi[0, d] * o_a + pi[1, d] * o_m for d, lane in enumerate(lanes)]
         if j < 0:
             stack.append(x)
     if lanes:
         x = (lanes[0] + lanes[1]) / 2
-    logits = rms(x) @ w["embedding"].T
+    logits = rms(x) @ w["embedding"].T + low("head", rms(x), None)
     logits = config.logit_softcap * torch.tanh(logits / config.logit_softcap)
     return -torch.log_softmax(logits, -1)[torch.arange(tokens), targets]
 
@@ -194,6 +204,87 @@ def sliding_windows(length: int, seq_len: int, stride: int) -> list[tuple[int, i
         rows.append((start, min(start + seq_len, length), start + context if start else 0))
         start += stride
     return rows
+
+
+# --- test-time training, section 6; nats_of(ids (T,), targets (T,), adapters or None) -> nats (T,) of one document
+class HandWritten:
+    """AdamW or SGD with momentum, one tensor at a time."""
+
+    def __init__(self, config, values: dict[str, Tensor]):
+        self.config, self.values, self.steps = config, values, 0
+        self.first = {name: torch.zeros_like(x) for name, x in values.items()}
+        self.second = {name: torch.zeros_like(x) for name, x in values.items()}
+
+    @torch.no_grad()
+    def step(self, grads: dict[str, Tensor], lr: dict[str, float]) -> None:
+        config, self.steps = self.config, self.steps + 1
+        for name, x in self.values.items():
+            g = grads[name]
+            if config.ttt_optimizer == "sgd":
+                self.first[name] = config.global_ttt_momentum * self.first[name] + g
+                x -= lr[name] * self.first[name]
+                continue
+            self.first[name] = config.ttt_beta1 * self.first[name] + (1 - config.ttt_beta1) * g
+            self.second[name] = config.ttt_beta2 * self.second[name] + (1 - config.ttt_beta2) * g * g
+            mean = self.first[name] / (1 - config.ttt_beta1 ** self.steps)
+            root = torch.sqrt(self.second[name] / (1 - config.ttt_beta2 ** self.steps))
+            x *= 1 - lr[name] * config.ttt_weight_decay
+            x -= lr[name] * mean / (root + 1e-10)
+
+
+def adapt_document(config, nats_of, document: Tensor, first: dict[str, Tensor], chunk: int) -> tuple[list[float], dict]:
+    """A document's tokens and the one behind it, the first A of every target -> (nats of every target, last A).
+
+    Chunk by chunk: score, then one step on the mean of the chunk's nats. alpha / rank is a factor of B.
+    """
+    scale, length, nats = config.ttt_lora_alpha / config.ttt_lora_rank, len(document) - 1, []
+    values = {f"{target}_in": a.clone() for target, a in first.items()}
+    for target, a in first.items():
+        outputs = {"k": config.num_kv_heads * config.head_dim, "v": config.num_kv_heads * config.head_dim,
+                   "head": config.vocab_size}.get(target, config.model_dim)
+        values[f"{target}_out"] = torch.zeros(len(a), outputs, config.ttt_lora_rank)
+    optimizer, lr = HandWritten(config, values), dict.fromkeys(values, config.ttt_lora_lr)
+    for begin in range(0, length, chunk):
+        end = min(begin + chunk, length)
+        start = max(end - config.eval_seq_len, 0)
+        leaves = {name: x.clone().requires_grad_() for name, x in values.items()}
+        scaled = {name: scale * x if name.endswith("_out") else x for name, x in leaves.items()}
+        scored = nats_of(document[start:end], document[start + 1:end + 1], scaled)[begin - start:]
+        nats += scored.tolist()
+        if end < length:
+            scored.mean().backward()
+            optimizer.step({name: x.grad for name, x in leaves.items()}, lr)
+    return nats, {target: values[f"{target}_in"] for target in first}
+
+
+class WeightLearner:
+    """All weights of a model learn from pieces of text: one step for the mean over all targets of the pieces."""
+
+    def __init__(self, config, params: dict[str, Tensor], frozen: dict[str, list[int]]):
+        self.config, self.params, self.frozen, self.optimizer = config, params, frozen, HandWritten(config, params)
+
+    def learn(self, nats_of, pieces: list[tuple[Tensor, Tensor]], lr_scale: float) -> None:
+        """pieces: (ids (T,), targets (T,)), each a context of its own."""
+        config, grads, frozen = self.config, {}, {}
+        for p in self.params.values():
+            p.requires_grad_(True).grad = None
+        (sum(nats_of(ids, targets).sum() for ids, targets in pieces) / sum(len(ids) for ids, _ in pieces)).backward()
+        for name, p in self.params.items():
+            grads[name] = torch.zeros_like(p) if p.grad is None else p.grad
+            grads[name][self.frozen.get(name, [])] = 0
+            frozen[name] = p.detach()[self.frozen.get(name, [])].clone()
+            p.requires_grad_(False)
+        total = math.sqrt(sum((g * g).sum().item() for g in grads.values()))
+        if config.global_ttt_grad_clip and total > config.global_ttt_grad_clip:
+            grads = {name: g * config.global_ttt_grad_clip / total for name, g in grads.items()}
+        factors = {"out_proj": 3, "down_proj": 3, "up_proj": 0.5} if config.ttt_optimizer == "adamw" else {}
+        self.optimizer.step(grads, {name: config.global_ttt_lr * factors.get(name, 1) * lr_scale for name in grads})
+        for name, rows in frozen.items():
+            self.params[name][self.frozen.get(name, [])] = rows
+
+
+def half_cosine(share: float) -> float:
+    return (1 + math.cos(math.pi * share)) / 2
 
 
 # --- the options of the model, token by token and head by head; p (T,): each token's place in its segment

@@ -124,9 +124,9 @@ def test_every_setting_that_shapes_the_parameters_is_in_the_header():
     config = small_config(num_layers=4, num_loops=1, loop_start=1, loop_end=1, parallel_start_layer=2)
     for f in fields(Config):
         value = getattr(config, f.name)
-        if f.name in MODEL_FIELDS or f.type is str:
+        if f.name in MODEL_FIELDS or train_gpt.KINDS[f.name] is str:
             continue
-        for other in (not value,) if f.type is bool else (value / 2, value * 2, value + 1):
+        for other in (not value,) if train_gpt.KINDS[f.name] is bool else (value / 2, value * 2, value + 1):
             try:
                 changed = Config(**{**config.__dict__, f.name: train_gpt.KINDS[f.name](other)})
             except UserError:
@@ -164,7 +164,7 @@ def test_any_truncation_is_refused(artifact):
 
 def test_refusals_name_their_reason(artifact, tmp_path):
     assert "no artifact" in refusal(b"") and "no artifact" in refusal(b"PK\3\4 something else, a zip file")
-    assert "version 1" in refusal(artifact[:7] + b"\1" + artifact[8:])
+    assert "version 01" in refusal(artifact[:7] + b"\1" + artifact[8:])
     assert "sha256" in refusal(artifact[:-1])
     missing = tmp_path / "none.artifact"
     for path in (missing, tmp_path):
@@ -301,7 +301,7 @@ def packed_program(tmp_path_factory) -> Path:
 def test_packed_program_is_small(packed_program):
     size = packed_program.stat().st_size
     source = unpacked(packed_program.read_bytes()).encode()
-    assert size < 41_000
+    assert size < 44_000
     assert size < len(b85encode(train_gpt.lzma.compress(source, preset=9)))
     assert size < len(b85encode(train_gpt.lzma.compress(SCRIPT.read_bytes(), preset=9)))
 
@@ -343,46 +343,18 @@ def test_importing_the_packed_program_has_no_side_effects(packed_program, monkey
 
 
 # --- the entropy coder
-def rans_by_hand(packed: bytes) -> bytes:
-    """Decodes symbol by symbol with Python's integers."""
-    count, lanes, first, number = struct.unpack("<QHBB", packed[:12])
-    frequencies = struct.unpack(f"<{number + 1}H", packed[12:14 + 2 * number])
-    states = list(struct.unpack(f"<{lanes}I", packed[14 + 2 * number:][:4 * lanes]))
-    rest = packed[14 + 2 * number + 4 * lanes:]
-    words = iter(struct.unpack(f"<{len(rest) // 2}H", rest))
-    out = bytearray()
-    for place in range(-(-count // lanes) * lanes):
-        state, lane = states[place % lanes], place % lanes
-        slot, symbol, start = state % 16384, 0, 0
-        while start + frequencies[symbol] <= slot:
-            start += frequencies[symbol]
-            symbol += 1
-        state = frequencies[symbol] * (state // 16384) + slot - start
-        states[lane] = state if state >= 65536 else state * 65536 + next(words)
-        out.append((first + symbol) ^ 128)
-    assert next(words, None) is None and states == [65536] * lanes
-    return bytes(out[:count])
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.binary(min_size=1, max_size=300), st.integers(1, 300))
-def test_rans_has_the_documented_layout(data, times):
-    packed = train_gpt.rans_encode(data * times)
-    assert rans_by_hand(packed) == data * times
-
-
-def test_rans_of_several_lanes():
-    data = bytes(np.random.default_rng(0).integers(100, 140, 100_003).astype(np.uint8))
-    packed = train_gpt.rans_encode(data)
-    assert struct.unpack("<QH", packed[:10]) == (100_003, 12)
-    assert rans_by_hand(packed) == data == train_gpt.rans_decode(packed)
-
-
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.one_of(st.just(0), st.integers(1, 10 ** 9)), min_size=1, max_size=256).filter(any))
-def test_rans_frequencies_are_a_distribution(counts):
-    frequencies = train_gpt.rans_frequencies(np.array(counts))
-    assert frequencies.sum() == 16384 and ((frequencies > 0) == (np.array(counts) > 0)).all()
+@given(st.binary(max_size=300), st.integers(1, 300))
+def test_rans_gives_everything_back(data, times):
+    packed = train_gpt.rans_encode(data * times)
+    assert train_gpt.rans_decode(packed) == data * times
+    if data:
+        count, first, last = struct.unpack("<QBB", packed[:10])
+        symbols = np.frombuffer(data, np.uint8) ^ 0x80
+        assert count == times * len(data) and first <= symbols.min() and symbols.max() <= first + last
+        counts = np.frombuffer(packed[10:12 + 2 * last], "<u2")
+        assert ((counts > 0) == (np.bincount(symbols - np.uint8(first), minlength=last + 1) > 0)).all()
+        assert (len(packed) - 12 - 2 * last) % 4 == 0
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.6, 2.4, 20.0])

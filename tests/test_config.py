@@ -28,7 +28,9 @@ OTHER = {"device": "cpu", "compile": "0", "attention": "sdpa", "muon_coefficient
          "batch_schedule": "0.5@0.5,1@1", "mlp_activation": "swiglu", "embed_dim": "256", "embed_init": "overtone",
          "matrix_init": "uniform", "resid_mix_init": "phase", "softcap_type": "poly5", "rope_scaling": "yarn",
          "attn_gate": "dense", "smear_gate": "static", "bigram_hash": "31", "depth_lora_rank": "8",
-         "swa_start_frac": "0.2", "late_qat_threshold": "0.15"}
+         "swa_start_frac": "0.2", "late_qat_threshold": "0.15", "ttt_strategy": "stream", "ttt_order": "length",
+         "ttt_chunk_schedule": "8@256,24@2000", "ttt_targets": "q,head", "ttt_optimizer": "sgd"}
+NEEDED = {"ttt_unsafe_multi_epoch": {"TTT_STRATEGY": "stream"}}  # what must be set with them
 
 
 def other_text(name: str) -> str:
@@ -57,12 +59,12 @@ def refusal(**variables: str) -> str:
 # --- fields
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_field_parses_from_its_variable(name):
-    text = other_text(name)
-    config, notes = Config.from_env({name.upper(): f"  {text} "})
+    text, others = other_text(name), NEEDED.get(name, {})
+    config, notes = Config.from_env({name.upper(): f"  {text} ", **others})
     value = getattr(config, name)
     assert value != FIELDS[name].default and type(value) is KINDS[name] and not notes
     assert value == (KINDS[name](text) if KINDS[name] is not bool else text == "1")
-    assert config.overrides() == {name.upper(): value}
+    assert config.overrides() == {name.upper(): value, **others}
 
 
 def test_the_empty_environment_gives_the_defaults():
@@ -127,20 +129,20 @@ def test_the_tables_name_fields():
 
 
 CROSS_CHECKS = [  # environment, what the complaint says
-    ({"MODEL_DIM": "100", "NUM_HEADS": "8"}, ("MODEL_DIM=100", "NUM_HEADS=8", "change one")),
-    ({"NUM_HEADS": "8", "NUM_KV_HEADS": "3"}, ("NUM_HEADS=8", "NUM_KV_HEADS=3", "change one")),
+    ({"MODEL_DIM": "100", "NUM_HEADS": "8"}, ("MODEL_DIM=100", "NUM_HEADS=8", "not divisible")),
+    ({"NUM_HEADS": "8", "NUM_KV_HEADS": "3"}, ("NUM_HEADS=8", "NUM_KV_HEADS=3", "not divisible")),
     ({"NUM_HEADS": "4", "NUM_KV_HEADS": "8"}, ("NUM_HEADS=4", "NUM_KV_HEADS=8")),
     ({"MLP_MULT": "2.001"}, ("MLP_MULT=2.001", "MODEL_DIM=512", "change one")),
     ({"ROPE_DIMS": "15"}, ("ROPE_DIMS=15", "even")),
     ({"ROPE_DIMS": "66"}, ("ROPE_DIMS=66", "at most the head width 64")),
     ({"MODEL_DIM": "1", "NUM_HEADS": "1", "NUM_KV_HEADS": "1"}, ("MODEL_DIM=1", "at least 2")),
     ({"GATE_WINDOW": "513"}, ("GATE_WINDOW=513", "at most MODEL_DIM=512")),
-    ({"EMBED_DIM": "11"}, ("GATE_WINDOW=12", "at most MODEL_DIM=512 and EMBED_DIM=11")),
+    ({"EMBED_DIM": "11"}, ("GATE_WINDOW=12", "at most MODEL_DIM=512, EMBED_DIM=11")),
     ({"DEPTH_LORA_RANK": "4", "NUM_LOOPS": "0"}, ("DEPTH_LORA_RANK=4", "NUM_LOOPS=0")),
     ({"VALUE_RESIDUAL": "1", "LOOP_END": "10", "PARALLEL_START_LAYER": "0"}, ("VALUE_RESIDUAL=1", "LOOP_END=10")),
     ({"SWA_START_FRAC": "0.1"}, ("SWA_START_FRAC=0.1", "never reached", "MIN_LR=0.1")),
     ({"LATE_QAT_THRESHOLD": "0.05"}, ("LATE_QAT_THRESHOLD=0.05", "never reached", "MIN_LR=0.1")),
-    ({"TRAIN_SEQ_SCHEDULE": "1000.5@0.5,2048@1"}, ("TRAIN_SEQ_SCHEDULE=1000.5@0.5,2048@1", "tokens: whole numbers")),
+    ({"TRAIN_SEQ_SCHEDULE": "1000.5@0.5,2048@1"}, ("TRAIN_SEQ_SCHEDULE=1000.5@0.5,2048@1", "tokens: whole")),
     ({"QAT_START": "0.5", "LATE_QAT_THRESHOLD": "0.15"},
      ("QAT_START=0.5", "LATE_QAT_THRESHOLD=0.15", "set one of them")),
     *(({"TRAIN_SEQ_SCHEDULE": text}, (f"TRAIN_SEQ_SCHEDULE={text}: must look like 1024@0.1,2048@1",))
@@ -151,17 +153,17 @@ CROSS_CHECKS = [  # environment, what the complaint says
                    f"0@0.5,{full}@1", f"-1@0.5,{full}@1", f"nan@0.5,{full}@1", f"{full}@nan")),
     ({"TRAIN_SEQ_SCHEDULE": "1024@1"}, ("TRAIN_SEQ_SCHEDULE=1024@1", "the largest 2048")),
     ({"TRAIN_SEQ_SCHEDULE": "1024@0.5,4096@1"}, ("TRAIN_SEQ_SCHEDULE=1024@0.5,4096@1", "the largest 2048")),
-    ({"BATCH_SCHEDULE": "0.5@1"}, ("BATCH_SCHEDULE=0.5@1", "the largest 1 ")),
-    ({"BATCH_SCHEDULE": "1@0.5,2@1"}, ("BATCH_SCHEDULE=1@0.5,2@1", "the largest 1 ")),
-    ({"PARALLEL_START_LAYER": "11"}, ("PARALLEL_START_LAYER=11", "below NUM_LAYERS=11", "0 = off")),
+    ({"BATCH_SCHEDULE": "0.5@1"}, ("BATCH_SCHEDULE=0.5@1", "the largest 1,")),
+    ({"BATCH_SCHEDULE": "1@0.5,2@1"}, ("BATCH_SCHEDULE=1@0.5,2@1", "the largest 1,")),
+    ({"PARALLEL_START_LAYER": "11"}, ("PARALLEL_START_LAYER=11", "second half of NUM_LAYERS=11", "0 = off")),
     ({"PARALLEL_START_LAYER": "4", "NUM_LOOPS": "0"}, ("PARALLEL_START_LAYER=4", "second half of NUM_LAYERS=11")),
-    ({"LOOP_START": "6"}, ("LOOP_START=6", "LOOP_END=5", "no range of NUM_LAYERS=11")),
-    ({"LOOP_END": "11", "PARALLEL_START_LAYER": "0"}, ("LOOP_END=11", "no range of NUM_LAYERS=11")),
+    ({"LOOP_START": "6"}, ("LOOP_START=6", "LOOP_END=5", "no part of NUM_LAYERS=11")),
+    ({"LOOP_END": "11", "PARALLEL_START_LAYER": "0"}, ("LOOP_END=11", "no part of NUM_LAYERS=11")),
     ({"LOOP_END": "8"}, ("LOOP_END=8", "below PARALLEL_START_LAYER=8", "NUM_LOOPS=0")),
     ({"VOCAB_SIZE": "65537"}, ("VOCAB_SIZE=65537", "at most 65536")),
     ({"TRAIN_BATCH_TOKENS": "100000", "MICRO_BATCH_TOKENS": "98304"},
-     ("TRAIN_BATCH_TOKENS=100000", "MICRO_BATCH_TOKENS=98304", "change one")),
-    ({"TRAIN_BATCH_TOKENS": "100001"}, ("TRAIN_BATCH_TOKENS=100001", "MICRO_BATCH_TOKENS=12500", "change one")),
+     ("TRAIN_BATCH_TOKENS=100000", "MICRO_BATCH_TOKENS=98304", "not divisible")),
+    ({"TRAIN_BATCH_TOKENS": "100001"}, ("TRAIN_BATCH_TOKENS=100001", "MICRO_BATCH_TOKENS=12500", "not divisible")),
     ({"TRAIN_ORDER": "strided", "TRAIN_SEQ_LEN": "1000"},
      ("MICRO_BATCH_TOKENS=98304", "TRAIN_SEQ_LEN=1000", "TRAIN_ORDER=strided", "change one")),
     ({"EVAL_STRIDE": "2049"}, ("EVAL_STRIDE=2049", "at most EVAL_SEQ_LEN=2048")),
@@ -171,6 +173,12 @@ CROSS_CHECKS = [  # environment, what the complaint says
     ({"EMBED_BITS": "9"}, ("EMBED_BITS=9", "2 to 8")), ({"EMBED_BITS": "1"}, ("EMBED_BITS=1", "2 to 8")),
     ({"MUON_BACKEND_STEPS": "6"}, ("MUON_BACKEND_STEPS=6", "at most 5", "MUON_COEFFICIENTS=polar")),
     ({"MUON_BACKEND_STEPS": "11", "MUON_COEFFICIENTS": "quintic"}, ("MUON_BACKEND_STEPS=11", "at most 10", "quintic")),
+    ({"TTT_TARGETS": "q,w"}, ("TTT_TARGETS=q,w", "'head'", "each once")),
+    ({"TTT_TARGETS": "q,q"}, ("TTT_TARGETS=q,q", "each once")),
+    ({"TTT_CHUNK_SCHEDULE": "0@10"}, ("TTT_CHUNK_SCHEDULE=0@10", "tokens above 0", "8@256")),
+    ({"TTT_FREEZE_BLOCKS": "12"}, ("TTT_FREEZE_BLOCKS=12", "NUM_LAYERS=11")),
+    ({"GLOBAL_TTT_CHUNK_TOKENS": "0"}, ("GLOBAL_TTT_CHUNK_TOKENS=0", "TTT_STRATEGY=stream")),
+    ({"TTT_UNSAFE_MULTI_EPOCH": "1"}, ("TTT_UNSAFE_MULTI_EPOCH=1", "TTT_STRATEGY=stream")),
 ]
 
 
@@ -243,7 +251,7 @@ def test_every_share_of_the_batch_must_divide_among_the_processes():
     config = Config(train_batch_tokens=512, micro_batch_tokens=64)
     assert [config.accumulation_steps(2, share) for share in (0.25, 0.5, 0.75, 1.0)] == [1, 2, 3, 4]
     for size, share in ((2, 0.125), (2, 0.3), (4, 0.75 / 2), (8, 0.5)):
-        with pytest.raises(UserError, match=rf"BATCH_SCHEDULE: {share} x TRAIN_BATCH_TOKENS=512 .*{size} processes"):
+        with pytest.raises(UserError, match=rf"TRAIN_BATCH_TOKENS=512 .times {share}. .*{size} processes"):
             config.accumulation_steps(size, share)
 
 
@@ -261,7 +269,10 @@ RENAMED = {"MUON_WEIGHT_DECAY": ("muon_wd", "0.5", 0.5), "ADAM_WEIGHT_DECAY": ("
            "EMBED_WEIGHT_DECAY": ("embed_wd", "0.5", 0.5), "VAL_BATCH_SIZE": ("val_batch_tokens", "4096", 4096),
            "EMBEDDING_BITS": ("embed_bits", "5", 5), "TIED_EMBEDDING_LR": ("tied_embed_lr", "0.5", 0.5),
            "BIGRAM_VOCAB_SIZE": ("bigram_hash_buckets", "4096", 4096), "BIGRAM_DIM": ("bigram_hash_dim", "64", 64),
-           "SKIP_GATE_ENABLED": ("skip_gates_enabled", "0", False)}
+           "SKIP_GATE_ENABLED": ("skip_gates_enabled", "0", False), "TTT_EVAL_SEQ_LEN": ("eval_seq_len", "4096", 4096),
+           "TTT_LR": ("global_ttt_lr", "0.5", 0.5), "TTT_EPOCHS": ("global_ttt_epochs", "3", 3),
+           "TTT_CHUNK_TOKENS": ("global_ttt_chunk_tokens", "4096", 4096),
+           "TTT_MOMENTUM": ("global_ttt_momentum", "0.5", 0.5), "TTT_GRAD_CLIP": ("global_ttt_grad_clip", "0.5", 0.5)}
 TRANSLATED = {  # (variable, text) -> (our field, value, another value of it that contradicts)
     ("SMEAR_GATE_ENABLED", "0"): ("smear_gate", "off", "input"),
     ("SMEAR_GATE_ENABLED", "1"): ("smear_gate", "input", "static"),
@@ -272,16 +283,20 @@ TRANSLATED = {  # (variable, text) -> (our field, value, another value of it tha
     ("SPARSE_ATTN_GATE_ENABLED", "0"): ("sparse_attn_gate_scale", 0.0, "0.75"),
     ("SPARSE_ATTN_GATE_ENABLED", "1"): ("attn_gate", "sparse", "dense"),
     ("EMA_ENABLED", "0"): ("ema_decay", 0.0, "0.75"), ("SWA_ENABLED", "0"): ("swa_start_frac", 0.0, "0.75"),
-    ("LATE_QAT", "0"): ("late_qat_threshold", 0.0, "0.75")}
+    ("LATE_QAT", "0"): ("late_qat_threshold", 0.0, "0.75"), ("TTT_ENABLED", "1"): ("eval_mode", "adapted", "packed"),
+    ("PHASED_TTT_ENABLED", "0"): ("phased_ttt_num_phases", 0, "2"),
+    ("TTT_K_LORA", "0"): ("ttt_targets", "q,v,out,mlp,head", "q"),
+    ("TTT_MASK", "no_qv"): ("ttt_targets", "k,out,mlp,head", "q")}
 NUMBERS = (["0", "0.0"], ["0.5", ""])
 INERT = {"ROPE_YARN": (["0"], ["1"]), "FUSED_CE_ENABLED": (["0", "1"], ["2"]),
          "CASEOPS_ENABLED": (["0", "1"], ["yes"]), "PARALLEL_FINAL_LANE": (["mean", "MEAN"], ["attn"]),
          "SPARSE_ATTN_GATE_INIT_STD": (["0", "0.0"], ["0.01"]),
          "ATTN_OUT_GATE_ENABLED": (["0"], ["2"]), "GATED_ATTN_ENABLED": (["0"], ["2"]),
-         "GATED_ATTENTION": (["0"], [""]), "TTT_ENABLED": (["0"], ["1"]), "QAT_ENABLED": (["0"], ["1"]),
-         "PHASED_TTT_ENABLED": (["0"], ["1"]), "SWA_ENABLED": (["1"], ["2"]), "LATE_QAT": (["1"], ["0.15"]),
+         "GATED_ATTENTION": (["0"], [""]), "TTT_ENABLED": (["0"], ["yes"]), "QAT_ENABLED": (["0"], ["1"]),
+         "PHASED_TTT_ENABLED": (["1"], ["2"]), "SWA_ENABLED": (["1"], ["2"]), "LATE_QAT": (["1"], ["0.15"]),
          "OPTROT_ENABLED": (["0"], ["1"]), "EMA_ENABLED": (["1"], ["maybe"]), "MUON_HUBER_WD": (["0"], ["1"]),
-         "NGRAM_TILT_ENABLED": (["0"], ["1"]),
+         "TTT_K_LORA": (["1"], ["2"]), "TTT_MASK": ([""], ["q"]), "TTT_O_LORA": (["1"], ["0"]),
+         "TTT_MLP_LORA": (["1"], ["0"]), "NGRAM_TILT_ENABLED": (["0"], ["1"]),
          "MATRIX_CLIP_SIGMAS": (["12.85"], ["13"]), "QK_GAIN_INIT_SCHEDULE": ([""], ["4,5"]),
          "TTT_UPDATE_EVERY": (["1"], ["2"]), "TTT_GRAD_STEPS": (["1"], ["2"]),
          "GLOBAL_TTT_OPTIMIZER": (["sgd"], ["muon"]), "NGRAM_HINT_PRECOMPUTE_OUTSIDE": (["0"], ["1"]),
@@ -326,7 +341,8 @@ def test_translated_values(variable, text):
     assert config == Config(**{name: value}) and notes == []
     assert Config.from_env({variable: text, name.upper(): str(value)}) == (config, [])
     assert f"{variable}={text} contradicts {name.upper()}={other}" in refusal(**{variable: text, name.upper(): other})
-    assert refusal(**{variable: "2"}).endswith("leave it out or set it to 0 or 1")
+    accepted = " or ".join(ALIASES[variable])
+    assert refusal(**{variable: "2"}).endswith(f"leave it out or set it to {accepted}")
 
 
 def test_aliases_that_ask_for_different_gates_contradict_each_other():
@@ -416,7 +432,7 @@ def test_help_lists_every_field_with_its_default_and_comment(capsys):
     for name, f in FIELDS.items():
         line, = (line for line in lines if line.startswith(f"  {name.upper()}={f.default}"))
         comment = line.removeprefix(f"  {name.upper()}={f.default}")
-        assert comment.startswith(" ") and comment.strip() and "#" not in comment, line
+        assert comment.startswith(" ") and comment.strip() and "# " not in comment, line
 
 
 def test_an_unknown_argument_shows_the_help_and_fails(capsys):
@@ -441,7 +457,7 @@ def config_reads() -> set[str]:
                     owner = node.value.id if isinstance(node.value, ast.Name) else getattr(node.value, "attr", "")
                     if owner == "config" or (owner == "self" and in_config):
                         found.add(node.attr)
-                elif isinstance(node, ast.Constant) and names & {"PARAM_TABLE", "ATTN", "MLP", "SMALL"}:
+                elif isinstance(node, ast.Constant) and names & {"PARAM_TABLE", "ATTN", "TABLE"}:
                     found.add(node.value)
                 elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in readers:
                     owner, name = node.args[0], node.args[readers[node.func.id]]

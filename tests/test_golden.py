@@ -40,8 +40,8 @@ def measure(folder: Path, variant: str) -> dict[str, object]:
     world = World(0, 1, torch.device("cpu"), torch.float32)
     log, dataset = Log(world, config), train_gpt.open_dataset(config, world)
     trainer, losses = Trainer(config, world, log, dataset, attention_sdpa, False), []
-    settle = trainer.settle
-    trainer.settle = lambda *count: (settle(*count), losses.append(trainer.last_loss))[0]
+    check = trainer.check
+    trainer.check = lambda finite, what, step: (check(finite, what, step), losses.append(trainer.last_loss))[0]
     trainer.run(StopRequest(), lambda: None)
     trainer.loader.close()
     trainer.use_averages()

@@ -456,7 +456,7 @@ def test_the_trainer_takes_the_result(done):
     dataset = train_gpt.open_dataset(config, world)
     val = lossless(expected(TEXTS, val_docs=5)[1])
     assert dataset.val_bytes.sum() == len("".join(val).encode()) == done.manifest["val"]["bytes"]
-    assert (dataset.leaked_documents, dataset.notes) == (0, [])
+    assert dataset.leaked_documents == 0
     assert dataset.tokenizer_sha256 == done.manifest["tokenizer"]["sha256"]
     assert len(dataset.train) == done.manifest["train"]["tokens"]
 

@@ -11,8 +11,6 @@ from train_gpt import (
     Stage,
     UserError,
     decay_multiplier,
-    ema_share,
-    is_looping,
     lr_multiplier,
     muon_momentum,
     scheduled,
@@ -238,37 +236,16 @@ def test_momentum_of_the_published_settings():
 @given(share, share, st.integers(0, 3))
 def test_looping_starts_once_and_stays(start, progress, loops):
     config = Config(enable_looping_at=start, num_loops=loops)
-    assert is_looping(config, progress) is (loops > 0 and progress >= start)
-    assert is_looping(config, start) is (loops > 0)
-    if is_looping(config, progress):
-        assert is_looping(config, min(progress + 0.1, 1.0))
+    assert stage_at(config, progress, 1).looping is (loops > 0 and progress >= start)
+    assert stage_at(config, start, 1).looping is (loops > 0)
+    if stage_at(config, progress, 1).looping:
+        assert stage_at(config, min(progress + 0.1, 1.0), 1).looping
 
 
 # --- the average of the weights
-@settings(deadline=None)
-@given(st.floats(0.0, 0.9999), st.integers(0, 2 ** 32 - 1), st.integers(1, 40))
-def test_running_average_is_the_bias_corrected_mean_of_the_history(decay, seed, steps):
-    """lerp by ema_share after each step = sum of decay^age w / sum of decay^age; the initial weights have no part."""
-    history = np.random.default_rng(seed).normal(size=steps)
-    average = 1e6  # the initial value is forgotten wholly
-    for step, weight in enumerate(history, 1):
-        part = ema_share(decay, step)
-        assert 0 < part <= 1 + TINY
-        average += part * (weight - average)
-    factors = decay ** np.arange(steps - 1, -1, -1.0)
-    assert average == pytest.approx(float(factors @ history / factors.sum()), abs=1e-6)
-
-
-@settings(deadline=None)
-@given(st.floats(0.0, 0.9999), st.integers(1, 10_000))
-def test_ema_share_falls_towards_one_minus_decay(decay, step):
-    assert ema_share(decay, 1) == pytest.approx(1.0)
-    assert 1 - decay <= ema_share(decay, step + 1) <= ema_share(decay, step) + TINY
-
-
 @pytest.mark.parametrize("name", ["ema_decay", "beta1", "beta2"])
 def test_a_decay_of_one_is_refused(name):
-    """It has no bias-corrected mean: ema_share would divide by zero, and torch refuses such an AdamW."""
+    """It has no bias-corrected mean: its average would divide by zero, and torch refuses such an AdamW."""
     with pytest.raises(UserError, match=name.upper()):
         Config(**{name: 1.0})
 

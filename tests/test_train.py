@@ -212,8 +212,8 @@ def test_checkpoints_of_another_run_are_refused(make, tmp_path):
     for changes, complaint in (({"qk_gain_init": 5.0, "rope_base": 500.0}, "ROPE_BASE=10000.0, now 500.0"),
                                ({"mlp_mult": 3.0}, "MLP_MULT=2.0, now 3.0"),
                                ({"document_mask": False}, "DOCUMENT_MASK=True, now False"),
-                               ({"ema_decay": 0.0}, "EMA_DECAY=0.0"),
-                               ({"data_path": write_data(tmp_path / "other", 1)}, "use the same data")):
+                               ({"ema_decay": 0.0}, "EMA_DECAY>0=True, now False"),
+                               ({"data_path": write_data(tmp_path / "other", 1)}, "use the same settings and data")):
         trainer = make(run_id="other", **changes)
         before = {name: p.clone() for name, p in trainer.params.items()}
         with pytest.raises(UserError) as caught:

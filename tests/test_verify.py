@@ -101,7 +101,7 @@ def test_without_a_manifest_the_shards_speak_for_themselves(copy, kind):
     other = model.rename(model.with_name("other.model"))
     assert f"{model}: no tokenizer found; name the one of these shards with --tokenizer" in fault(folder)
     code, out, err = check(folder, "--tokenizer", other, "--full")
-    assert (code, err) == (0, "") and "note:        " in out and "no manifest.json" in out
+    assert (code, err) == (0, "")
     assert "; 0 are encoded to other tokens" in out
 
 
@@ -235,7 +235,7 @@ def near(train: list[int], documents: list[list[int]]) -> list[int]:
     val = np.array([token for document in documents for token in (1, *document)], np.uint16)
     stream = train_gpt.TokenStream([])
     stream.shards, stream.offsets = [np.array(train, np.uint16)], np.array([0, len(train)])
-    return verify.near_duplicates(train_gpt.Dataset(stream, val, val[1:], "", "", 0, 0, []))
+    return verify.near_duplicates(train_gpt.Dataset(stream, val, val[1:], "", "", 0, 0))
 
 
 def test_near_duplicates_share_half_of_their_stretches(monkeypatch):
