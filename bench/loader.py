@@ -39,7 +39,7 @@ def report(config: Config, world: World, seconds: float) -> None:
                                     f"{config.data_dir}/datasets/fineweb10B_sp{config.vocab_size}")
     stream = TokenStream(train_gpt.find_shards(Path(folder))[0])
     rows = []
-    for order in ("sequential", "strided"):
+    for order in train_gpt.CHOICES["train_order"]:
         rate, slowest = tokens_a_second(replace(config, train_order=order), world, stream, seconds)
         rows.append([order, f"{rate / 1e6:.1f}", f"{1e3 * config.micro_batch_tokens / rate:.2f}",
                      f"{1e3 * slowest:.2f}"])

@@ -1,4 +1,5 @@
 """Small texts, models and runs of test-time training. As a program: worlds of two and of three processes run them."""
+import json
 import os
 import sys
 from dataclasses import replace
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import program
 import torch
+import torch.distributed as dist
 from helpers import randomize, single_world, tiny_config
 
 import train_gpt
@@ -55,7 +57,7 @@ def make_text(lengths=LENGTHS, seed: int = 0) -> Dataset:
             tokens.append(token)
             token = 2 + (token + step + int(random.integers(0, 2))) % (VOCAB - 2)
     val = np.array([*tokens, 5], np.uint16)
-    return Dataset(None, val, np.where(val[1:] == BOS, 0, 1 + val[1:].astype(np.int64) % 5), "", "", 0, 0, None, [])
+    return Dataset(None, val, np.where(val[1:] == BOS, 0, 1 + val[1:].astype(np.int64) % 5), "", "", 0, 0)
 
 
 def perturbed(text: Dataset, place: int) -> Dataset:
@@ -77,16 +79,14 @@ def make_model(config: Config, seed: int = 3) -> GPT:
 
 def make_learner(config: Config, text: Dataset, world: World | None = None, model: GPT | None = None,
                  started: float | None = None, kind: type = TestTimeTrainer) -> TestTimeTrainer:
-    evaluator = Evaluator(config, world or single_world(), QuietLog(), text, "")
+    evaluator = Evaluator(config, world or single_world(), QuietLog(), text, False)
     started = train_gpt.time.perf_counter() if started is None else started
     return kind(config, evaluator, model or make_model(config), started)
 
 
 def adapted_nats(config: Config, text: Dataset, **options) -> np.ndarray:
     """Nats of every target, by a model that is made anew."""
-    learner = make_learner(config, text, **options)
-    learner.run()
-    return learner.ledger.nats.copy()
+    return make_learner(config, text, **options).run().nats
 
 
 def bounds_of(text: Dataset) -> list[tuple[int, int]]:
@@ -101,11 +101,14 @@ def run_rank(folder: Path, environ: dict[str, str]) -> None:
     config, text = adapt_config(), make_text(RUN_LENGTHS)
     world = World.start(replace(config, device="cpu", train_batch_tokens=6 * config.micro_batch_tokens), environ)
     for name, changes in RUNS.items():
-        learner = make_learner(replace(config, **changes), text, world)
-        score = learner.run()
-        np.savez(folder / f"{name}_{world.rank}_of_{world.size}", nats=learner.ledger.nats, times=learner.ledger.times,
+        ledger = make_learner(replace(config, **changes), text, world).run()
+        times, score = ledger.times.copy(), ledger.score(world)
+        np.savez(folder / f"{name}_{world.rank}_of_{world.size}", nats=ledger.nats, times=times,
                  total=[score.nats, score.tokens, score.bytes])
-    world.close()
+    config = replace(config, **RUNS["phases"])
+    found = train_gpt.audit(config, make_learner(config, text, world).evaluator, lambda: make_model(config))
+    (folder / f"audit_{world.rank}_of_{world.size}").write_text(json.dumps(found))
+    dist.destroy_process_group()
 
 
 def main(folder: Path) -> int:

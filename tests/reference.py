@@ -210,8 +210,8 @@ def sliding_windows(length: int, seq_len: int, stride: int) -> list[tuple[int, i
 class HandWritten:
     """AdamW or SGD with momentum, one tensor at a time."""
 
-    def __init__(self, config, values: dict[str, Tensor]):
-        self.config, self.values, self.steps = config, values, 0
+    def __init__(self, config, values: dict[str, Tensor], kind: str):
+        self.config, self.values, self.kind, self.steps = config, values, kind, 0
         self.first = {name: torch.zeros_like(x) for name, x in values.items()}
         self.second = {name: torch.zeros_like(x) for name, x in values.items()}
 
@@ -220,7 +220,7 @@ class HandWritten:
         config, self.steps = self.config, self.steps + 1
         for name, x in self.values.items():
             g = grads[name]
-            if config.ttt_optimizer == "sgd":
+            if self.kind == "sgd":
                 self.first[name] = config.global_ttt_momentum * self.first[name] + g
                 x -= lr[name] * self.first[name]
                 continue
@@ -235,33 +235,33 @@ class HandWritten:
 def adapt_document(config, nats_of, document: Tensor, first: dict[str, Tensor], chunk: int) -> tuple[list[float], dict]:
     """A document's tokens and the one behind it, the first A of every target -> (nats of every target, last A).
 
-    Chunk by chunk: score, then one step on the mean of the chunk's nats. alpha / rank is a factor of B.
+    Chunk by chunk: score, then one step on the mean of the chunk's nats.
     """
-    scale, length, nats = config.ttt_lora_alpha / config.ttt_lora_rank, len(document) - 1, []
-    values = {f"{target}_in": a.clone() for target, a in first.items()}
+    length, nats, values = len(document) - 1, [], {}
     for target, a in first.items():
         outputs = {"k": config.num_kv_heads * config.head_dim, "v": config.num_kv_heads * config.head_dim,
                    "head": config.vocab_size}.get(target, config.model_dim)
-        values[f"{target}_out"] = torch.zeros(len(a), outputs, config.ttt_lora_rank)
-    optimizer, lr = HandWritten(config, values), dict.fromkeys(values, config.ttt_lora_lr)
+        values[f"{target}_document_in"] = a.clone()
+        values[f"{target}_document_out"] = torch.zeros(len(a), outputs, config.ttt_lora_rank)
+    optimizer, lr = HandWritten(config, values, config.ttt_optimizer), dict.fromkeys(values, config.ttt_lora_lr)
     for begin in range(0, length, chunk):
         end = min(begin + chunk, length)
         start = max(end - config.eval_seq_len, 0)
         leaves = {name: x.clone().requires_grad_() for name, x in values.items()}
-        scaled = {name: scale * x if name.endswith("_out") else x for name, x in leaves.items()}
-        scored = nats_of(document[start:end], document[start + 1:end + 1], scaled)[begin - start:]
+        scored = nats_of(document[start:end], document[start + 1:end + 1], leaves)[begin - start:]
         nats += scored.tolist()
         if end < length:
             scored.mean().backward()
             optimizer.step({name: x.grad for name, x in leaves.items()}, lr)
-    return nats, {target: values[f"{target}_in"] for target in first}
+    return nats, {target: values[f"{target}_document_in"] for target in first}
 
 
 class WeightLearner:
     """All weights of a model learn from pieces of text: one step for the mean over all targets of the pieces."""
 
-    def __init__(self, config, params: dict[str, Tensor], frozen: dict[str, list[int]]):
-        self.config, self.params, self.frozen, self.optimizer = config, params, frozen, HandWritten(config, params)
+    def __init__(self, config, params: dict[str, Tensor], frozen: dict[str, list[int]], kind: str):
+        self.config, self.params, self.frozen, self.kind = config, params, frozen, kind
+        self.optimizer = HandWritten(config, params, kind)
 
     def learn(self, nats_of, pieces: list[tuple[Tensor, Tensor]], lr_scale: float) -> None:
         """pieces: (ids (T,), targets (T,)), each a context of its own."""
@@ -277,7 +277,7 @@ class WeightLearner:
         total = math.sqrt(sum((g * g).sum().item() for g in grads.values()))
         if config.global_ttt_grad_clip and total > config.global_ttt_grad_clip:
             grads = {name: g * config.global_ttt_grad_clip / total for name, g in grads.items()}
-        factors = {"out_proj": 3, "down_proj": 3, "up_proj": 0.5} if config.ttt_optimizer == "adamw" else {}
+        factors = {"out_proj": 3, "down_proj": 3, "up_proj": 0.5} if self.kind == "adamw" else {}
         self.optimizer.step(grads, {name: config.global_ttt_lr * factors.get(name, 1) * lr_scale for name in grads})
         for name, rows in frozen.items():
             self.params[name][self.frozen.get(name, [])] = rows
@@ -471,3 +471,32 @@ def option_nats(config, w: dict[str, Tensor], ids: Tensor, targets: Tensor, plac
         nats = [log_sum - logits[t][y] if y >= 0 else 0 * log_sum for y in row]
         result.append(torch.stack([nats[0] + config.z_loss * log_sum ** 2 * training, *nats[1:]]))
     return torch.stack(result)
+
+
+def ngram_hints(tokens, order: int) -> list[tuple[int, int, int]]:
+    """PR #2135's order of operations, with dictionaries whose keys are the tokens themselves: for each target
+    (hint, best count, total), looked up before the target is entered; (-1, 0, 0) where nothing is found."""
+    tokens, length = [int(token) for token in tokens], order - 1
+    contexts: dict[tuple, tuple[int, int, int]] = {}
+    pairs: dict[tuple, int] = {}
+    hints = []
+    for t in range(1, len(tokens)):
+        if t < length:
+            hints.append((-1, 0, 0))
+            continue
+        context, target = tuple(tokens[t - length:t]), tokens[t]
+        token, best, total = contexts.get(context, (-1, 0, 0))
+        hints.append((token, best, total))
+        pairs[context, target] = pairs.get((context, target), 0) + 1
+        if pairs[context, target] > best:
+            token, best = target, pairs[context, target]
+        contexts[context] = token, best, total + 1
+    return hints
+
+
+def boosted_nats(nats: float, hint_nats: float, hit: bool, best: int, total: int, boost: float = 2.625,
+                 threshold: float = 0.8) -> float:
+    """The published tilt: p(hint) x e^boost, normalized, where the hint was right often enough."""
+    if total == 0 or best / total < threshold:
+        return nats
+    return nats - boost * hit + math.log1p(math.exp(-hint_nats) * math.expm1(boost))

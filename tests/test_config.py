@@ -29,7 +29,7 @@ OTHER = {"device": "cpu", "compile": "0", "attention": "sdpa", "muon_coefficient
          "matrix_init": "uniform", "resid_mix_init": "phase", "softcap_type": "poly5", "rope_scaling": "yarn",
          "attn_gate": "dense", "smear_gate": "static", "bigram_hash": "31", "depth_lora_rank": "8",
          "swa_start_frac": "0.2", "late_qat_threshold": "0.15", "ttt_strategy": "stream", "ttt_order": "length",
-         "ttt_chunk_schedule": "8@256,24@2000", "ttt_targets": "q,head", "ttt_optimizer": "sgd"}
+         "ttt_chunk_schedule": "8@256,24@2000", "ttt_targets": "q,head", "ttt_optimizer": "sgd", "ngram_order": "16"}
 NEEDED = {"ttt_unsafe_multi_epoch": {"TTT_STRATEGY": "stream"}}  # what must be set with them
 
 
@@ -175,7 +175,9 @@ CROSS_CHECKS = [  # environment, what the complaint says
     ({"MUON_BACKEND_STEPS": "11", "MUON_COEFFICIENTS": "quintic"}, ("MUON_BACKEND_STEPS=11", "at most 10", "quintic")),
     ({"TTT_TARGETS": "q,w"}, ("TTT_TARGETS=q,w", "'head'", "each once")),
     ({"TTT_TARGETS": "q,q"}, ("TTT_TARGETS=q,q", "each once")),
-    ({"TTT_CHUNK_SCHEDULE": "0@10"}, ("TTT_CHUNK_SCHEDULE=0@10", "tokens above 0", "8@256")),
+    ({"TTT_CHUNK_SCHEDULE": "0@10"}, ("TTT_CHUNK_SCHEDULE=0@10", "whole tokens", "8@256")),
+    ({"NGRAM_ORDER": "1"}, ("NGRAM_ORDER=1", "2 or more")),
+    ({"NGRAM_ORDER": "16", "TTT_ORDER": "length"}, ("NGRAM_ORDER=16", "TTT_ORDER=length", "order of the text")),
     ({"TTT_FREEZE_BLOCKS": "12"}, ("TTT_FREEZE_BLOCKS=12", "NUM_LAYERS=11")),
     ({"GLOBAL_TTT_CHUNK_TOKENS": "0"}, ("GLOBAL_TTT_CHUNK_TOKENS=0", "TTT_STRATEGY=stream")),
     ({"TTT_UNSAFE_MULTI_EPOCH": "1"}, ("TTT_UNSAFE_MULTI_EPOCH=1", "TTT_STRATEGY=stream")),

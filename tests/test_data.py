@@ -215,12 +215,13 @@ def test_without_document_mask_rows_are_plain():
     worker.close()
 
 
+@pytest.mark.parametrize("order", ["strided", "shuffled"])
 @pytest.mark.parametrize("size, micro_tokens", [(1, 32), (2, 32), (4, 32), (1, 128), (2, 16)])
-def test_strided_rows_are_the_same_for_every_number_of_ranks_and_each_comes_once_an_epoch(size, micro_tokens):
+def test_rows_are_the_same_for_every_number_of_ranks_and_each_comes_once_an_epoch(size, micro_tokens, order):
     stream = memory_stream(*(np.concatenate(make_documents(s, 4)) for s in range(3)))
     rows = len(stream) // 16
-    loaders = [loader(size, rank, stream, micro_tokens, train_order="strided") for rank in range(size)]
-    reference = loader(1, 0, stream, 16, train_order="strided")
+    loaders = [loader(size, rank, stream, micro_tokens, train_order=order) for rank in range(size)]
+    reference = loader(1, 0, stream, 16, train_order=order)
     seen = []
     for step in range(2 * rows // 8 + 1):
         batches = read_step(loaders, step)
@@ -235,7 +236,8 @@ def test_strided_rows_are_the_same_for_every_number_of_ranks_and_each_comes_once
             starts = [i + s for i in range(0, micro_tokens, 16)
                       for s in naive_starts(batch.ids[0, i:i + 16].tolist(), 16, True)]
             assert batch.segments.boundaries.tolist() == [*starts, micro_tokens]
-    assert sorted(seen[:rows]) == list(range(rows)) and seen[:rows] == seen[rows:2 * rows]
+    assert sorted(seen[:rows]) == sorted(seen[rows:2 * rows]) == list(range(rows))
+    assert (seen[:rows] == seen[rows:2 * rows]) == (order == "strided")
     assert seen[:rows] != list(range(rows)), "rows come from all over the shards"
     for worker in [*loaders, reference]:
         worker.close()
@@ -248,7 +250,14 @@ def test_the_stride_meets_every_row(rows):
     assert rows < 20 or 0.5 * rows < stride < 0.75 * rows
 
 
-@pytest.mark.parametrize("order", ["sequential", "strided"])
+def test_every_seed_and_epoch_shuffles_in_its_own_way():
+    orders = [train_gpt.shuffled_rows(50, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    assert all(sorted(order) == list(range(50)) for order in orders) and len({*map(tuple, orders)}) == 4
+    train_gpt.shuffled_rows.cache_clear()
+    assert train_gpt.shuffled_rows(50, 0, 0).tolist() == orders[0]
+
+
+@pytest.mark.parametrize("order", ["sequential", "strided", "shuffled"])
 def test_padded_batches_have_room_for_all_segments(tmp_path, order):
     """As on CUDA, where every batch has one shape."""
     random = np.random.default_rng(0)

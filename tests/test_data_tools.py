@@ -128,7 +128,7 @@ def test_the_loader_is_measured(tmp_path):
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"{tmp_path / 'data'}: 10,000 training tokens in 2 shards, micro-batches of 128 tokens")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[3:]]
-    assert [row[0] for row in rows] == ["sequential", "strided"]
+    assert [row[0] for row in rows] == ["sequential", "strided", "shuffled"]
     for _, rate, milliseconds, slowest in rows:
         assert float(slowest) >= float(milliseconds) > 0 and float(rate) >= 0
 
