@@ -394,15 +394,16 @@ ALIASES: dict[str, str | dict[str, tuple[str, Any] | None]] = {
     "MUON_WEIGHT_DECAY": "muon_wd", "ADAM_WEIGHT_DECAY": "adam_wd", "EMBED_WEIGHT_DECAY": "embed_wd",
     "VAL_BATCH_SIZE": "val_batch_tokens", "BIGRAM_DIM": "bigram_hash_dim", "SKIP_GATE_ENABLED": "skip_gates_enabled",
     "BIGRAM_VOCAB_SIZE": "bigram_hash_buckets", "TIED_EMBEDDING_LR": "tied_embed_lr", "EMBEDDING_BITS": "embed_bits",
-    "TTT_EVAL_SEQ_LEN": "eval_seq_len", "TTT_LR": "global_ttt_lr", "TTT_CHUNK_TOKENS": "global_ttt_chunk_tokens",
-    **{f"TTT_{name}": f"global_ttt_{name.lower()}" for name in ("EPOCHS", "MOMENTUM", "GRAD_CLIP")},
+    "TTT_EVAL_SEQ_LEN": "eval_seq_len", "TTT_CHUNK_TOKENS": "global_ttt_chunk_tokens", "TOKEN_ORDER": "ngram_order",
+    **{f"TTT_{name}": f"global_ttt_{name.lower()}" for name in ("LR", "EPOCHS", "MOMENTUM", "GRAD_CLIP")},
     "SMEAR_GATE_ENABLED": {"0": ("smear_gate", "off"), "1": ("smear_gate", "input")},
     "USE_SMEARGATE": {"0": ("smear_gate", "off"), "1": ("smear_gate", "static")},
     "SPARSE_ATTN_GATE_ENABLED": {"0": ("sparse_attn_gate_scale", 0.0), "1": ("attn_gate", "sparse")},
     **{name: {"0": None, "1": ("attn_gate", "dense")} for name in ("GATED_ATTN_ENABLED", "GATED_ATTENTION")},
     "ATTN_OUT_GATE_ENABLED": {"0": None, "1": ("attn_gate", "output")},
     "EMA_ENABLED": {"0": ("ema_decay", 0.0), "1": None}, "SWA_ENABLED": {"0": ("swa_start_frac", 0.0), "1": None},
-    "LATE_QAT": {"0": ("late_qat_threshold", 0.0), "1": None},
+    "NGRAM_TILT_ENABLED": {"0": ("ngram_order", 0), "1": ("ngram_order", 16)},
+    "LATE_QAT": {"0": ("late_qat_threshold", 0.0), "1": None}, "TTT_MLP_LORA": {"1": None}, "TTT_O_LORA": {"1": None},
     "TTT_ENABLED": {"0": None, "1": ("eval_mode", "adapted")},
     "PHASED_TTT_ENABLED": {"0": ("phased_ttt_num_phases", 0), "1": None},
     "TTT_K_LORA": {"0": ("ttt_targets", "q,v,out,mlp,head"), "1": None},
@@ -412,12 +413,13 @@ ALIASES: dict[str, str | dict[str, tuple[str, Any] | None]] = {
                "LQER_ASYM_GROUP=32,64", "is not needed here: tcq leaves less error than LQER at the same size"),
     **accepted("SMEAR_GATE_BOS_FIX=0,1", "changes nothing here: no token is ever smeared into another document"),
     **accepted("ASYM_LOGIT_RESCALE=0,1", "changes nothing, as published; SOFTCAP_TYPE=two_sided trains its caps"),
+    **accepted("TOKEN_THRESHOLD=0.8,0.800 TOKEN_BOOST=2.625", "is not needed: the tilt's share follows from counts"),
     **accepted("GATED_ATTN_QUANT_GATE=0,1", "changes nothing here: gates are kept in float16"),
     **accepted("PARALLEL_FINAL_LANE=mean SPARSE_ATTN_GATE_INIT_STD=0,0.0 FUSED_CE_ENABLED=0,1 CASEOPS_ENABLED=0,1 "
-               "QAT_ENABLED=0 OPTROT_ENABLED=0 ROPE_YARN=0 MUON_HUBER_WD=0 TTT_O_LORA=1 TTT_MLP_LORA=1 "
-               "MATRIX_CLIP_SIGMAS=12.85 QK_GAIN_INIT_SCHEDULE= TTT_LORA_EMA_DECAY=0,0.0 TTT_UPDATE_EVERY=1 "
-               "TTT_GRAD_STEPS=1 GLOBAL_TTT_OPTIMIZER=sgd NGRAM_TILT_ENABLED=0 NGRAM_HINT_PRECOMPUTE_OUTSIDE=0 "
-               "WITHIN_TAU=99.0 WORD_TAU=99.0 WITHIN_BOOST=0,0.0 WORD_BOOST=0,0.0 AGREE_ADD_BOOST=0,0.0")}
+               "QAT_ENABLED=0 OPTROT_ENABLED=0 ROPE_YARN=0 MUON_HUBER_WD=0 TTT_UPDATE_EVERY=1 TTT_GRAD_STEPS=1 "
+               "GLOBAL_TTT_OPTIMIZER=sgd MATRIX_CLIP_SIGMAS=12.85 QK_GAIN_INIT_SCHEDULE= TTT_LORA_EMA_DECAY=0.0 "
+               "NGRAM_HINT_PRECOMPUTE_OUTSIDE=0 WITHIN_TAU=99.0 WITHIN_BOOST=0.0 WORD_TAU=99.0 WORD_BOOST=0.0 "
+               "AGREE_ADD_BOOST=0.0")}
 NAMES = {name.upper(): name for name in KINDS} | ALIASES
 
 

@@ -267,7 +267,8 @@ def test_values_that_training_cannot_use_are_refused_at_the_start(variable):
 
 
 # --- other names
-RENAMED = {"MUON_WEIGHT_DECAY": ("muon_wd", "0.5", 0.5), "ADAM_WEIGHT_DECAY": ("adam_wd", "0.5", 0.5),
+RENAMED = {"TOKEN_ORDER": ("ngram_order", "16", 16),
+           "MUON_WEIGHT_DECAY": ("muon_wd", "0.5", 0.5), "ADAM_WEIGHT_DECAY": ("adam_wd", "0.5", 0.5),
            "EMBED_WEIGHT_DECAY": ("embed_wd", "0.5", 0.5), "VAL_BATCH_SIZE": ("val_batch_tokens", "4096", 4096),
            "EMBEDDING_BITS": ("embed_bits", "5", 5), "TIED_EMBEDDING_LR": ("tied_embed_lr", "0.5", 0.5),
            "BIGRAM_VOCAB_SIZE": ("bigram_hash_buckets", "4096", 4096), "BIGRAM_DIM": ("bigram_hash_dim", "64", 64),
@@ -287,9 +288,11 @@ TRANSLATED = {  # (variable, text) -> (our field, value, another value of it tha
     ("EMA_ENABLED", "0"): ("ema_decay", 0.0, "0.75"), ("SWA_ENABLED", "0"): ("swa_start_frac", 0.0, "0.75"),
     ("LATE_QAT", "0"): ("late_qat_threshold", 0.0, "0.75"), ("TTT_ENABLED", "1"): ("eval_mode", "adapted", "packed"),
     ("PHASED_TTT_ENABLED", "0"): ("phased_ttt_num_phases", 0, "2"),
+    ("NGRAM_TILT_ENABLED", "0"): ("ngram_order", 0, "3"),
+    ("NGRAM_TILT_ENABLED", "1"): ("ngram_order", 16, "3"),
     ("TTT_K_LORA", "0"): ("ttt_targets", "q,v,out,mlp,head", "q"),
     ("TTT_MASK", "no_qv"): ("ttt_targets", "k,out,mlp,head", "q")}
-NUMBERS = (["0", "0.0"], ["0.5", ""])
+NUMBERS = (["0.0"], ["0.5", ""])
 INERT = {"ROPE_YARN": (["0"], ["1"]), "FUSED_CE_ENABLED": (["0", "1"], ["2"]),
          "CASEOPS_ENABLED": (["0", "1"], ["yes"]), "PARALLEL_FINAL_LANE": (["mean", "MEAN"], ["attn"]),
          "SPARSE_ATTN_GATE_INIT_STD": (["0", "0.0"], ["0.01"]),
@@ -298,7 +301,7 @@ INERT = {"ROPE_YARN": (["0"], ["1"]), "FUSED_CE_ENABLED": (["0", "1"], ["2"]),
          "PHASED_TTT_ENABLED": (["1"], ["2"]), "SWA_ENABLED": (["1"], ["2"]), "LATE_QAT": (["1"], ["0.15"]),
          "OPTROT_ENABLED": (["0"], ["1"]), "EMA_ENABLED": (["1"], ["maybe"]), "MUON_HUBER_WD": (["0"], ["1"]),
          "TTT_K_LORA": (["1"], ["2"]), "TTT_MASK": ([""], ["q"]), "TTT_O_LORA": (["1"], ["0"]),
-         "TTT_MLP_LORA": (["1"], ["0"]), "NGRAM_TILT_ENABLED": (["0"], ["1"]),
+         "TTT_MLP_LORA": (["1"], ["0"]),
          "MATRIX_CLIP_SIGMAS": (["12.85"], ["13"]), "QK_GAIN_INIT_SCHEDULE": ([""], ["4,5"]),
          "TTT_UPDATE_EVERY": (["1"], ["2"]), "TTT_GRAD_STEPS": (["1"], ["2"]),
          "GLOBAL_TTT_OPTIMIZER": (["sgd"], ["muon"]), "NGRAM_HINT_PRECOMPUTE_OUTSIDE": (["0"], ["1"]),
@@ -310,6 +313,7 @@ REPLACED = {  # of a published method that is not here: (values that pass, one t
     "LQER_FACTOR_BITS": (["4"], "5", "tcq"), "LQER_ASYM_GROUP": (["32", "64"], "0", "tcq"),
     "SMEAR_GATE_BOS_FIX": (["0", "1"], "2", "no token is ever smeared into another document"),
     "ASYM_LOGIT_RESCALE": (["0", "1"], "2", "SOFTCAP_TYPE=two_sided"),
+    "TOKEN_THRESHOLD": (["0.8", "0.800"], "0.5", "counts"), "TOKEN_BOOST": (["2.625"], "3", "counts"),
     "GATED_ATTN_QUANT_GATE": (["0", "1"], "2", "kept in float16"), "COMPRESSOR": (["pergroup"], "lrzip", "means rans")}
 
 
