@@ -405,7 +405,7 @@ ALIASES: dict[str, str | dict[str, tuple[str, Any] | None]] = {
     "NGRAM_TILT_ENABLED": {"0": ("ngram_order", 0), "1": ("ngram_order", 16)},
     "LATE_QAT": {"0": ("late_qat_threshold", 0.0), "1": None}, "TTT_MLP_LORA": {"1": None}, "TTT_O_LORA": {"1": None},
     "TTT_ENABLED": {"0": None, "1": ("eval_mode", "adapted")},
-    "PHASED_TTT_ENABLED": {"0": ("phased_ttt_num_phases", 0), "1": None},
+    "PHASED_TTT_ENABLED": {"0": ("phased_ttt_num_phases", 0), "1": ("eval_mode", "adapted")},
     "TTT_K_LORA": {"0": ("ttt_targets", "q,v,out,mlp,head"), "1": None},
     "TTT_MASK": {"no_qv": ("ttt_targets", "k,out,mlp,head"), "": None},
     "COMPRESSOR": {"pergroup": ("", "means rans"), **{name: ("compressor", name) for name in CHOICES["compressor"]}},

@@ -236,7 +236,7 @@ def test_a_published_command_is_accepted_and_sets_what_it_says(name):
     assert len(fields) > 10
     for field, text in fields.items():
         assert getattr(config, field) == parse_value(field, text, KINDS[field])
-    expected = {"r0427": {"smear_gate": "input", "attn_gate": "sparse", "compressor": "rans"},
+    expected = {"r0427": {"eval_mode": "adapted", "smear_gate": "input", "attn_gate": "sparse", "compressor": "rans"},
                 "lrzip_1934": {"embed_wd": 0.06, "attn_clip_sigmas": 12.0, "compressor": "rans"},
                 "frontier_2135": {"smear_gate": "input", "ngram_order": 16, "ttt_targets": "q,v,out,mlp,head"},
                 "smeargate_orthoinit_muonwd": {"smear_gate": "static", "muon_wd": 0.01, "micro_batch_tokens": 65536}}
