@@ -115,7 +115,7 @@ class Config:
     warmup_steps: int = 3  # throw-away steps per graph that compile before the clock starts
     train_batch_tokens: Count = 786432  # tokens per optimizer step over all ranks
     batch_schedule: str = ""  # share of TRAIN_BATCH_TOKENS over time, as 0.5@0.1,1@1; learning rates go with its root
-    micro_batch_tokens: Count = 98304  # tokens per forward pass and rank
+    micro_batch_tokens: Count = 98304  # tokens per forward pass and rank; not set, 1/8 of a batch it does not divide
     val_batch_tokens: Count = 524288  # tokens per scoring batch over all ranks; halved where memory runs out
     val_loss_every: int = 0  # steps between validations in training, outside the clock; 0 = only at the end
     train_log_every: int = 0  # steps between progress lines; 0 = about 20 lines
@@ -140,7 +140,7 @@ class Config:
     rope_stretch: float = 0.0  # of rope_scaling, in training too; 0 = EVAL_SEQ_LEN / TRAIN_SEQ_LEN in evaluation only
     value_residual: bool = False  # values are blended with the first layer's, in layers behind the loops
     ln_scale: bool = True  # block inputs are scaled by 1 / sqrt(layer + 1)
-    xsa_last_n: int = 11  # layers, from the end, with exclusive self attention; 0 = off
+    xsa_last_n: int = 11  # layers, from the end, with exclusive self attention; 0 = off, more than there are = all
     skip_gates_enabled: bool = True  # U-Net skips are gated blends; 0 = weighted sums
     num_loops: int = 2  # extra passes over layers LOOP_START..LOOP_END; 0 = no depth recurrence
     loop_start: int = 3  # first looped layer
@@ -253,11 +253,14 @@ class Config:
                 continue
             name, value = resolve(variable, text.strip())
             if not name:
-                notes.append(f"{variable}={text} has no effect of its own here")
+                notes.append(f"{variable}={text} {value or 'has no effect of its own here'}")
                 continue
             require(name not in values or values[name] == value,
                     f"{variable}={text} contradicts {origin.get(name)}: set one of them")
             values[name], origin[name] = value, f"{variable}={text}"
+        batch = values.get("train_batch_tokens", 0)
+        if "micro_batch_tokens" not in values and batch % cls.micro_batch_tokens:  # 8 a step, as in published scripts
+            values["micro_batch_tokens"] = batch // 8 or 1
         return cls(**values), notes
 
     def __post_init__(self):
@@ -287,7 +290,6 @@ class Config:
         yield self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim, \
             f"{{rope_dims}}: must be even and at most the head width {self.head_dim}"
         yield self.gate_window <= (self.embed_dim or self.model_dim), "{gate_window}: at most {model_dim}, {embed_dim}"
-        yield self.xsa_last_n <= self.num_layers, "{xsa_last_n}: must be at most {num_layers}"
         yield not self.parallel_start_layer or self.num_layers // 2 <= self.parallel_start_layer < self.num_layers, \
             "{parallel_start_layer}: lanes are for the second half of {num_layers}; 0 = off"
         if self.num_loops:
@@ -381,30 +383,43 @@ def parse_schedule(text: str, variable: str = "") -> list[tuple[float, float]]:
         return [(float(value), float(until)) for value, until in (part.split("@") for part in text.split(",") if text)]
 
 
-# Other published names -> ours, or {value: (our field, its value), or None where we do so anyway}; other values are
-# refused.
+def accepted(table: str, note: str | None = None) -> dict[str, Any]:
+    """'A=0 B=1,x' -> the rows of ALIASES for variables without a field and the values that pass; the note says why."""
+    return {name: dict.fromkeys(values.split(","), ("", note)) for name, values in re.findall("(\\w+)=(\\S*)", table)}
+
+
+# Other published names -> ours, or {value: (our field, its value), or None where we do so anyway, or ("", what the log
+# says of it)}; other values are refused.
 ALIASES: dict[str, str | dict[str, tuple[str, Any] | None]] = {
     "MUON_WEIGHT_DECAY": "muon_wd", "ADAM_WEIGHT_DECAY": "adam_wd", "EMBED_WEIGHT_DECAY": "embed_wd",
-    "VAL_BATCH_SIZE": "val_batch_tokens", "EMBEDDING_BITS": "embed_bits", "TIED_EMBEDDING_LR": "tied_embed_lr",
-    "BIGRAM_VOCAB_SIZE": "bigram_hash_buckets", "BIGRAM_DIM": "bigram_hash_dim",
-    "SKIP_GATE_ENABLED": "skip_gates_enabled",
+    "VAL_BATCH_SIZE": "val_batch_tokens", "BIGRAM_DIM": "bigram_hash_dim", "SKIP_GATE_ENABLED": "skip_gates_enabled",
+    "BIGRAM_VOCAB_SIZE": "bigram_hash_buckets", "TIED_EMBEDDING_LR": "tied_embed_lr", "EMBEDDING_BITS": "embed_bits",
+    "TTT_EVAL_SEQ_LEN": "eval_seq_len", "TTT_CHUNK_TOKENS": "global_ttt_chunk_tokens", "TOKEN_ORDER": "ngram_order",
+    **{f"TTT_{name}": f"global_ttt_{name.lower()}" for name in ("LR", "EPOCHS", "MOMENTUM", "GRAD_CLIP")},
     "SMEAR_GATE_ENABLED": {"0": ("smear_gate", "off"), "1": ("smear_gate", "input")},
     "USE_SMEARGATE": {"0": ("smear_gate", "off"), "1": ("smear_gate", "static")},
     "SPARSE_ATTN_GATE_ENABLED": {"0": ("sparse_attn_gate_scale", 0.0), "1": ("attn_gate", "sparse")},
     **{name: {"0": None, "1": ("attn_gate", "dense")} for name in ("GATED_ATTN_ENABLED", "GATED_ATTENTION")},
     "ATTN_OUT_GATE_ENABLED": {"0": None, "1": ("attn_gate", "output")},
     "EMA_ENABLED": {"0": ("ema_decay", 0.0), "1": None}, "SWA_ENABLED": {"0": ("swa_start_frac", 0.0), "1": None},
-    "LATE_QAT": {"0": ("late_qat_threshold", 0.0), "1": None}, "PARALLEL_FINAL_LANE": {"mean": None},
-    "SMEAR_GATE_BOS_FIX": {"1": None}, "SPARSE_ATTN_GATE_INIT_STD": {"0": None, "0.0": None},
-    "FUSED_CE_ENABLED": {"0": None, "1": None}, "CASEOPS_ENABLED": {"0": None, "1": None},
-    "TTT_ENABLED": {"0": None, "1": ("eval_mode", "adapted")}, "TTT_EVAL_SEQ_LEN": "eval_seq_len",
-    "PHASED_TTT_ENABLED": {"0": ("phased_ttt_num_phases", 0), "1": None}, "TTT_LR": "global_ttt_lr",
-    "TTT_EPOCHS": "global_ttt_epochs", "TTT_CHUNK_TOKENS": "global_ttt_chunk_tokens",
-    "TTT_MOMENTUM": "global_ttt_momentum", "TTT_GRAD_CLIP": "global_ttt_grad_clip",
+    "NGRAM_TILT_ENABLED": {"0": ("ngram_order", 0), "1": ("ngram_order", 16)},
+    "LATE_QAT": {"0": ("late_qat_threshold", 0.0), "1": None}, "TTT_MLP_LORA": {"1": None}, "TTT_O_LORA": {"1": None},
+    "TTT_ENABLED": {"0": None, "1": ("eval_mode", "adapted")},
+    "PHASED_TTT_ENABLED": {"0": ("phased_ttt_num_phases", 0), "1": ("eval_mode", "adapted")},
     "TTT_K_LORA": {"0": ("ttt_targets", "q,v,out,mlp,head"), "1": None},
-    "TTT_MASK": {"no_qv": ("ttt_targets", "k,out,mlp,head"), "": None}, "TTT_O_LORA": {"1": None},
-    "TTT_MLP_LORA": {"1": None},
-    **{name: {"0": None} for name in ("LQER_ENABLED", "QAT_ENABLED", "OPTROT_ENABLED", "ROPE_YARN")}}
+    "TTT_MASK": {"no_qv": ("ttt_targets", "k,out,mlp,head"), "": None},
+    "COMPRESSOR": {"pergroup": ("", "means rans"), **{name: ("compressor", name) for name in CHOICES["compressor"]}},
+    **accepted("LQER_ENABLED=0,1 LQER_ASYM_ENABLED=0,1 LQER_RANK=2,4,6 LQER_TOP_K=1,3,4 LQER_FACTOR_BITS=4 "
+               "LQER_ASYM_GROUP=32,64", "is not needed here: tcq leaves less error than LQER at the same size"),
+    **accepted("SMEAR_GATE_BOS_FIX=0,1", "changes nothing here: no token is ever smeared into another document"),
+    **accepted("ASYM_LOGIT_RESCALE=0,1", "changes nothing, as published; SOFTCAP_TYPE=two_sided trains its caps"),
+    **accepted("TOKEN_THRESHOLD=0.8,0.800 TOKEN_BOOST=2.625", "is not needed: the tilt's share follows from counts"),
+    **accepted("GATED_ATTN_QUANT_GATE=0,1", "changes nothing here: gates are kept in float16"),
+    **accepted("PARALLEL_FINAL_LANE=mean SPARSE_ATTN_GATE_INIT_STD=0,0.0 FUSED_CE_ENABLED=0,1 CASEOPS_ENABLED=0,1 "
+               "QAT_ENABLED=0 OPTROT_ENABLED=0 ROPE_YARN=0 MUON_HUBER_WD=0 TTT_UPDATE_EVERY=1 TTT_GRAD_STEPS=1 "
+               "GLOBAL_TTT_OPTIMIZER=sgd MATRIX_CLIP_SIGMAS=12.85 QK_GAIN_INIT_SCHEDULE= TTT_LORA_EMA_DECAY=0.0 "
+               "NGRAM_HINT_PRECOMPUTE_OUTSIDE=0 WITHIN_TAU=99.0 WITHIN_BOOST=0.0 WORD_TAU=99.0 WORD_BOOST=0.0 "
+               "AGREE_ADD_BOOST=0.0")}
 NAMES = {name.upper(): name for name in KINDS} | ALIASES
 
 

@@ -155,14 +155,15 @@ CROSS_CHECKS = [  # environment, what the complaint says
     ({"TRAIN_SEQ_SCHEDULE": "1024@0.5,4096@1"}, ("TRAIN_SEQ_SCHEDULE=1024@0.5,4096@1", "the largest 2048")),
     ({"BATCH_SCHEDULE": "0.5@1"}, ("BATCH_SCHEDULE=0.5@1", "the largest 1,")),
     ({"BATCH_SCHEDULE": "1@0.5,2@1"}, ("BATCH_SCHEDULE=1@0.5,2@1", "the largest 1,")),
-    ({"XSA_LAST_N": "12"}, ("XSA_LAST_N=12", "at most NUM_LAYERS=11")),
     ({"PARALLEL_START_LAYER": "11"}, ("PARALLEL_START_LAYER=11", "second half of NUM_LAYERS=11", "0 = off")),
     ({"PARALLEL_START_LAYER": "4", "NUM_LOOPS": "0"}, ("PARALLEL_START_LAYER=4", "second half of NUM_LAYERS=11")),
     ({"LOOP_START": "6"}, ("LOOP_START=6", "LOOP_END=5", "no part of NUM_LAYERS=11")),
     ({"LOOP_END": "11", "PARALLEL_START_LAYER": "0"}, ("LOOP_END=11", "no part of NUM_LAYERS=11")),
     ({"LOOP_END": "8"}, ("LOOP_END=8", "below PARALLEL_START_LAYER=8", "NUM_LOOPS=0")),
     ({"VOCAB_SIZE": "65537"}, ("VOCAB_SIZE=65537", "at most 65536")),
-    ({"TRAIN_BATCH_TOKENS": "100000"}, ("TRAIN_BATCH_TOKENS=100000", "MICRO_BATCH_TOKENS=98304", "not divisible")),
+    ({"TRAIN_BATCH_TOKENS": "100000", "MICRO_BATCH_TOKENS": "98304"},
+     ("TRAIN_BATCH_TOKENS=100000", "MICRO_BATCH_TOKENS=98304", "not divisible")),
+    ({"TRAIN_BATCH_TOKENS": "100001"}, ("TRAIN_BATCH_TOKENS=100001", "MICRO_BATCH_TOKENS=12500", "not divisible")),
     ({"TRAIN_ORDER": "strided", "TRAIN_SEQ_LEN": "1000"},
      ("MICRO_BATCH_TOKENS=98304", "TRAIN_SEQ_LEN=1000", "TRAIN_ORDER=strided", "change one")),
     ({"EVAL_STRIDE": "2049"}, ("EVAL_STRIDE=2049", "at most EVAL_SEQ_LEN=2048")),
@@ -216,7 +217,7 @@ def test_every_rule_between_settings_has_a_row():
 
 
 def test_rules_hold_just_inside_their_limits():
-    for variables in ({"ROPE_DIMS": "64"}, {"ROPE_DIMS": "0"}, {"GATE_WINDOW": "512"}, {"XSA_LAST_N": "11"},
+    for variables in ({"ROPE_DIMS": "64"}, {"ROPE_DIMS": "0"}, {"GATE_WINDOW": "512"}, {"XSA_LAST_N": "12"},
                       {"PARALLEL_START_LAYER": "5", "NUM_LOOPS": "0"}, {"PARALLEL_START_LAYER": "10"},
                       {"LOOP_END": "7"}, {"LOOP_START": "5"}, {"LOOP_END": "10", "PARALLEL_START_LAYER": "0"},
                       {"LOOP_START": "9", "LOOP_END": "1", "NUM_LOOPS": "0"}, {"VOCAB_SIZE": "65536"},
@@ -240,6 +241,14 @@ def test_the_batch_must_divide_among_the_processes():
             config.accumulation_steps(size)
 
 
+def test_a_batch_alone_brings_its_micro_batch():
+    """Published commands set TRAIN_BATCH_TOKENS=524288, of which the default is no divisor: their scripts take 1/8."""
+    for batch, micro in ((524288, 65536), (393216, 98304), (786432, 98304), (512, 64), (4, 1)):
+        assert Config.from_env({"TRAIN_BATCH_TOKENS": str(batch)})[0].micro_batch_tokens == micro
+    config, notes = Config.from_env({"TRAIN_BATCH_TOKENS": "524288", "MICRO_BATCH_TOKENS": "131072"})
+    assert config.micro_batch_tokens == 131072 and notes == []
+
+
 def test_every_share_of_the_batch_must_divide_among_the_processes():
     config = Config(train_batch_tokens=512, micro_batch_tokens=64)
     assert [config.accumulation_steps(2, share) for share in (0.25, 0.5, 0.75, 1.0)] == [1, 2, 3, 4]
@@ -258,7 +267,8 @@ def test_values_that_training_cannot_use_are_refused_at_the_start(variable):
 
 
 # --- other names
-RENAMED = {"MUON_WEIGHT_DECAY": ("muon_wd", "0.5", 0.5), "ADAM_WEIGHT_DECAY": ("adam_wd", "0.5", 0.5),
+RENAMED = {"TOKEN_ORDER": ("ngram_order", "16", 16),
+           "MUON_WEIGHT_DECAY": ("muon_wd", "0.5", 0.5), "ADAM_WEIGHT_DECAY": ("adam_wd", "0.5", 0.5),
            "EMBED_WEIGHT_DECAY": ("embed_wd", "0.5", 0.5), "VAL_BATCH_SIZE": ("val_batch_tokens", "4096", 4096),
            "EMBEDDING_BITS": ("embed_bits", "5", 5), "TIED_EMBEDDING_LR": ("tied_embed_lr", "0.5", 0.5),
            "BIGRAM_VOCAB_SIZE": ("bigram_hash_buckets", "4096", 4096), "BIGRAM_DIM": ("bigram_hash_dim", "64", 64),
@@ -278,22 +288,39 @@ TRANSLATED = {  # (variable, text) -> (our field, value, another value of it tha
     ("EMA_ENABLED", "0"): ("ema_decay", 0.0, "0.75"), ("SWA_ENABLED", "0"): ("swa_start_frac", 0.0, "0.75"),
     ("LATE_QAT", "0"): ("late_qat_threshold", 0.0, "0.75"), ("TTT_ENABLED", "1"): ("eval_mode", "adapted", "packed"),
     ("PHASED_TTT_ENABLED", "0"): ("phased_ttt_num_phases", 0, "2"),
+    ("PHASED_TTT_ENABLED", "1"): ("eval_mode", "adapted", "packed"),
+    ("NGRAM_TILT_ENABLED", "0"): ("ngram_order", 0, "3"),
+    ("NGRAM_TILT_ENABLED", "1"): ("ngram_order", 16, "3"),
     ("TTT_K_LORA", "0"): ("ttt_targets", "q,v,out,mlp,head", "q"),
     ("TTT_MASK", "no_qv"): ("ttt_targets", "k,out,mlp,head", "q")}
+NUMBERS = (["0.0"], ["0.5", ""])
 INERT = {"ROPE_YARN": (["0"], ["1"]), "FUSED_CE_ENABLED": (["0", "1"], ["2"]),
          "CASEOPS_ENABLED": (["0", "1"], ["yes"]), "PARALLEL_FINAL_LANE": (["mean", "MEAN"], ["attn"]),
-         "SMEAR_GATE_BOS_FIX": (["1"], ["0"]), "SPARSE_ATTN_GATE_INIT_STD": (["0", "0.0"], ["0.01"]),
+         "SPARSE_ATTN_GATE_INIT_STD": (["0", "0.0"], ["0.01"]),
          "ATTN_OUT_GATE_ENABLED": (["0"], ["2"]), "GATED_ATTN_ENABLED": (["0"], ["2"]),
-         "GATED_ATTENTION": (["0"], [""]), "LQER_ENABLED": (["0"], ["1"]), "TTT_ENABLED": (["0"], ["yes"]),
-         "PHASED_TTT_ENABLED": (["1"], ["2"]), "TTT_K_LORA": (["1"], ["2"]), "TTT_MASK": ([""], ["q"]),
-         "TTT_O_LORA": (["1"], ["0"]), "TTT_MLP_LORA": (["1"], ["0"]), "SWA_ENABLED": (["1"], ["2"]),
-         "LATE_QAT": (["1"], ["0.15"]),
-         "QAT_ENABLED": (["0"], ["1"]), "OPTROT_ENABLED": (["0"], ["1"]), "EMA_ENABLED": (["1"], ["maybe"])}
+         "GATED_ATTENTION": (["0"], [""]), "TTT_ENABLED": (["0"], ["yes"]), "QAT_ENABLED": (["0"], ["1"]),
+         "SWA_ENABLED": (["1"], ["2"]), "LATE_QAT": (["1"], ["0.15"]),
+         "OPTROT_ENABLED": (["0"], ["1"]), "EMA_ENABLED": (["1"], ["maybe"]), "MUON_HUBER_WD": (["0"], ["1"]),
+         "TTT_K_LORA": (["1"], ["2"]), "TTT_MASK": ([""], ["q"]), "TTT_O_LORA": (["1"], ["0"]),
+         "TTT_MLP_LORA": (["1"], ["0"]),
+         "MATRIX_CLIP_SIGMAS": (["12.85"], ["13"]), "QK_GAIN_INIT_SCHEDULE": ([""], ["4,5"]),
+         "TTT_UPDATE_EVERY": (["1"], ["2"]), "TTT_GRAD_STEPS": (["1"], ["2"]),
+         "GLOBAL_TTT_OPTIMIZER": (["sgd"], ["muon"]), "NGRAM_HINT_PRECOMPUTE_OUTSIDE": (["0"], ["1"]),
+         "WITHIN_TAU": (["99.0"], ["0.5"]), "WORD_TAU": (["99.0"], ["0.5"]), "WITHIN_BOOST": NUMBERS,
+         "WORD_BOOST": NUMBERS, "AGREE_ADD_BOOST": NUMBERS, "TTT_LORA_EMA_DECAY": NUMBERS}
+REPLACED = {  # of a published method that is not here: (values that pass, one that does not, what the log says)
+    **{name: (["0", "1"], "2", "tcq leaves less error") for name in ("LQER_ENABLED", "LQER_ASYM_ENABLED")},
+    "LQER_RANK": (["2", "4"], "0", "tcq"), "LQER_TOP_K": (["1", "3", "4"], "x", "tcq"),
+    "LQER_FACTOR_BITS": (["4"], "5", "tcq"), "LQER_ASYM_GROUP": (["32", "64"], "0", "tcq"),
+    "SMEAR_GATE_BOS_FIX": (["0", "1"], "2", "no token is ever smeared into another document"),
+    "ASYM_LOGIT_RESCALE": (["0", "1"], "2", "SOFTCAP_TYPE=two_sided"),
+    "TOKEN_THRESHOLD": (["0.8", "0.800"], "0.5", "counts"), "TOKEN_BOOST": (["2.625"], "3", "counts"),
+    "GATED_ATTN_QUANT_GATE": (["0", "1"], "2", "kept in float16"), "COMPRESSOR": (["pergroup"], "lrzip", "means rans")}
 
 
 def test_these_tables_cover_all_aliases():
-    assert set(RENAMED) | {name for name, _ in TRANSLATED} | set(INERT) == set(ALIASES)
-    assert not {name.lower() for name in ALIASES} & set(FIELDS)
+    assert set(RENAMED) | {name for name, _ in TRANSLATED} | set(INERT) | set(REPLACED) == set(ALIASES)
+    assert {name.lower() for name in ALIASES} & set(FIELDS) == {"compressor"}  # which has a value more
 
 
 @pytest.mark.parametrize("variable", RENAMED)
@@ -343,6 +370,16 @@ def test_switches_without_effect_pass_with_a_note_where_they_ask_for_what_is_so(
         assert complaint.startswith(f"{variable}={text}: ") and accepted[0] in complaint
 
 
+@pytest.mark.parametrize("variable", REPLACED)
+def test_published_methods_that_are_replaced_pass_with_a_note_that_says_by_what(variable):
+    accepted, refused, reason = REPLACED[variable]
+    for text in accepted:
+        config, notes = Config.from_env({variable: text})
+        assert config == Config() and len(notes) == 1
+        assert notes[0].startswith(f"{variable}={text} ") and reason in notes[0]
+    assert refusal(**{variable: refused}).startswith(f"{variable}={refused}: ")
+
+
 @pytest.mark.parametrize("variable, guess", [
     ("MATRX_LR", "MATRIX_LR"), ("MUON_WDD", "MUON_WD"), ("MUON_WD_", "MUON_WD"), ("NUM_LAYER", "NUM_LAYERS"),
     ("ITERATION", "ITERATIONS"), ("WARMDOWN_FRACTION", "WARMDOWN_FRAC"), ("VOCABSIZE", "VOCAB_SIZE"),
@@ -353,7 +390,7 @@ def test_near_misses_are_refused_with_a_guess(variable, guess):
     assert text.startswith(f"{variable}: unknown setting; did you mean {guess}?") and "unset it" in text
 
 
-@pytest.mark.parametrize("variable", ["TTT_FOO", "GPTQ_BLOCK", "EMA_X", "SWA_SOMETIMES", "LQER_RANK", "LORA_RANK_XYZ",
+@pytest.mark.parametrize("variable", ["TTT_FOO", "GPTQ_BLOCK", "EMA_X", "SWA_SOMETIMES", "LQER_BITS", "LORA_RANK_XYZ",
                                       "BIGRAM_ORDER", "MUON_EVERYTHING", "SOFTCAP", "QAT_BITS"])
 def test_words_of_our_family_are_refused(variable):
     text = refusal(**{variable: "1"})

@@ -1,8 +1,8 @@
-"""What is written about the program: the techniques page, presets, README's commands, and the limits of the file."""
+"""What is written about the program: the techniques page, README's commands, and the limits of the file."""
 import re
 import subprocess
 import sys
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -20,36 +20,6 @@ PLUMBING = {  # where things are, how the program runs, what it prints: no techn
     "RUN_ID", "SEED", "LOG_DIR", "ARTIFACT_PATH", "RESUME", "PREFLIGHT", "CHECKPOINT_EVERY_SECONDS", "DEVICE",
     "COMPILE", "ATTENTION", "ALLOW_OVERSIZE", "DATA_DIR", "DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE",
     "MAX_LEAKED_DOCUMENTS", "FORCE_STOP_STEP", "EVAL_ONLY", "AUDIT", "VAL_BATCH_TOKENS", "VAL_LOSS_EVERY", "TRAIN_LOG_EVERY"}
-
-# Every preset as its differences from the default.
-PRESETS = {
-    "naive_baseline": {
-        "vocab_size": 1024, "train_seq_len": 1024, "eval_seq_len": 1024, "document_mask": False, "eval_mode": "packed",
-        "train_batch_tokens": 524288, "micro_batch_tokens": 65536, "num_layers": 9, "mlp_mult": 2.0,
-        "leaky_relu_slope": 0.0, "rope_dims": 64, "ln_scale": False, "qk_gain_init": 1.5, "xsa_last_n": 0,
-        "skip_gates_enabled": False, "num_loops": 0, "parallel_start_layer": 0, "sparse_attn_gate_scale": 0.0,
-        "smear_gate": "off", "matrix_init": "uniform", "matrix_lr": 0.04, "scalar_lr": 0.04, "tied_embed_lr": 0.05,
-        "muon_momentum": 0.95, "muon_momentum_warmup_start": 0.85, "muon_momentum_warmup_steps": 500,
-        "muon_coefficients": "quintic", "muon_row_normalize": False, "muon_wd": 0.0, "embed_wd": 0.0, "adam_wd": 0.0,
-        "beta2": 0.95, "grad_clip_norm": 0.0, "ema_decay": 0.0, "warmdown_iters": 1200, "min_lr": 0.0,
-        "gptq_reserve_seconds": 0.0, "matrix_quantizer": "rtn", "embed_quantizer": "rtn", "target_bytes": 0,
-        "matrix_bits": 8, "embed_bits": 8, "attn_clip_sigmas": 12.7,
-        "mlp_clip_sigmas": 12.7, "embed_clip_sigmas": 12.7, "compressor": "lzma"},
-    "proxy": {
-        "seed": 42, "iterations": 100000, "max_wallclock_seconds": 240.0, "gptq_reserve_seconds": 0.5,
-        "train_batch_tokens": 196608, "muon_momentum_warmup_steps": 300, "train_log_every": 25,
-        "batch_schedule": "0.5@0.65,1@1", "train_seq_schedule": "1024@0.4,2048@1", "enable_looping_at": 0.5},
-    "laptop": {
-        "data_path": "data/datasets/stdlib", "tokenizer_path": "data/tokenizers/stdlib.model", "vocab_size": 2048,
-        "train_seq_len": 256, "train_order": "strided", "max_wallclock_seconds": 175.0, "gptq_reserve_seconds": 0.0,
-        "val_loss_every": 250, "train_batch_tokens": 2048, "micro_batch_tokens": 1024, "num_layers": 3,
-        "model_dim": 128, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 3.0,
-        "qk_gain_init": 2.0, "xsa_last_n": 0, "num_loops": 0,
-        "parallel_start_layer": 2, "muon_momentum": 0.95, "muon_momentum_warmup_steps": 100, "ema_decay": 0.98,
-        "warmdown_frac": 0.7, "eval_seq_len": 256},
-}
-PRESET_FILES = sorted((ROOT / "presets").glob("*.env"))
-DATA_FROM_OUTSIDE = {"naive_baseline", "proxy"}  # presets for the published data, wherever it lies
 
 
 # --- docs/techniques.md
@@ -98,55 +68,6 @@ def test_every_function_on_the_techniques_page_exists():
             for part in path.split("."):
                 assert hasattr(value, part), f"{path} of {row[0]}"
                 value = getattr(value, part)
-
-
-# --- presets
-def preset_variables(path: Path) -> dict[str, str]:
-    """The variables as a shell sets them."""
-    before = subprocess.run(["bash", "-c", "env -0"], capture_output=True, text=True, check=True, env={}).stdout
-    after = subprocess.run(["bash", "-c", f"set -eua; . '{path}'; set +a; env -0"], capture_output=True, text=True,
-                           check=True, env={}).stdout
-    known = {line.split("=", 1)[0] for line in before.split("\0")} | {"_", ""}
-    return {name: value for name, _, value in (line.partition("=") for line in after.split("\0")) if name not in known}
-
-
-def test_presets_are_there():
-    assert {path.stem for path in PRESET_FILES} >= set(PRESETS)
-
-
-@pytest.mark.parametrize("path", PRESET_FILES, ids=lambda path: path.stem)
-def test_preset_is_the_pinned_config(path):
-    variables = preset_variables(path)
-    assert variables and set(variables) <= FIELDS, set(variables) - FIELDS
-    config, notes = Config.from_env(variables)
-    default = asdict(Config())
-    assert notes == []
-    assert all(getattr(config, name.lower()) == train_gpt.parse_value(name, text, type(default[name.lower()]))
-               for name, text in variables.items())
-    differences = {name: value for name, value in asdict(config).items() if value != default[name]}
-    assert differences == PRESETS.get(path.stem, {}), f"pin {path.stem} in PRESETS"
-    assert all(type(value) is type(default[name]) for name, value in PRESETS[path.stem].items())
-    assert config.accumulation_steps(1) > 0
-
-
-@pytest.mark.parametrize("path", PRESET_FILES, ids=lambda path: path.stem)
-def test_preset_runs_as_it_is(path):
-    """It names its data and tokenizer, but for presets of the published data; each variable is set once."""
-    lines = [line for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
-    names = [line.split("=")[0] for line in lines]
-    assert len(names) == len(set(names)) and all(re.fullmatch(r"[A-Z0-9_]+=[\w./@,-]+", line) for line in lines)
-    if path.stem not in DATA_FROM_OUTSIDE:
-        assert {"DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE"} <= set(names)
-    assert path.read_text().startswith("# ")
-
-
-def test_the_laptop_preset_reads_what_make_data_writes():
-    command = re.search(r"prepare\.py (.*)", (ROOT / "Makefile").read_text())
-    variables = preset_variables(ROOT / "presets/laptop.env")
-    assert command
-    assert f"--vocab-size {variables['VOCAB_SIZE']}" in command[1]
-    assert f"--name {Path(variables['DATA_PATH']).name}" in command[1]
-    assert Path(variables["TOKENIZER_PATH"]).stem == Path(variables["DATA_PATH"]).name
 
 
 # --- commands in README.md and the other pages
