@@ -275,8 +275,8 @@ class Config:
                 most = 2 ** 63 if kind is int else math.inf
                 yield 0 <= value < most, f"{{{f.name}}}: must be a finite number, at least 0"
             if rule := getattr(f.type, "__metadata__", None): yield rule[0](value), f"{{{f.name}}}: {rule[1]}"
-            if f.name in CHOICES:
-                yield value in CHOICES[f.name], f"{{{f.name}}}: must be one of {', '.join(CHOICES[f.name])}"
+            known = CHOICES.get(f.name, ())
+            yield not known or value in known, f"{{{f.name}}}: must be one of {', '.join(known)}"
         yield from self.rules()
 
     def rules(self) -> Iterator[tuple[object, str]]:
@@ -367,7 +367,6 @@ CHOICES = {name: get_args(hint) for name, hint in HINTS.items() if get_args(hint
 KINDS = {name: str if name in CHOICES else hint for name, hint in HINTS.items()}  # bool, int, float or str
 FAMILY_WORDS = {"TTT", "EMA", "SWA", "GPTQ", "LQER", "MUON", "LOOP", "LOOPS", "LOOPING", "ROPE", "XSA", "QAT", "SMEAR",
                 "SMEARGATE", "LORA", "WARMDOWN", "BIGRAM", "SOFTCAP"}
-NOT_OURS = {"COMPILER"}  # close to a field, but everybody's
 
 
 def parse_value(variable: str, text: str, kind: Any) -> Any:
@@ -435,7 +434,7 @@ def resolve(variable: str, text: str) -> tuple[str, Any]:
 def refuse_near_miss(variable: str) -> None:
     """UserError for a variable that looks meant for us but is none of NAMES; others pass."""
     close = difflib.get_close_matches(variable, NAMES, 1, 0.87)
-    if variable in NOT_OURS or not (close or FAMILY_WORDS & set(variable.split("_"))): return
+    if variable == "COMPILER" or not (close or FAMILY_WORDS & set(variable.split("_"))): return
     guess = close or difflib.get_close_matches(variable, NAMES, 1, 0.5)
     hint = f"did you mean {guess[0]}?" if guess else "no setting has this name."
     raise UserError(f"{variable}: unknown setting; {hint} See --help; unset it if it is not meant for this program")
@@ -444,9 +443,8 @@ def refuse_near_miss(variable: str) -> None:
 def help_text() -> str:
     """The title and one line per setting, made from the comments of Config."""
     comments = dict(re.findall(r"^    (\w+): .+? = .+?  # (.*)$", Path(__file__).read_text("latin1"), re.MULTILINE))
-    lines = [(__doc__ or "").strip(), "", "Settings (environment variables) and their defaults:"]
-    lines += [f"  {f.name.upper()}={f.default}".ljust(38) + comments.get(f.name, "") for f in fields(Config)]
-    return "\n".join(lines)
+    lines = (f"  {f.name.upper()}={f.default}".ljust(38) + comments.get(f.name, "") for f in fields(Config))
+    return "\n".join([(__doc__ or "").strip(), "", "Settings (environment variables) and their defaults:", *lines])
 
 
 # ====================================================================================================================
@@ -485,10 +483,6 @@ class World:
         buffer = torch.tensor(values, dtype=torch.float64)
         if self.size > 1: dist.all_reduce(buffer)
         return buffer.tolist()
-
-    def share(self, value: Any) -> Any:
-        """Rank 0's value."""
-        return self.gather(value)[0]
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order."""
@@ -1267,8 +1261,8 @@ def choose_kernels(config: Config, device: torch.device) -> Kernels:
     loaders = {"rotate_heads": (load_rotate_heads, heads), "mix_norm": (load_mix_norm, True),
                "leaky2": (load_leaky2, leaky2)}
     try:
-        fused = config.fused_kernels and major == 9
-        return kernels._replace(**{name: load() for name, (load, fits) in loaders.items() if fits and fused})
+        chosen = {name: load for name, (load, fits) in loaders.items() if fits and config.fused_kernels and major == 9}
+        return kernels._replace(**{name: load() for name, load in chosen.items()})
     except (ImportError, AttributeError) as error: return kernels._replace(note=f" ({error})")
 
 
@@ -1498,12 +1492,6 @@ def visit_plan(config: Config, looping: bool) -> tuple[Visit, ...]:
 def is_lane(config: Config, layer: int) -> bool:
     """Whether the layer is a two-lane block."""
     return 0 < config.parallel_start_layer <= layer
-
-
-def describe_plan(config: Config, plan: Sequence[Visit]) -> str:
-    """'0+ 1+ 3-0 8-3|': + keeps its output, -r takes a skip through row r, | is a two-lane block."""
-    return " ".join(f"{v.layer}{'+' * v.push}{f'-{v.skip}' if v.skip >= 0 else ''}{'|' * is_lane(config, v.layer)}"
-                    for v in plan)
 
 
 def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -1860,8 +1848,7 @@ class MuonGroup:
     """Banks whose matrices have one shape once the tall ones are transposed, as one stack shared out over ranks."""
 
     def __init__(self, config: Config, names: list[str], params: Mapping[str, Tensor], world: World):
-        self.names, self.world = names, world
-        self.dtype = torch.bfloat16 if world.dtype == torch.bfloat16 else torch.float32  # of the communication
+        self.names, self.world, self.dtype = names, world, world.dtype  # of the communication
         self.params = [params[name].detach() for name in names]
         self.tall = [p.size(1) > p.size(2) for p in self.params]
         self.count = sum(len(p) for p in self.params)  # matrices
@@ -1912,13 +1899,12 @@ class Optimizer:
             role = PARAM_TABLE[name]
             if role.optimizer == "muon": shapes.setdefault(tuple(sorted(parameter.shape[1:])), []).append(name)
             else: adam.setdefault((role.lr, role.weight_decay), []).append(parameter)
-        on_gpu = world.device.type == "cuda"
         order = sorted(shapes, key=math.prod, reverse=True)  # the most work first
         self.groups = [MuonGroup(config, shapes[shape], self.params, world) for shape in order]
         self.adam = torch.optim.AdamW(
             [{"params": members, "weight_decay": getattr(config, decay), "base_lr": getattr(config, lr)}
              for (lr, decay), members in adam.items()],
-            betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=on_gpu or world.device.type == "cpu")
+            betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
         self.adam_params = [p for members in adam.values() for p in members]
         self.momentum = torch.zeros((), device=world.device)  # a tensor, so that a new value compiles nothing
         self.muon_update = muon_update
@@ -2231,7 +2217,7 @@ class Trainer:
                 self.report()
                 self.validate(validate)
         self.report()
-        self.elapsed_seconds = self.world.share(time.perf_counter() - self.start)
+        self.elapsed_seconds = self.world.gather(time.perf_counter() - self.start)[0]
         self.log.progress("")
         stop.deferred = False
         if self.world.sum([stop.received])[0]:
@@ -2721,8 +2707,8 @@ def rans_encode(data: bytes) -> bytes:
     counts = np.bincount(symbols - first, minlength=2)
     counts = np.maximum(counts * 65535 // counts.max(), counts > 0).astype("<u2")
     coder.encode_reverse(symbols - np.int32(first), rans_model(counts))
-    header = struct.pack("<QBB", len(data), first, len(counts) - 1)
-    return header + counts.tobytes() + coder.get_compressed().astype("<u4").tobytes()
+    compressed = coder.get_compressed().astype("<u4").tobytes()
+    return struct.pack("<QBB", len(data), first, len(counts) - 1) + counts.tobytes() + compressed
 
 
 def rans_decode(data: bytes) -> bytes:
@@ -2869,11 +2855,10 @@ def pack_source(source: bytes) -> bytes:
             node.body = node.body[1:] or [ast.Pass()]
     filters = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": 3, "lp": 0, "pb": 0}]
     data = lzma.compress(ast.unparse(tree).encode(), lzma.FORMAT_ALONE, filters=filters)
-    escapes = {0: b"\\0", 10: b"\\n", 13: b"\\r", 39: b"\\'", 92: b"\\\\"}
-    literal = b"".join(  # \0 before a digit would be another octal escape
-        b"\\x00" if byte == 0 and data[i + 1:i + 2].isdigit() else escapes.get(byte, data[i:i + 1])
-        for i, byte in enumerate(data))
-    return (PACKED_START + b"s=lzma.decompress('" + literal + b"'.encode('latin1')).decode()\n"
+    for byte, escape in ((rb"\\", rb"\\"), (rb"\0(?=[0-9])", rb"\x00"), (rb"\0", rb"\0"), (rb"\n", rb"\n"),
+                         (rb"\r", rb"\r"), (rb"'", rb"\'")):  # \0 before a digit would be another octal escape
+        data = re.sub(byte, lambda _, escape=escape: escape, data)
+    return (PACKED_START + b"s=lzma.decompress('" + data + b"'.encode('latin1')).decode()\n"
             b"f=__file__+'[unpacked]'\nlinecache.cache[f]=len(s),None,s.splitlines(True),f\n"
             b"exec(compile(s,f,'exec'))\n")
 
@@ -3129,8 +3114,7 @@ class TestTimeTrainer:
         known = evaluator.stages.get("quantized")  # what scoring a target takes, if nothing learns
         self.plain_seconds = known.seconds / known.tokens if known else 0.0
         self.unscored, self.done_work, self.done_seconds = int(self.bounds[-1]), 0, 0.0
-        self.scored_chunks = self.learned_chunks = self.skipped = 0
-        self.inner: list[Tensor] = []
+        self.scored_chunks, self.learned_chunks, self.skipped, self.inner = 0, 0, 0, list[Tensor]()
         model.requires_grad_(False).fused = True
 
     def run(self) -> Ledger:
@@ -3264,7 +3248,7 @@ class TestTimeTrainer:
         start, tokens = time.perf_counter(), self.config.global_ttt_chunk_tokens or 32768
         chunks = batch_windows(self.windows_of(documents), tokens)
         for i, rows in enumerate(chunks):
-            if not self.world.share(self.in_time((time.perf_counter() - start) / max(i, 1))): break
+            if not self.world.gather(self.in_time((time.perf_counter() - start) / max(i, 1)))[0]: break
             for _ in range(self.config.global_ttt_epochs):
                 self.learn(rows, optimizer, 0.5 + 0.5 * math.cos(math.pi * (progress + span * i / len(chunks))))
 
@@ -3315,9 +3299,6 @@ def score_model(config: Config, evaluator: Evaluator, model: GPT, started: float
     return ledger
 
 
-AUDIT_TOKENS = 4096  # of the sample
-
-
 def audit(config: Config, evaluator: Evaluator, make: Callable[[], GPT]) -> dict[str, Any]:
     """Scores the beginning of the text twice, and once with another token at a random place -> what that tells.
 
@@ -3326,7 +3307,7 @@ def audit(config: Config, evaluator: Evaluator, make: Callable[[], GPT]) -> dict
     probabilities over the vocabulary is from 1.
     """
     dataset, world, random = evaluator.dataset, evaluator.world, np.random.default_rng(config.seed)
-    tokens = np.array(dataset.val_tokens[:AUDIT_TOKENS])
+    tokens = np.array(dataset.val_tokens[:4096])
     inside = np.flatnonzero(tokens[2:] != BOS) + 2
     place, changed = int(random.choice(inside)) if len(inside) else len(tokens), tokens.copy()
     changed[place:place + 1] = max((int(tokens[place % len(tokens)]) + 1) % config.vocab_size, BOS + 1)
@@ -3336,10 +3317,10 @@ def audit(config: Config, evaluator: Evaluator, make: Callable[[], GPT]) -> dict
         quiet = Evaluator(config, world, Log(replace(world, rank=-1), config), sample, False)
         return np.array(world.sum(score_model(config, quiet, make(), math.inf).nats.tolist()))
     first, again, other = nats_of(tokens), nats_of(tokens), nats_of(changed)
-    earlier = np.arange(len(first)) < place - 1  # target i is token i + 1
-    if config.ttt_order == "length":  # of the same document: others may have been scored behind it
-        bounds = document_bounds(tokens[:-1])
-        earlier &= np.arange(len(first)) >= bounds[np.searchsorted(bounds, place - 1, "right") - 1]
+    bounds, target = document_bounds(tokens[:-1]), np.arange(len(first))  # target i is token i + 1
+    # where the order is another, other documents may have been scored behind it
+    since = bounds[np.searchsorted(bounds, place - 1, "right") - 1] if config.ttt_order == "length" else 0
+    earlier = (target >= since) & (target < place - 1)
     size, model = min(8, len(first), config.eval_seq_len), make()
     every, segments = np.arange(config.vocab_size), make_segments(np.zeros(1, np.int64), size, size, 0)
     batches = (make_batch(np.append(tokens[:size - 1], last), np.tile(every, (size, 1)), segments) for last in (BOS, 0))
@@ -3373,14 +3354,6 @@ def describe_dataset(log: Log, dataset: Dataset, notes: Sequence[str]) -> None:
         f"val_documents:{len(document_bounds(dataset.val_tokens)) - 1} val_tokens:{len(dataset.val_tokens)} "
         f"val_bytes:{int(dataset.val_bytes.sum())} leaked_documents:{dataset.leaked_documents}")
     log(f"data_fingerprint:{dataset.fingerprint}")
-
-
-def describe_model(log: Log, config: Config, trainer: Trainer, attention: str) -> None:
-    """Its size, its engine, and the order in which its layers are applied."""
-    log(f"num_params:{trainer.num_params} attention:{attention} compile:{int(trainer.compiled)} "
-        f"kernels:{trainer.model.kernels.names} accumulation_steps:{config.accumulation_steps(trainer.world.size)}")
-    for looping in sorted({False, bool(config.num_loops)}):
-        log(f"plan looping:{int(looping)} {describe_plan(config, trainer.model.plans[looping])}")
 
 
 def check_disk(config: Config, trainer: Trainer, artifact_path: Path) -> None:
@@ -3427,7 +3400,8 @@ def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequ
              "num_params": sum(map(math.prod, param_shapes(config).values()))}
     if not config.eval_only:
         trainer = Trainer(config, world, log, dataset, attention, compiled, fake_quantizer(config))
-        describe_model(log, config, trainer, attention_name)
+        log(f"num_params:{trainer.num_params} attention:{attention_name} compile:{int(compiled)} kernels:"
+            f"{trainer.model.kernels.names} accumulation_steps:{config.accumulation_steps(world.size)}")
         if world.rank == 0: check_disk(config, trainer, artifact_path)
         if config.preflight:
             preflight(config, log, trainer, code_bytes)
@@ -3503,7 +3477,7 @@ def reload(config: Config, world: World, path: Path, attention: Attention) -> tu
     """
     header, weights, size = None, {}, 0
     if world.rank == 0: (header, weights), size = read_artifact(path), path.stat().st_size
-    header, size = world.share((header, size))
+    header, size = world.gather((header, size))[0]
     for name, kept in header["model"].items() if config.eval_only else ():
         require((wanted := getattr(config, name)) in (getattr(Config, name), kept),
                 f"EVAL_ONLY={path}: was made with {name.upper()}={kept}, not {wanted}; leave it out")
@@ -3564,7 +3538,7 @@ def main(environ: Mapping[str, str], arguments: Sequence[str] = ()) -> int:
         stop.install()
         config, notes = Config.from_env(environ)
         world = World.start(config, environ)
-        config = replace(config, run_id=config.run_id or world.share(time.strftime("%Y%m%d-%H%M%S")))
+        config = replace(config, run_id=config.run_id or world.gather(time.strftime("%Y%m%d-%H%M%S"))[0])
         log = Log(world, config)
         return run(config, notes, world, log, stop)
     except UserError as error: message, code = f"error: {error}", 2

@@ -526,7 +526,7 @@ def test_importing_has_no_side_effects(tmp_path):
             "assert torch.equal(state[0], torch.get_rng_state()) and state[1:] == (torch.get_num_threads(),\n"
             "    torch.get_float32_matmul_precision())\n"
             "assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()\n"
-            "assert threading.active_count() == 1 and 'sentencepiece' not in sys.modules\n"
+            "assert threading.active_count() == 1\n"
             "print('imported')\n")
     folder = tmp_path / "empty"
     folder.mkdir()

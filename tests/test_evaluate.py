@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import bits_per_byte, sliding_windows
 
-import train_gpt
 from train_gpt import (
     BOS,
     GPT,

@@ -16,7 +16,6 @@ from train_gpt import (
     choose_kernels,
     compile_model,
     cut_segments,
-    exclusive,
     load_leaky2,
     load_leaky2_product,
     load_mix_norm,

@@ -13,7 +13,6 @@ from train_gpt import (
     Config,
     Segments,
     cut_segments,
-    describe_plan,
     exclusive,
     is_lane,
     make_segments,
@@ -31,6 +30,12 @@ PLAIN = {  # the naive baseline's model
     "leaky_relu_slope": 0.0, "rope_dims": 16, "ln_scale": False, "qk_gain_init": 1.5, "xsa_last_n": 0,
     "skip_gates_enabled": False, "num_loops": 0, "parallel_start_layer": 0, "sparse_attn_gate_scale": 0.0,
     "smear_gate": "off"}
+
+
+def describe_plan(config, plan) -> str:
+    """'0+ 1+ 3-0 8-3|': + keeps its output, -r takes a skip through row r, | is a two-lane block."""
+    return " ".join(f"{v.layer}{'+' * v.push}{f'-{v.skip}' if v.skip >= 0 else ''}{'|' * is_lane(config, v.layer)}"
+                    for v in plan)
 
 
 def preset(name: str) -> Config:
