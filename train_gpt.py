@@ -3113,7 +3113,7 @@ class TestTimeTrainer:
         self.lengths = np.diff(self.bounds)
         known = evaluator.stages.get("quantized")  # what scoring a target takes, if nothing learns
         self.plain_seconds = known.seconds / known.tokens if known else 0.0
-        self.unscored, self.done_work, self.done_seconds = int(self.bounds[-1]), 0, 0.0
+        self.unscored, self.done_work, self.done_seconds, self.token_seconds = int(self.bounds[-1]), 0, 0.0, 0.0
         self.scored_chunks, self.learned_chunks, self.skipped, self.inner = 0, 0, 0, list[Tensor]()
         model.requires_grad_(False).fused = True
 
@@ -3155,32 +3155,30 @@ class TestTimeTrainer:
     # --- adapters of documents
     def score_documents(self, documents: np.ndarray) -> None:
         """Scores documents, each with adapters of its own that learn from chunk to chunk."""
-        for group in plan_groups(self.config, self.lengths, documents.tolist(), self.world):
-            start, work = time.perf_counter(), group_work(self.config, self.lengths[group])
-            if self.in_time(self.done_seconds / max(self.done_work, 1) * work):
-                self.score_group(group)
-                self.done_work, self.done_seconds = \
-                    self.done_work + work, self.done_seconds + time.perf_counter() - start
-            else: self.evaluator.score_rows(self.model, self.windows_of(group), self.ledger)
-            self.evaluator.log.progress(f"adapted tokens:{self.done_work} seconds:{self.done_seconds:.0f}")
+        for i, group in enumerate(groups := plan_groups(self.config, self.lengths, documents.tolist(), self.world)):
+            self.score_group(group)
+            self.evaluator.log.progress(f"adapted groups:{i + 1}/{len(groups)}")
 
     def score_group(self, group: Sequence[int]) -> None:
-        """score, then adapt, chunk by chunk."""
-        lengths, kept = self.lengths[group], []
+        """score, then adapt, chunk by chunk, as long as there is time; what is left is scored without adapters."""
+        lengths = self.lengths[group]
         size, (adapters, optimizer) = chunk_size(self.config, int(lengths.max())), self.fresh_adapters(len(group))
         for first in range(0, int(lengths.max()), size):
+            start, work = time.perf_counter(), len(group) * min(first + size, self.config.eval_seq_len)
+            if not self.in_time(self.token_seconds * work): break
             scored, place = self.score(group, first, size, adapters)
-            kept.append((place, scored.detach()))
+            self.ledger.add(place, scored.detach().cpu().double().numpy())
             self.scored_chunks += 1
             if (goes_on := first + size < lengths).any():  # the mean of a chunk, where the document has another one
                 weights = torch.from_numpy(np.repeat(goes_on / size, size)).float()
                 self.adapt(scored, weights.to(self.world.device), optimizer)
-        for place, nats in kept: self.ledger.add(place, nats.cpu().double().numpy())
-        places = np.concatenate([place[place >= 0] for place, _ in kept])
-        if len(lost := places[~np.isfinite(self.ledger.nats[places])]):  # the rest of a document whose adapters broke
+            self.token_seconds = (time.perf_counter() - start) / work
+        places = np.concatenate([np.arange(self.bounds[i], self.bounds[i + 1]) for i in group])
+        lost = places[(self.ledger.times[places] == 0) | ~np.isfinite(self.ledger.nats[places])]
+        if len(lost):  # time was over, or adapters broke
             self.evaluator.score_rows(self.model, self.windows_of(group), plain := Ledger(self.dataset))
-            self.ledger.nats[lost] = plain.nats[lost]
-            self.evaluator.log(f"adaptation: {len(lost)} targets had no number, scored without adapters")
+            self.ledger.nats[lost], self.ledger.times[lost] = plain.nats[lost], 1
+            self.evaluator.log(f"adaptation: {len(lost)} targets were scored without adapters")
 
     def score(self, group: Sequence[int], first: int, size: int,
               adapters: Mapping[str, Tensor]) -> tuple[Tensor, np.ndarray]:
@@ -3197,7 +3195,7 @@ class TestTimeTrainer:
         return self.model(ids, torch.where(kept, targets[:, here], -1), segments, adapters, here), place
 
     def adapt(self, scored: Tensor, weights: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """One step of the optimizer on nats that were kept. A document whose nats are no numbers rests."""
+        """One step of the optimizer on nats that the ledger has. A document whose nats are no numbers rests."""
         assert self.learned_chunks < self.scored_chunks
         (scored.nan_to_num(0, 0, 0) * weights).sum().backward()
         for parameter in (p for settings in optimizer.param_groups for p in settings["params"]):

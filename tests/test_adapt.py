@@ -1007,7 +1007,7 @@ def test_targets_that_adapters_give_no_number_are_scored_without():
     plain.evaluator.score_rows(plain.model, plain.windows_of([3]), plain.ledger)
     assert np.allclose(nats[a + 16:b], plain.ledger.nats[a + 16:b], rtol=1e-5)
     assert learner.evaluator.log.lines[:-1] == [
-        f"adaptation: {b - a - 16} targets had no number, scored without adapters"]
+        f"adaptation: {b - a - 16} targets were scored without adapters"]
     # and that depends on what comes before each target only
     place = a + 25
     changed = adapted_nats(config, perturbed(text, place), kind=Broken)
@@ -1070,35 +1070,32 @@ class Clocked(train_gpt.TestTimeTrainer):
         Clocked.now += len(group) * min(first + size, self.config.eval_seq_len)
         return super().score(group, first, size, adapters)
 
-    def score_group(self, group):
-        super().score_group(group)
-        self.adapted = [*getattr(self, "adapted", []), group]
-
 
 @pytest.mark.parametrize("plain_seconds", [0, 200])
-def test_a_budget_cuts_the_groups_that_do_not_fit(monkeypatch, plain_seconds):
-    """It keeps what scoring the text takes, if nothing learns."""
+def test_a_budget_cuts_the_chunks_that_do_not_fit(monkeypatch, plain_seconds):
+    """It keeps what scoring the text takes, if nothing learns; what has no time left is scored without adapters."""
     text, config = make_text(LENGTHS), adapt_config(ttt_batch_size=2)
-    everything = plan_groups(config, np.array(LENGTHS), range(len(LENGTHS)), single_world())
-    work = [group_work(config, np.array(LENGTHS)[group]) for group in everything]
-    healthy = adapted_nats(config, text)
-    for budget in (work[0] + 1.0, 700.0, 1e9):
+    groups = plan_groups(config, np.array(LENGTHS), range(len(LENGTHS)), single_world())
+    whole = sum(group_work(config, np.array(LENGTHS)[group]) for group in groups)
+    healthy, without, adapted = adapted_nats(config, text), unadapted_nats(config, text), []
+    for budget in (40.0, 300.0, 700.0, 1e9):
         Clocked.now, budget = 0.0, budget + plain_seconds
         monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: Clocked.now)
         learner = make_learner(replace(config, eval_budget_seconds=budget), text, kind=Clocked)
         learner.plain_seconds = plain_seconds / sum(LENGTHS)
         learner.run()
         monkeypatch.undo()
-        assert (learner.ledger.times == 1).all() and Clocked.now <= budget - plain_seconds
-        assert Clocked.now == sum(work[everything.index(group)] for group in learner.adapted)
-        left = [group for group in everything if group not in learner.adapted]
-        assert learner.skipped == len(left) and bool(left) == (budget < 1e9)
-        assert all(Clocked.now + work[everything.index(group)] > budget - plain_seconds for group in left[-1:])
-        for group in everything:
-            for i in group:
-                a, b = bounds_of(text)[i]
-                same = np.array_equal(learner.ledger.nats[a:b], healthy[a:b])
-                assert same if group in learner.adapted else not same or b - a <= config.ttt_chunk_size
+        assert (learner.ledger.times == 1).all() and Clocked.now <= min(budget - plain_seconds, whole)
+        assert bool(learner.skipped) == (budget < 1e9) == (Clocked.now < whole)
+        changed = 0
+        for a, b in bounds_of(text):
+            same = np.isclose(learner.ledger.nats[a:b], healthy[a:b], rtol=1e-6)
+            kept = int(np.argmin(same)) if not same.all() else b - a  # in time, and from here on plain
+            assert kept == b - a or kept % config.ttt_chunk_size == 0 or not kept
+            assert b - a > SEQ_LEN or np.allclose(learner.ledger.nats[a + kept:b], without[a + kept:b], rtol=1e-4)
+            changed += b - a - kept
+        adapted.append(len(healthy) - changed)
+    assert adapted == sorted(adapted) and adapted[-1] == len(healthy) and len({*adapted}) == 4
 
 
 def test_the_time_of_plain_scoring_is_that_of_the_stage_before():

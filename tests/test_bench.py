@@ -165,4 +165,4 @@ def test_the_largest_model_that_fits(capsys):
         assert train_gpt.predicted_bytes(replace(config, **{name: value})) <= limit
         assert train_gpt.predicted_bytes(replace(config, **{name: value + step})) > limit
     compression.predict(Config())
-    assert "NUM_LAYERS that fits: none; TARGET_BYTES makes" in capsys.readouterr().out
+    assert "largest NUM_LAYERS that fits: 10\n" in capsys.readouterr().out
