@@ -602,6 +602,19 @@ def test_the_sidecar_is_checked_against_the_tokenizer(tmp_path, models):
         assert complaint in refused(config), complaint
 
 
+@pytest.mark.parametrize("documents", [1, 2, 100])
+def test_a_part_of_the_validation_documents(tmp_path, documents):
+    """The first ones, each with the token behind it as its last target; what trains is as before."""
+    val = np.concatenate(VALIDATION)
+    config = fill(tmp_path, [np.concatenate(TRAINING)], val, np.where(val == BOS, 0, val % 7))
+    whole, part = open_dataset(config, one_world()), open_dataset(changed(config, val_docs=documents), one_world())
+    end = sum(map(len, VALIDATION[:documents]))
+    assert np.array_equal(part.val_tokens, whole.val_tokens[:end + 1])
+    assert np.array_equal(part.val_bytes, whole.val_bytes[:end]) and len(part.val_tokens) == len(part.val_bytes) + 1
+    assert (part.fingerprint == whole.fingerprint) == (documents > len(VALIDATION))
+    assert len(part.train) == len(whole.train) and part.max_documents == whole.max_documents
+
+
 # --- the proxy corpus
 def test_the_proxy_corpus_is_read_as_published(tmp_path, corpus_dir):
     for name in ("fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin"):

@@ -310,6 +310,13 @@ def test_a_process_killed_while_it_writes_a_checkpoint_leaves_a_whole_one(data, 
 
 
 # --- limits and checks
+def test_a_part_of_the_validation_set_is_no_official_score(one, inside):
+    code, out, _ = inside(EVAL_ONLY=one[1] / "run.artifact", VAL_DOCS=2)
+    result, whole = result_of(out), result_of(one[0].stdout)
+    assert code == 0 and whole["legal"] and not result["legal"]
+    assert 0 < result["audit"]["targets"] < whole["audit"]["targets"] and re.search(r" val_documents:2 ", out)
+
+
 def test_a_submission_over_the_limit_is_scored_and_fails(one, inside, monkeypatch):
     monkeypatch.setattr(train_gpt, "SIZE_LIMIT_BYTES", 1000)
     code, out, _ = inside(RESUME=one[1] / "run.checkpoint")
