@@ -55,7 +55,8 @@ def test_speed_prints_a_table(arguments, variables, code, tmp_path):
     assert stages == ["loops off, 64 tokens", "loops on, 64 tokens", "loops on, 64 tokens, QAT"]
     for line in lines[3:-1]:
         cells = [cell.strip(" %") for cell in line.split("|")[2:-1]]
-        assert all(float(cell.replace(",", "")) > 0 for cell in cells[:-1])
+        *times, utilization = (float(cell.replace(",", "")) for cell in cells[:-1])
+        assert min(times) > 0 and utilization >= 0  # 0.0 % on a busy machine
     assert "tokens/s; peak memory" in lines[-1] and not (tmp_path / "logs").exists()
 
 
