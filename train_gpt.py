@@ -7,11 +7,12 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py     eight GPUs (any number that divides the batch)
     python train_gpt.py                                       one GPU
     set -a; . presets/laptop.env; set +a; python train_gpt.py a laptop's CPU
+    EVAL_ONLY=logs/run.artifact python train_gpt.py           score an artifact
     PREFLIGHT=1 python train_gpt.py                           check data, disk, memory and size, then stop
     python train_gpt.py --help                                all settings; each is an environment variable
 
 The sections read like the pipeline, and each uses only names from sections above it:
-config, runtime, data, model, optim, schedules, train, quantize, compress, evaluate, main.
+config, runtime, data, kernels, model, optim, schedules, train, quantize, compress, evaluate, test-time training, main.
 
 Shapes: T tokens of a packed micro-batch, D model width, H query heads, K key/value heads, E head width, F MLP width,
 V vocabulary, L layers. A batch is one row of T tokens that holds many documents: a segment is a piece of one document,
