@@ -3080,15 +3080,15 @@ def plan_groups(config: Config, lengths: np.ndarray, documents: Sequence[int], w
     """Lengths of all documents, those to score -> this rank's groups of documents to score side by side.
 
     Documents that carry nothing over may be scored in any order without changing a score: the longest come first, in
-    smaller groups, so that ranks share them.
+    smaller groups, so that ranks share them. The rows of a group are at most MICRO_BATCH_TOKENS, which fit the memory.
     """
     in_a_row, groups = config.ttt_warm_start_a and config.ttt_order == "stream", []
     order = list(documents) if in_a_row else sorted(documents, key=lambda i: (-int(lengths[i]), i))
     while order:
-        small = lengths[order[0]] > 2 * config.eval_seq_len and not in_a_row
-        size = max(config.ttt_batch_size // 8, 1) if small else config.ttt_batch_size
-        groups.append(order[:size])
-        order = order[size:]
+        longest = config.eval_seq_len if in_a_row else int(lengths[order[0]])
+        size = config.ttt_batch_size // (8 if longest > 2 * config.eval_seq_len else 1)
+        size = max(min(size, config.micro_batch_tokens // min(longest, config.eval_seq_len)), 1)
+        groups, order = [*groups, order[:size]], order[size:]
     if not in_a_row: groups.sort(key=lambda group: -group_work(config, lengths[group]))
     return groups[world.rank::world.size]
 
@@ -3276,9 +3276,9 @@ class TestTimeTrainer:
         for (p, _, count), value in zip(frozen, before): p[:count] = value  # adamw lets weights decay
 
     def make_optimizer(self, params: Any, lr: float, kind: str) -> torch.optim.Optimizer:
-        config = self.config
+        config, betas = self.config, (self.config.ttt_beta1, self.config.ttt_beta2)
         if kind == "sgd": return torch.optim.SGD(params, lr, momentum=config.global_ttt_momentum)
-        return torch.optim.AdamW(params, lr, (config.ttt_beta1, config.ttt_beta2), 1e-10, config.ttt_weight_decay)
+        return torch.optim.AdamW(params, lr, betas, 1e-10, config.ttt_weight_decay, fused=True)
 
     def weight_optimizer(self) -> torch.optim.Optimizer:
         """Of all weights: sgd in phases. adamw has the factors of PR #532: output projections 3, up projections 0.5."""

@@ -449,6 +449,8 @@ def test_every_document_has_one_place_in_the_plan(case):
         assert 1 <= len(group) <= config.ttt_batch_size and chunk_size(config, longest) <= config.eval_seq_len
         if longest > 2 * config.eval_seq_len and not in_a_row:
             assert len(group) <= max(config.ttt_batch_size // 8, 1)
+        rows = config.eval_seq_len if in_a_row else min(longest, config.eval_seq_len)
+        assert len(group) == 1 or len(group) * rows <= config.micro_batch_tokens  # they fit the memory
     if in_a_row:
         assert [i for group in everything for i in group] == documents
         return
