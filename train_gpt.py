@@ -18,6 +18,7 @@ V vocabulary, L layers. A batch is one row of T tokens that holds many documents
 at most TRAIN_SEQ_LEN tokens long, and attention never leaves a segment.
 """
 import ast
+import builtins
 import contextlib
 import difflib
 import fnmatch
@@ -34,6 +35,7 @@ import re
 import shutil
 import signal
 import struct
+import symtable
 import sys
 import time
 import warnings
@@ -3066,30 +3068,114 @@ def read_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return unpack_artifact(path.read_bytes(), str(path))
 
 
-PACKED_START = b"#coding:latin1\nimport lzma,linecache\n"
+PACKED_START = b"#coding:latin1\nimport lzma,linecache\nd=r'''"
+PACKING = ("UNPACK =", "PACKING =", "SPELLED =", "def rename_locals", "def minify", "def packed")  # stays behind
+SPELLED = {ast.Name: "id", ast.arg: "arg", ast.FunctionDef: "name", ast.ExceptHandler: "name"}
+UNPACK = ("from array import array\ndef predict(a,b):\n g,h,i,j=(array('H',b'\\x01\\x00'*(2**24+256)),[0,0],[],2980.95798"
+          "7)\n for c in range(2,4096):\n  h.append(h[c//2]*0.7+(c%2-0.5)*1.7)\n for d in range(2048):\n  i.append(int(65"
+          "536/(1+j)))\n  j*=0.9922179382602435\n e=[[0.055]*8 for d in range(9472)]\n f,k,l,m,n=(b'',0,0,0,[0])\n while "
+          "len(f)<b:\n  p,q=(k%256,1)\n  o=[(I*8+F)*2654435769%16777213 for F,I in enumerate((p,k%65536,k%2**24,k,l,m%4"
+          "096,m,n[-1]*256+p))]\n  while q<256:\n   r=[J+q for J in o]\n   s=[g[G]for G in r]\n   t=[h[H]for H in s]\n   u"
+          "=e[256+((s[0]>1)+(s[1]>1)+(s[2]>1))*256+p]\n   x,y,z=(e[q],e[1280+m%32*256+q],0)\n   for A,B,C,D in zip(u,x,"
+          "y,t):\n    z+=(A+B+C)*D\n   v=i[max(0,min(2047,int(z*128)+1024))]\n   w=a(v)\n   E,F=(w-v/65536,0)\n   for G,H,"
+          "D in zip(r,s,t):\n    h[H]+=0.15*E*(u[F]+x[F]+y[F])\n    D*=0.002*E\n    u[F]+=D\n    x[F]+=D\n    y[F]+=D\n    "
+          "H+=H+w\n    g[G]=H if H<4096 else H%2048+2048\n    F+=1\n   q+=q+w\n  p=q-256\n  f+=bytes([p])\n  k=k%2**32*256+"
+          "p\n  if p>126 or f[-1:].isalnum():\n   m=m if l else m*4+1\n   l=(l+p+1)*2654435769%2**32\n  else:\n   if p in "
+          "b'([{':\n    n=[*n,l*31+p]\n   if p in b')]}':\n    n=n[:-1]or[0]\n   if p==10:\n    n=[0]\n   m,l=(m*32+p%32,0)"
+          "\n  m%=2**18\n return f\ndef unpack(b,c):\n e,b=([0,1],iter(b))\n def a(f):\n  l,m=e\n  while m<2**32:\n   l,m=(l*"
+          "253+next(b)-1,m*253)\n  g=(m>>16)*f\n  e[:]=(l,g)if l<g else(l-g,m-g)\n  return l<g\n h,i,d=predict(a,c).decod"
+          "e('latin1').partition('\\n')\n for j,k in enumerate(h.split(),128):\n  d=d.replace(chr(j),k)\n return d")
 
 
-def pack_source(source: bytes) -> bytes:
-    """A Python file -> a smaller one that does the same: comments and docstrings go, the rest is compressed.
+def rename_locals(tree: ast.Module) -> None:
+    """Names that only functions bind become letters, in the order in which an outermost function has them.
 
-    It needs the standard library only; inspect.getsource and the traceback module see the unpacked source, the
-    interpreter's own tracebacks from Python 3.13 on. Packed stays as it is.
+    Not so names that are also the module's or a builtin, those of imports, and parameters that may be passed by
+    keyword: of a name that some call uses, or by torch.
     """
-    if source.startswith(PACKED_START):
-        return source
-    tree = ast.parse(source)
+    keywords = {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword)} | {"ctx", "inputs", "output"}
+    fixed = {*dir(builtins), *symtable.symtable(ast.unparse(tree), "", "exec").get_identifiers()}
+    for function in (part for node in tree.body for part in (node.body if isinstance(node, ast.ClassDef) else [node])):
+        nodes = [*ast.walk(function)]
+        if not isinstance(function, ast.FunctionDef) or any(isinstance(n, ast.ClassDef | ast.Match) for n in nodes):
+            continue
+        names = [(node, key, name) for node in nodes[1:] for key in [SPELLED.get(type(node), "")]
+                 if (name := getattr(node, key, None))]
+        kept = fixed | {node.id for part in (*function.decorator_list, function.args) for node in ast.walk(part)
+                        if isinstance(node, ast.Name)} | {getattr(name, "asname", None) or getattr(name, "name", name)
+                                                          for node in nodes for name in getattr(node, "names", ())}
+        kept |= keywords & {node.arg for node in nodes if isinstance(node, ast.arg)}
+        bound = {name for node, _, name in names if not isinstance(getattr(node, "ctx", None), ast.Load)} - kept
+        taken = kept | {name for *_, name in names} - bound
+        letters = (letter for letter in map(chr, (*range(97, 123), *range(65, 91))) if letter not in taken)
+        short = dict(zip(dict.fromkeys(name for *_, name in names if name in bound), letters))
+        for node, key, name in names:
+            setattr(node, key, short.get(name, name))
+
+
+def minify(source: bytes) -> str:
+    """A Python file -> ASCII text that does the same, without docstrings, comments, annotations, spaces, local names.
+
+    Annotations of dataclass fields and of Triton's constants are data, and stay; other variables' become None.
+    """
+    tree, data = ast.parse(source), set()
+    tree.body = [node for node in tree.body if not ast.unparse(node).startswith(PACKING)]
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
             node.body = node.body[1:] or [ast.Pass()]
-    filters = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": 3, "lp": 0, "pb": 0}]
-    data = lzma.compress(ast.unparse(tree).encode(), lzma.FORMAT_ALONE, filters=filters)
-    escapes = {0: b"\\0", 10: b"\\n", 13: b"\\r", 39: b"\\'", 92: b"\\\\"}
-    literal = b"".join(  # \0 before a digit would be another octal escape
-        b"\\x00" if byte == 0 and data[i + 1:i + 2].isdigit() else escapes.get(byte, data[i:i + 1])
-        for i, byte in enumerate(data))
-    return (PACKED_START + b"s=lzma.decompress('" + literal + b"'.encode('latin1')).decode()\n"
-            b"f=__file__+'[unpacked]'\nlinecache.cache[f]=len(s),None,s.splitlines(True),f\n"
-            b"exec(compile(s,f,'exec'))\n")
+        if isinstance(node, ast.ClassDef) and node.decorator_list:
+            data.update(node.body)
+        elif isinstance(node, ast.FunctionDef):
+            node.returns = None
+        elif isinstance(node, ast.arg) and "constexpr" not in ast.dump(node):
+            node.annotation = None
+        elif isinstance(node, ast.AnnAssign) and node not in data:
+            node.annotation = ast.Constant(None)
+    rename_locals(tree)
+    plain = ast.unparse(tree).encode("ascii", "backslashreplace").decode()
+    text = re.sub(r"""('''.*?'''|\"{3}.*?\"{3}|'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|(?<=[^\w\s]) | (?=[^\w\s'"])"""
+                  r"""|(?<=\n)(?:    )+|(?<=\n)\n""", lambda m: m[1] or " " * (len(m[0]) // 4), plain, flags=re.DOTALL)
+    assert ast.dump(ast.parse(text)) == ast.dump(ast.parse(plain))
+    return text
+
+
+def packed(source: bytes) -> bytes:
+    """What pack_source gives: 128 words of the text become bytes, an arithmetic coder writes it in base 253."""
+    text, pattern = minify(source), r"[A-Za-z]{2,}"
+    found = re.findall(pattern, text)
+    words = sorted({*found}, key=lambda word: (len(word) - found.count(word) * (len(word) - 1), word))[:128]
+    codes = {word: chr(128 + i) for i, word in enumerate(sorted(words, key=found.index))}
+    data = " ".join([*codes, "\n"]) + re.sub(pattern, lambda match: codes.get(match[0], match[0]), text)
+    space, pairs, bits = {}, [], (byte >> i & 1 for byte in data.encode("latin1") for i in range(7, -1, -1))
+    exec(UNPACK, space)
+    space["predict"](lambda chance: pairs.append((chance, bit := next(bits))) or bit, len(data))
+    low, size, count, digits = 0, 1, 0, []
+    for chance, bit in pairs:
+        while size < 1 << 32:
+            low, size, count = low * 253, size * 253, count + 1
+        part = (size >> 16) * chance
+        low, size = (low, part) if bit else (low + part, size - part)
+    unpacker = lzma.compress(UNPACK.encode(), lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
+    number = int.from_bytes(unpacker, "big") * 253 ** count + low
+    while number:
+        number, digit = divmod(number, 253)
+        digits.append({12: 254, 38: 255}.get(digit, digit + 1))  # no zero, carriage return or quote
+    first = len(digits) - count
+    return PACKED_START + bytes(digits[::-1]) + (
+        b" '''.translate({254:13,255:39}).encode('latin1')\nx=0\nfor c in d[:%d]:x=x*253+c-1\n"
+        b"exec(lzma.decompress(x.to_bytes(%d)))\ns=unpack(d[%d:],%d)\nf=__file__+'[unpacked]'\n"
+        b"linecache.cache[f]=len(s),None,s.splitlines(True),f\nexec(compile(s,f,'exec'))\n"
+        % (first, len(unpacker), first, len(data)))
+
+
+@functools.cache
+def pack_source(source: bytes) -> bytes:
+    """A Python file -> a smaller one that does the same, needing the standard library only. Packed stays as it is.
+
+    inspect.getsource and the traceback module see the unpacked source, the interpreter's own tracebacks from Python
+    3.13 on. A packed program packs no other: what only packing needs is not in it.
+    """
+    return source if source.startswith(PACKED_START) else packed(source)
 
 
 # ====================================================================================================================
@@ -3298,7 +3384,7 @@ def preflight(config: Config, log: Log, trainer: Trainer, code_bytes: int) -> No
 def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequest) -> int:
     """Config -> trained weights -> artifact on disk -> model rebuilt from those bytes -> score -> exit code."""
     source = Path(__file__).read_bytes()
-    code_bytes = len(pack_source(source))
+    code_bytes = world.share(len(pack_source(source)) if world.rank == 0 else 0)
     write_run_header(log, config, world, source)
     attention_name, attention = choose_attention(config.attention, world.device)
     compiled = use_compile(config, world, attention_name)
