@@ -18,7 +18,6 @@ V vocabulary, L layers. A batch is one row of T tokens that holds many documents
 at most TRAIN_SEQ_LEN tokens long, and attention never leaves a segment.
 """
 import ast
-import builtins
 import contextlib
 import difflib
 import fnmatch
@@ -35,7 +34,6 @@ import re
 import shutil
 import signal
 import struct
-import symtable
 import sys
 import time
 import warnings
@@ -3071,20 +3069,21 @@ def read_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 PACKED_START = b"#coding:latin1\nimport lzma,linecache\nd=r'''"
 PACKING = ("UNPACK =", "PACKING =", "SPELLED =", "def rename_locals", "def minify", "def packed")  # stays behind
 SPELLED = {ast.Name: "id", ast.arg: "arg", ast.FunctionDef: "name", ast.ExceptHandler: "name"}
-UNPACK = ("from array import array\ndef predict(a,b):\n g,h,i,j=(array('H',b'\\x01\\x00'*(2**24+256)),[0,0],[],2980.95798"
-          "7)\n for c in range(2,4096):\n  h.append(h[c//2]*0.7+(c%2-0.5)*1.7)\n for d in range(2048):\n  i.append(int(65"
-          "536/(1+j)))\n  j*=0.9922179382602435\n e=[[0.055]*8 for d in range(9472)]\n f,k,l,m,n=(b'',0,0,0,[0])\n while "
-          "len(f)<b:\n  p,q=(k%256,1)\n  o=[(I*8+F)*2654435769%16777213 for F,I in enumerate((p,k%65536,k%2**24,k,l,m%4"
-          "096,m,n[-1]*256+p))]\n  while q<256:\n   r=[J+q for J in o]\n   s=[g[G]for G in r]\n   t=[h[H]for H in s]\n   u"
-          "=e[256+((s[0]>1)+(s[1]>1)+(s[2]>1))*256+p]\n   x,y,z=(e[q],e[1280+m%32*256+q],0)\n   for A,B,C,D in zip(u,x,"
-          "y,t):\n    z+=(A+B+C)*D\n   v=i[max(0,min(2047,int(z*128)+1024))]\n   w=a(v)\n   E,F=(w-v/65536,0)\n   for G,H,"
-          "D in zip(r,s,t):\n    h[H]+=0.15*E*(u[F]+x[F]+y[F])\n    D*=0.002*E\n    u[F]+=D\n    x[F]+=D\n    y[F]+=D\n    "
-          "H+=H+w\n    g[G]=H if H<4096 else H%2048+2048\n    F+=1\n   q+=q+w\n  p=q-256\n  f+=bytes([p])\n  k=k%2**32*256+"
-          "p\n  if p>126 or f[-1:].isalnum():\n   m=m if l else m*4+1\n   l=(l+p+1)*2654435769%2**32\n  else:\n   if p in "
-          "b'([{':\n    n=[*n,l*31+p]\n   if p in b')]}':\n    n=n[:-1]or[0]\n   if p==10:\n    n=[0]\n   m,l=(m*32+p%32,0)"
-          "\n  m%=2**18\n return f\ndef unpack(b,c):\n e,b=([0,1],iter(b))\n def a(f):\n  l,m=e\n  while m<2**32:\n   l,m=(l*"
-          "253+next(b)-1,m*253)\n  g=(m>>16)*f\n  e[:]=(l,g)if l<g else(l-g,m-g)\n  return l<g\n h,i,d=predict(a,c).decod"
-          "e('latin1').partition('\\n')\n for j,k in enumerate(h.split(),128):\n  d=d.replace(chr(j),k)\n return d")
+UNPACK = ("from array import array\ndef predict(a,b):\n g,h,i,j=(array('H',b'\\x01\\x00'*(2**24+256)),[0,0],[],2980.95"
+          "7987)\n for c in range(2,4096):\n  h.append(h[c//2]*0.7+(c%2-0.5)*1.7)\n for d in range(2048):\n  i.append("
+          "int(65536/(1+j)))\n  j*=0.9922179382602435\n e=[[0.055]*8 for d in range(9472)]\n f,k,l,m,n=(b'',0,0,0,[0])"
+          "\n while len(f)<b:\n  p,q=(k%256,1)\n  o=[(I*8+F)*2654435769%16777213 for F,I in enumerate((p,k%65536,k%2**"
+          "24,k,l,m%4096,m,n[-1]*256+p))]\n  while q<256:\n   r=[J+q for J in o]\n   s=[g[G]for G in r]\n   t=[h[H]for"
+          " H in s]\n   u=e[256+((s[0]>1)+(s[1]>1)+(s[2]>1))*256+p]\n   x,y,z=(e[q],e[1280+m%32*256+q],0)\n   for A,B,"
+          "C,D in zip(u,x,y,t):\n    z+=(A+B+C)*D\n   v=i[max(0,min(2047,int(z*128)+1024))]\n   w=a(v)\n   E,F=(w-v/65"
+          "536,0)\n   for G,H,D in zip(r,s,t):\n    h[H]+=0.15*E*(u[F]+x[F]+y[F])\n    D*=0.002*E\n    u[F]+=D\n    x["
+          "F]+=D\n    y[F]+=D\n    H+=H+w\n    g[G]=H if H<4096 else H%2048+2048\n    F+=1\n   q+=q+w\n  p=q-256\n  f+"
+          "=bytes([p])\n  k=k%2**32*256+p\n  if p>126 or f[-1:].isalnum():\n   m=m if l else m*4+1\n   l=(l+p+1)*26544"
+          "35769%2**32\n  else:\n   if p in b'([{':\n    n=[*n,l*31+p]\n   if p in b')]}':\n    n=n[:-1]or[0]\n   if p"
+          "==10:\n    n=[0]\n   m,l=(m*32+p%32,0)\n  m%=2**18\n return f\ndef unpack(b,c):\n e,b=([0,1],iter(b))\n def"
+          " a(f):\n  l,m=e\n  while m<2**32:\n   l,m=(l*253+next(b)-1,m*253)\n  g=(m>>16)*f\n  e[:]=(l,g)if l<g else(l"
+          "-g,m-g)\n  return l<g\n h,i,d=predict(a,c).decode('latin1').partition('\\n')\n for j,k in enumerate(h.split"
+          "(),128):\n  d=d.replace(chr(j),k)\n return d")
 
 
 def rename_locals(tree: ast.Module) -> None:
@@ -3094,43 +3093,36 @@ def rename_locals(tree: ast.Module) -> None:
     keyword: of a name that some call uses, or by torch.
     """
     keywords = {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword)} | {"ctx", "inputs", "output"}
-    fixed = {*dir(builtins), *symtable.symtable(ast.unparse(tree), "", "exec").get_identifiers()}
-    for function in (part for node in tree.body for part in (node.body if isinstance(node, ast.ClassDef) else [node])):
+    fixed = {None, *dir(sys.modules["builtins"]), *compile(ast.unparse(tree), "", "exec").co_names}
+    for function in (part for node in tree.body for part in (node.body if isinstance(node, ast.ClassDef) else [node])
+                     if isinstance(part, ast.FunctionDef)):
         nodes = [*ast.walk(function)]
-        if not isinstance(function, ast.FunctionDef) or any(isinstance(n, ast.ClassDef | ast.Match) for n in nodes):
-            continue
-        names = [(node, key, name) for node in nodes[1:] for key in [SPELLED.get(type(node), "")]
-                 if (name := getattr(node, key, None))]
-        kept = fixed | {node.id for part in (*function.decorator_list, function.args) for node in ast.walk(part)
-                        if isinstance(node, ast.Name)} | {getattr(name, "asname", None) or getattr(name, "name", name)
-                                                          for node in nodes for name in getattr(node, "names", ())}
-        kept |= keywords & {node.arg for node in nodes if isinstance(node, ast.arg)}
-        bound = {name for node, _, name in names if not isinstance(getattr(node, "ctx", None), ast.Load)} - kept
-        taken = kept | {name for *_, name in names} - bound
+        assert not any(isinstance(node, ast.ClassDef | ast.Match | ast.Nonlocal | ast.Global) for node in nodes)
+        names = [(node, SPELLED[type(node)]) for node in nodes[1:] if type(node) in SPELLED]
+        kept = fixed | keywords & {node.arg for node in nodes if isinstance(node, ast.arg)}
+        kept |= {node.asname or node.name for node in nodes if isinstance(node, ast.alias)}
+        kept |= {getattr(node, "id", None) for part in (*function.decorator_list, function.args)  # of the outer scope
+                 for node in ast.walk(part)}
+        bound = {getattr(*name) for name in names if not isinstance(getattr(name[0], "ctx", None), ast.Load)} - kept
+        taken = {getattr(*name) for name in names} - bound | kept
         letters = (letter for letter in map(chr, (*range(97, 123), *range(65, 91))) if letter not in taken)
-        short = dict(zip(dict.fromkeys(name for *_, name in names if name in bound), letters))
-        for node, key, name in names:
-            setattr(node, key, short.get(name, name))
+        short = dict(zip(dict.fromkeys(getattr(*name) for name in names if getattr(*name) in bound), letters))
+        for node, key in names:
+            setattr(node, key, short.get(getattr(node, key), getattr(node, key)))
 
 
 def minify(source: bytes) -> str:
-    """A Python file -> ASCII text that does the same, without docstrings, comments, annotations, spaces, local names.
-
-    Annotations of dataclass fields and of Triton's constants are data, and stay; other variables' become None.
-    """
-    tree, data = ast.parse(source), set()
+    """A Python file -> ASCII text that does the same, without docstrings, comments, spaces, names of local variables
+    and the annotations of functions. Those of Triton's constants are data, and stay, as do those of variables."""
+    tree = ast.parse(source)
     tree.body = [node for node in tree.body if not ast.unparse(node).startswith(PACKING)]
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
             node.body = node.body[1:] or [ast.Pass()]
-        if isinstance(node, ast.ClassDef) and node.decorator_list:
-            data.update(node.body)
-        elif isinstance(node, ast.FunctionDef):
+        if isinstance(node, ast.FunctionDef):
             node.returns = None
         elif isinstance(node, ast.arg) and "constexpr" not in ast.dump(node):
             node.annotation = None
-        elif isinstance(node, ast.AnnAssign) and node not in data:
-            node.annotation = ast.Constant(None)
     rename_locals(tree)
     plain = ast.unparse(tree).encode("ascii", "backslashreplace").decode()
     text = re.sub(r"""('''.*?'''|\"{3}.*?\"{3}|'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|(?<=[^\w\s]) | (?=[^\w\s'"])"""

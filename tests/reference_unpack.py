@@ -47,7 +47,7 @@ def predict(code, count):
                 third[i] += x
                 state += state + bit
                 histories[place] = state if state < 4096 else state % 2048 + 2048
-                i += 1
+                i += 1  # noqa: SIM113
             node += node + bit
         last = node - 256
         data += bytes([last])
@@ -93,6 +93,9 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
     import train_gpt
     text = train_gpt.minify(Path(__file__).read_bytes().partition(b"\n\nif __name__")[0])
-    pieces = [text[i:i + 106] for i in range(0, len(text), 106)]
-    lines = [piece.replace("\\", "\\\\").replace("\n", "\\n") for piece in pieces]
-    print("UNPACK = (" + "\n          ".join(f'"{line}"' for line in lines) + ")")
+    escaped, lines = text.replace("\\", "\\\\").replace("\n", "\\n"), []
+    while escaped:  # no escape is cut
+        end = 107 - len(escaped[:107]) + len(escaped[:107].rstrip("\\"))
+        lines.append(f'"{escaped[:end]}"')
+        escaped = escaped[end:]
+    print("UNPACK = (" + "\n          ".join(lines) + ")")
