@@ -2,6 +2,7 @@
 # make test   the test suite; make check = lint + types + tests
 # make seeds  SEEDS="42 314 999" PRESET=presets/laptop.env RUNS=laptop   one run per seed, then means and spreads
 # make record NAME=Demo TRACK=non_record_16mb RUNS=laptop OPTIONS="--notes my.md"   their logs -> a folder in records/
+# make size   bytes of the program by section, as written, minified and packed
 # make leaderboard   the README's table of records, from records/*/*/submission.json
 PYTHON ?= python3
 SHELL := /bin/bash
@@ -20,7 +21,7 @@ TRACK ?= non_record_16mb
 OPTIONS ?=
 unexport SEEDS PRESET RUNS LAUNCH SETTINGS NAME TRACK OPTIONS  # the program takes its settings from the environment
 
-.PHONY: help venv data demo seeds record leaderboard test lint check clean
+.PHONY: help venv data demo seeds record leaderboard size test lint check clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -56,6 +57,9 @@ record: venv
 
 leaderboard: venv
 	$(BIN)/python tools/leaderboard.py README.md
+
+size: venv
+	$(BIN)/python tools/size.py train_gpt.py
 
 test: venv
 	$(BIN)/python -m pytest -n auto

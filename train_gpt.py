@@ -3125,8 +3125,10 @@ def minify(source: bytes) -> str:
             node.annotation = None
     rename_locals(tree)
     plain = ast.unparse(tree).encode("ascii", "backslashreplace").decode()
-    text = re.sub(r"""('''.*?'''|\"{3}.*?\"{3}|'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|(?<=[^\w\s]) | (?=[^\w\s'"])"""
-                  r"""|(?<=\n)(?:    )+|(?<=\n)\n""", lambda m: m[1] or " " * (len(m[0]) // 4), plain, flags=re.DOTALL)
+    text = re.sub(  # strings first, as they are; then spaces beside signs, indents, empty lines
+        r"""('''.*?'''|\"{3}.*?\"{3}|f(['"])(?:\\.|\{\{|\{(?:[^{}]|\{[^{}]*\})*\}|(?!\2)[^\\{])*\2|(['"])(?:\\.|(?!\3)[^\\])*\3)"""
+        r"""|(?<=[^\w\s]) | (?=[^\w\s'"])|(?<=\n)(?:    )+|(?<=\n)\n""",
+        lambda match: match[1] or " " * (len(match[0]) // 4), plain, flags=re.DOTALL)
     assert ast.dump(ast.parse(text)) == ast.dump(ast.parse(plain))
     return text
 

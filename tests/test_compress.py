@@ -20,6 +20,7 @@ from types import CodeType
 import numpy as np
 import pytest
 import reference_unpack
+import size
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -326,7 +327,8 @@ def keyword(width, height):
             return deep + len(size) + max(size, default=width) + m.floor(math.pi)
         except TypeError as error:
             return str(error)
-    return inner(height, *size), inner("a"), (lambda width, a=height: width * a)(2), f"{width=} {height!r:>{width}}"
+    return inner(height, *size), inner("a"), (lambda width, a=height: width * a)(2), f"{width=} {height!r:>{width}}", \
+        f"{' , '.join(['a ', ' b'])} = {{{f'x {width} ' * 2}}} {'q'}"
 def setup(ctx, inputs, output):
     return {**ctx, "n": inputs + output}
 print(Pair().scaled(2), Pair().scaled(other=7), keyword(4, height=3), setup(ctx={"a": 1}, output=2, inputs=3), size)
@@ -389,6 +391,27 @@ def test_packed_program_is_small(packed_program):
     assert size < 27_000
     assert size < len(b85encode(train_gpt.lzma.compress(source, preset=9)))
     assert size < len(b85encode(train_gpt.lzma.compress(SCRIPT.read_bytes(), preset=9)))
+
+
+def test_functions_inside_packed_functions_have_their_source(packed_program):
+    """As Triton asks for that of its kernels, which are made inside of functions."""
+    code = ("import importlib.util, inspect, sys\n"
+            "spec = importlib.util.spec_from_file_location('packed', sys.argv[1])\n"
+            "module = sys.modules['packed'] = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(module)\n"
+            "print(inspect.getsource(module.written(print, list)))")
+    done = subprocess.run([sys.executable, "-c", code, packed_program], check=True, capture_output=True, text=True)
+    first, *_, last = done.stdout.rstrip().split("\n")
+    assert first == " def a(*inputs):" and last.startswith("  return ")
+    source = unpacked(packed_program.read_bytes())
+    assert source.count(":tl.constexpr") == SCRIPT.read_text().count(": tl.constexpr") > 20
+
+
+def test_the_sizes_of_sections_add_up(packed_program):
+    rows = size.section_rows(train_gpt, SCRIPT.read_bytes())
+    assert sum(row[3] for row in rows) == pytest.approx(packed_program.stat().st_size)
+    assert sum(row[1] for row in rows) == SCRIPT.stat().st_size and len(rows) == 14
+    text = unpacked(packed_program.read_bytes())
+    assert len(text) - 100 < sum(row[2] for row in rows) <= len(text) + 1 and min(row[3] for row in rows) > 100
 
 
 def test_packed_program_helps(packed_program):
