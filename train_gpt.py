@@ -19,7 +19,7 @@ V vocabulary, L layers. A batch is one row of T tokens that holds many documents
 at most TRAIN_SEQ_LEN tokens long, and attention never leaves a segment.
 """
 import ast, contextlib, difflib, fnmatch, functools, hashlib, io, json, lzma, math, os, re, signal, struct, sys, time
-import gc, inspect, shutil, zlib
+import gc, inspect, shutil, warnings, zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -1371,13 +1371,13 @@ Attention = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
 
 def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """torch's scaled_dot_product_attention on segments laid out as rows: any device, any dtype."""
-    length, rows = segments.max_length, segments.boundaries.numel() - 1
-    place = ((segments.positions == 0).cumsum(0) - 1) * length + segments.positions
-    if rows * length > q.size(0):  # not every segment is full
+    length, rows, positions = segments.max_length, segments.boundaries.numel() - 1, segments.positions
+    place = None if rows * length == q.size(0) else ((positions == 0).cumsum(0) - 1) * length + positions
+    if place is not None:  # not every segment is full
         q, k, v = (x.new_zeros(rows * length, *x.shape[1:]).index_copy(0, place, x) for x in (q, k, v))
     q, k, v = (x.unflatten(0, (rows, length)).transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1)
-    return y[place] if rows * length > len(place) else y
+    return y if place is None else y[place]
 
 
 def load_varlen() -> Attention:
@@ -1408,6 +1408,7 @@ def load_fa4() -> Attention:
     Its own autograd function forgets the longest length in the backward pass, which makes that slow on Hopper.
     """
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd  # pyright: ignore[reportMissingImports]
+    warnings.filterwarnings("ignore", "Argument aux_data")  # harmless, but long
 
     def forward(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
         y, lse = _flash_attn_fwd(q, k, v, cu_seqlens_q=boundaries, cu_seqlens_k=boundaries, max_seqlen_q=max_length,
@@ -2207,7 +2208,7 @@ class Trainer:
             if stops or clock + (1 + in_flight) * self.step_seconds > budget: break
             if config.checkpoint_every_seconds and clock - self.saved_seconds >= config.checkpoint_every_seconds:
                 self.report()
-                self.saved_seconds = clock
+                self.saved_seconds, first = clock, self.step + 1  # what writing takes is no step's time
                 self.save()
             progress = training_progress(config, self.step, clock)
             loss = self.train_step(self.next_batches(progress), progress)
@@ -2529,8 +2530,8 @@ def calibrate(config: Config, world: World, model: GPT, batches: Iterable[Batch]
         plain.embedding.grad = None
     for total in (*hessian.values(), *gain.values(), *count.values(), spread, times) if world.size > 1 else ():
         dist.all_reduce(total)
-    for name in ("out_proj", "down_proj"):  # the products' outputs have it already
-        gain[name] *= getattr(model, SCALES[name]).detach().square()
+    # the products' outputs have their scale already
+    for name in ("out_proj", "down_proj"): gain[name] *= getattr(model, SCALES[name]).detach().square()
     means = {name: total / count[name].clamp_min(1)[..., None] for name, total in hessian.items()}
     if config.tie_embeddings: means[head], gain[head] = tied(means[head], gain[head], spread, times)
     factors, guides = {name: inverse_factor(mean) for name, mean in means.items()}, {}

@@ -323,6 +323,17 @@ def test_training_ends_within_the_wallclock(make, monkeypatch, changes, seconds)
     assert any(line.startswith("stopping_early: wallclock_cap train_time:") for line in log_lines(trainer))
 
 
+def test_writing_a_checkpoint_is_no_step(make, monkeypatch):
+    """It takes 2 s of the wallclock, but the step behind it does not count as 3 s long: 7 steps, not 6, fit 9.5 s."""
+    clock = Clock(monkeypatch)
+    trainer = make(iterations=100, max_wallclock_seconds=10.0, gptq_reserve_seconds=0.5, before=clock.step(1.0),
+                   checkpoint_every_seconds=5.0)
+    save = trainer.save
+    trainer.save = lambda: (save(), clock.step(0.0 if trainer.finished else 2.0)(trainer))
+    train(trainer)
+    assert len(trainer.losses) == 7 and trainer.elapsed_seconds == pytest.approx(9.0)
+
+
 def test_a_resumed_run_ends_within_the_wallclock(make, monkeypatch):
     """The first step after resuming has no older one to judge by, but the checkpoint knows how long steps take."""
     clock, stop = Clock(monkeypatch), StopRequest()
