@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from summary import table
 
 import train_gpt
-from train_gpt import GPT, UserError, ngram_hints
+from train_gpt import GPT, UserError, World, ngram_hints
 
 BOOST, THRESHOLD = 2.625, 0.8  # of PR #2135
 
@@ -49,11 +49,10 @@ def load_model(path: Path, seq_len: int) -> tuple[GPT, bool]:
     """Artifact -> its model on this machine's device, for windows of seq_len tokens; whether they stay in documents."""
     header, weights = train_gpt.read_artifact(path)
     config = replace(train_gpt.artifact_config(header), eval_seq_len=seq_len)
-    device = train_gpt.choose_device(config, 0)
-    half = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    model = GPT(config, torch.bfloat16 if half else torch.float32)
+    world = World.start(config, {})
+    model = GPT(config, world.dtype)
     model.load_state_dict(weights)
-    model.to(device).looping = header["looping"]
+    model.to(world.device).eval().looping = header["looping"]
     return model, config.document_mask
 
 
@@ -61,20 +60,19 @@ def load_model(path: Path, seq_len: int) -> tuple[GPT, bool]:
 def score_hints(model: GPT, document_mask: bool, tokens: np.ndarray, hints: np.ndarray, stride: int,
                 batch_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """-> nats of the targets and of their hints (n - 1,); both NaN in windows that score no hint."""
-    device, seq_len = next(model.parameters()).device, model.config.eval_seq_len
+    seq_len, world = model.config.eval_seq_len, World(0, 1, next(model.parameters()).device, model.dtype)
     rows = train_gpt.score_windows(tokens[:-1], seq_len, stride, document_mask)
     before = np.append(0, np.cumsum(hints[2] > 0))
     rows = rows[before[rows[:, 1]] > before[rows[:, 2]]]
     out = np.full((2, len(tokens) - 1), np.nan)
+    text = train_gpt.Dataset(train_gpt.TokenStream([]), tokens, np.zeros(len(tokens) - 1, np.int64), "", "", 0, 0)
+    silent = train_gpt.Log(replace(world, rank=1), model.config)
+    evaluator = train_gpt.Evaluator(model.config, world, silent, text, False)
     for group in train_gpt.batch_windows(rows, max(batch_tokens, seq_len)):
-        lengths = group[:, 1] - group[:, 0]
-        starts = np.cumsum(lengths) - lengths
-        place = np.arange(lengths.sum()) - np.repeat(starts - group[:, 0], lengths)
-        scored = place >= np.repeat(group[:, 2], lengths)
-        segments = train_gpt.make_segments(starts, len(place), seq_len, 0)
-        for row, targets in zip(out, (tokens[1:], hints[0])):
-            batch = train_gpt.make_batch(tokens[place], targets[place], segments)
-            nats = model(*train_gpt.to_device(batch, device)).cpu().double().numpy()
+        batch, place = evaluator.build(group)
+        scored, told = place >= 0, torch.from_numpy(hints[0][place].astype(np.int64))[None]
+        for row, targets in zip(out, (batch.targets, told)):
+            nats = model(*train_gpt.to_device(batch._replace(targets=targets), world.device)).cpu().double().numpy()
             row[place[scored]] = nats[scored]
     return out[0], out[1]
 

@@ -366,11 +366,12 @@ def verify(folder: Path, option: Path | None, full: bool, workers: int) -> list[
     if files.manifest is not None:
         check_manifest(files, report)
     path = find_tokenizer(files, option)
-    given = hashlib.sha256(path.read_bytes()).hexdigest()
+    model = path.read_bytes()
+    given = hashlib.sha256(model).hexdigest()
     made = files.manifest["tokenizer"]["sha256"] if files.manifest is not None else given
     train_gpt.require(made == given, f"{path}: the shards were made with tokenizer {made[:12]}, this is {given[:12]}: "
                       "name the right one with --tokenizer")
-    tokenizer: Any = prepare.load_tokenizer(path.read_bytes(), str(path))
+    tokenizer: Any = prepare.load_tokenizer(model, str(path))
     config = train_gpt.Config(data_path=str(folder), tokenizer_path=str(path), vocab_size=tokenizer.vocab_size(),
                               max_leaked_documents=sys.maxsize)
     world = train_gpt.World(0, 1, train_gpt.torch.device("cpu"), train_gpt.torch.float32)
