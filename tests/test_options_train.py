@@ -203,8 +203,9 @@ def test_noise_is_for_looped_layers_alone():
         for layer in (-1, 0, 1, 2, 3):
             ours, again = fake(name, layer, parameter[0]), fake(name, layer, parameter[0])
             if layer in (1, 2):
-                shift = (ours - parameter[0]) / scale
-                assert shift.abs().max() <= 0.5 + 1e-3 and shift.std() > 0.15 and not torch.equal(ours, again)
+                draws = torch.stack([ours, again] + [fake(name, layer, parameter[0]) for _ in range(62)])
+                shift = (draws - parameter[0]) / scale  # the smallest tensor has six entries: one draw is no sample
+                assert shift.abs().max() <= 0.5 + 1e-3 and shift.std() > 0.25 and not torch.equal(ours, again)
                 seen.add(name)
             else:
                 assert torch.allclose(ours, codes * scale, atol=1e-6) and torch.equal(ours, again)
