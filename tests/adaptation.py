@@ -10,7 +10,7 @@ import numpy as np
 import program
 import torch
 import torch.distributed as dist
-from helpers import randomize, single_world, tiny_config
+from helpers import QuietLog, randomize, single_world, tiny_config
 
 import train_gpt
 from train_gpt import BOS, GPT, Config, Dataset, Evaluator, TestTimeTrainer, World, document_bounds
@@ -24,19 +24,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "phases": {"phased_ttt_num_phases": 2, "phased_ttt_prefix_docs": 4},
     "sgd": {"ttt_strategy": "stream", "ttt_optimizer": "sgd", "global_ttt_epochs": 2},
     "adamw": {"ttt_strategy": "stream", "global_ttt_chunk_tokens": 0, "ttt_freeze_blocks": 1}}
-
-
-class QuietLog:
-    """Keeps what was logged."""
-
-    def __init__(self):
-        self.lines: list[str] = []
-
-    def __call__(self, text: str, to_terminal: bool = True) -> None:
-        self.lines.append(text)
-
-    def progress(self, text: str) -> None:
-        pass
 
 
 def adapt_config(**changes) -> Config:

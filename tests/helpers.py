@@ -38,6 +38,19 @@ def watch_steps(trainer, before=None, after=None) -> None:
     trainer.train_step = train_step
 
 
+class QuietLog:
+    """Keeps what was logged."""
+
+    def __init__(self):
+        self.lines: list[str] = []
+
+    def __call__(self, text: str, to_terminal: bool = True) -> None:
+        self.lines.append(text)
+
+    def progress(self, text: str) -> None:
+        pass
+
+
 def single_world() -> World:
     return World(0, 1, torch.device("cpu"), torch.float32)
 

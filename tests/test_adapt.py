@@ -134,12 +134,18 @@ def test_each_visit_of_a_looped_layer_has_adapters_of_its_own():
         assert all((nats - other).abs().max() > 0.01 for other in found[:i])
 
 
+def side_by_side(documents: int, width: int):
+    """-> a model, adapters of so many documents, and their ids, targets and segments, rows of `width` tokens."""
+    config, total = tiny_config(), documents * width
+    ids, labels, _ = random_batch(2, total, total)
+    segments = make_segments(np.arange(documents) * width, total, width, 0)
+    return make_model(config), random_adapters(config, documents), ids, labels, segments
+
+
 @torch.no_grad()
 def test_documents_side_by_side_do_not_touch_each_other():
-    config, width = tiny_config(), 24
-    model, adapters = make_model(config), random_adapters(config, 3)
-    ids, labels, _ = random_batch(2, 3 * width, 3 * width)
-    segments = make_segments(np.arange(3) * width, 3 * width, width, 0)
+    width = 24
+    model, adapters, ids, labels, segments = side_by_side(3, width)
     together = model(ids, labels, segments, adapters).view(3, width)
     alone = make_segments(np.array([0]), width, width, 0)
     for i in range(3):
@@ -153,10 +159,8 @@ def test_documents_side_by_side_do_not_touch_each_other():
 
 @torch.no_grad()
 def test_only_the_rows_asked_for_reach_the_head():
-    config, width = tiny_config(), 24
-    model, adapters = make_model(config), random_adapters(config, 2)
-    ids, labels, _ = random_batch(2, 2 * width, 2 * width)
-    segments = make_segments(np.arange(2) * width, 2 * width, width, 0)
+    width = 24
+    model, adapters, ids, labels, segments = side_by_side(2, width)
     whole = model(ids, labels, segments, adapters)
     rows = torch.tensor([3, 9, 20, 24, 0, 47])  # as many of each document; -1 = nobody's
     targets = labels[:, rows].clone()

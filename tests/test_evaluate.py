@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import randomize, single_world, tiny_config, tiny_dataset
+from helpers import QuietLog, randomize, single_world, tiny_config, tiny_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import bits_per_byte, sliding_windows
@@ -27,19 +27,6 @@ from train_gpt import (
 )
 
 SEQ_LEN, STRIDE = 32, 8
-
-
-class QuietLog:
-    """Keeps what was logged."""
-
-    def __init__(self):
-        self.lines: list[str] = []
-
-    def __call__(self, text: str, to_terminal: bool = True) -> None:
-        self.lines.append(text)
-
-    def progress(self, text: str) -> None:
-        pass
 
 
 # --- windows
