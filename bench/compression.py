@@ -3,6 +3,7 @@
     set -a; . presets/laptop.env; set +a
     python bench/compression.py logs/demo.checkpoint --eval      and what each quantizer costs in bits per byte
     python bench/compression.py logs/demo.checkpoint --published   the published methods, too
+    python bench/compression.py logs/demo.checkpoint --only 'gptq,tcq*'   some of them
     python bench/compression.py --predict                        bytes of these settings, and the widest model that fits
 
 Takes the same environment variables as train_gpt.py; the model's come from the checkpoint. Calibration uses training
@@ -11,6 +12,7 @@ the loss of a batch of text grows in proportion to it. Entropy is order 0, of ea
 The second table follows the error of the last quantizer through the layers, the third compares codecs on its codes.
 """
 import argparse
+import fnmatch
 import math
 import re
 import sys
@@ -206,16 +208,20 @@ class Comparison:
         return row
 
 
-def compare(path: str, config: Config, world: World, target: int, evaluate: bool, published: bool) -> None:
-    """Prints the tables."""
+def compare(path: str, config: Config, world: World, target: int, evaluate: bool, published: bool, only: str) -> None:
+    """Prints the tables, of the methods that fit one of the patterns in `only`."""
     if published:
         quantizers.register()
         packers.register()
+    methods, own = ((PUBLISHED | METHODS, OWN_SIZE) if published else (METHODS, {}))
+    wanted = [name for name in [*own, *methods] if any(fnmatch.fnmatchcase(name, part) for part in only.split(","))]
+    if not {*wanted} & {*methods}:
+        raise UserError(f"--only {only}: fits none of {', '.join(methods)}")
     work = Comparison(path, config, world, target, evaluate)
     own_size = [work.row(name, replace(work.config, **changes, compressor=codec, target_bytes=0))
-                for name, (changes, codec) in OWN_SIZE.items()] if published else []
+                for name, (changes, codec) in own.items() if name in wanted]
     rows = [work.row(name, replace(work.config, **changes, target_bytes=work.target))
-            for name, changes in ((PUBLISHED | METHODS) if published else METHODS).items()]
+            for name, changes in methods.items() if name in wanted]
     print(f"{path}: {work.count:,} quantized weights, calibration {work.seconds:.1f} s, attention {work.attention}"
           + f", {work.base:.5f} bits per byte before quantization" * evaluate)
     heads = ["quantizer", "artifact bytes", "bits a weight", "entropy, bytes", "error", "weighted error", "s a try",
@@ -265,6 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--bytes", type=int, default=0, help="of each artifact (default: what rtn takes by itself)")
     parser.add_argument("--eval", action="store_true", help="score the validation text with each")
     parser.add_argument("--published", action="store_true", help="the published quantizers and codecs, too")
+    parser.add_argument("--only", default="*", help="methods, as 'tcq,gptq*' (default all)")
     parser.add_argument("--predict", action="store_true", help="no checkpoint: predict sizes from the settings")
     options = parser.parse_args(arguments)
     if bool(options.checkpoint) == options.predict:
@@ -272,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.predict:
         return with_settings(lambda config, _: predict(config))
     return with_settings(lambda config, world: compare(
-        options.checkpoint, config, world, options.bytes, options.eval, options.published))
+        options.checkpoint, config, world, options.bytes, options.eval, options.published, options.only))
 
 
 if __name__ == "__main__":
