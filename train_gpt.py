@@ -970,8 +970,7 @@ def load_leaky2_product() -> Callable[..., Tensor]:
     Forward: a (T, D), b (F, D) -> leaky_relu(a b^T, slope)^2 (T, F), with the sign of what was squared in the last bit:
     the gradient needs no more of it. Backward: a (T, D), b (D, F), kept (T, F) -> a b times the activation's slope.
     """
-    import triton  # pyright: ignore[reportMissingImports]
-    import triton.language as tl  # pyright: ignore[reportMissingImports]
+    import triton, triton.language as tl  # pyright: ignore[reportMissingImports]
     from triton.tools.tensor_descriptor import TensorDescriptor  # pyright: ignore[reportMissingImports]
 
     @triton.jit
@@ -1016,22 +1015,29 @@ def load_leaky2_product() -> Callable[..., Tensor]:
     return launch
 
 
-def differentiable(name: str, forward: tuple[str, Any, Any], backward: tuple[str, Any, Any],
-                   keep: Callable[..., Sequence[Any]], finish: Callable[..., Any]) -> Any:
-    """A torch operator that compiles, from (schema, function, function that makes empty outputs) of both directions.
+def differentiable(name: str, signature: str, forward: tuple[Any, Any], backward: tuple[Any, Any],
+                   finish: Callable[..., Any], kept: int = 0) -> Any:
+    """A torch operator that compiles, from (function, function that makes empty outputs) of both directions.
 
-    backward takes what keep(inputs, outputs) kept, the outputs' gradients, and numbers among the inputs; the inputs'
-    gradients are finish(kept, the outputs' gradients, what backward gave).
+    signature has a letter for each input, for each output, and for what backward gives: T is a tensor, ? one or None, i
+    and f are numbers, behind the tensors. backward takes the input tensors and the last `kept` outputs, the gradient of
+    each output, None where nobody differentiates it, and the numbers. The inputs' gradients are finish(tensors that
+    were kept, the outputs' gradients, what backward gave).
     """
-    operators = []
-    for suffix, (schema, function, empty) in (("", forward), ("_backward", backward)):
+    kinds, operators = {"T": "Tensor", "?": "Tensor?", "i": "int", "f": "float"}, []
+    inputs, outputs, found = signature.split()
+    tensors, numbers = inputs.rstrip("if"), inputs.lstrip("T?")
+    for suffix, taken, given, (function, empty) in (("", inputs, outputs, forward), (
+            "_backward", tensors + "T" * kept + "?" * len(outputs) + numbers, found, backward)):
+        schema = ", ".join(f"{kinds[letter]} x{i}" for i, letter in enumerate(taken))
+        schema = f"({schema}) -> ({', '.join(kinds[letter] for letter in given)})"
         operator: Any = torch.library.custom_op(f"train_gpt::{name}{suffix}", function, mutates_args=(), schema=schema)
         operator.register_fake(empty)
         operators.append(operator)
 
     def remember(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*keep(inputs, output))
-        ctx.numbers = [x for x in inputs if isinstance(x, int | float)]
+        ctx.save_for_backward(*inputs[:len(tensors)], *(output[-kept:] if kept else ()))
+        ctx.numbers = inputs[len(tensors):]
         ctx.set_materialize_grads(False)  # outputs that nobody differentiates would get zeros
 
     def gradient(ctx: Any, *grads: Tensor | None):
@@ -1042,13 +1048,13 @@ def differentiable(name: str, forward: tuple[str, Any, Any], backward: tuple[str
     return operators[0]
 
 
-def written(launch: Callable[..., None], empty: Callable[..., Any]) -> Callable[..., Any]:
-    """-> a function of inputs that makes empty outputs and has launch(*inputs, *outputs) write them."""
+def written(launch: Callable[..., None], empty: Callable[..., Any]) -> tuple[Any, Any]:
+    """-> (a function of tensors and a number that has launch(number, *tensors, *outputs) write empty outputs, empty)"""
     def function(*inputs: Any) -> Any:
         outputs = empty(*inputs)
-        launch(*inputs, *((outputs,) if isinstance(outputs, Tensor) else outputs))
+        launch(inputs[-1], *inputs[:-1], *((outputs,) if isinstance(outputs, Tensor) else outputs))
         return outputs
-    return function
+    return function, empty
 
 
 @functools.cache
@@ -1067,23 +1073,20 @@ def load_leaky2() -> Callable[..., Tensor]:
         n, up, _, post = kept
         return dpre @ up, dpre.T @ n, grads[0].T @ post, None
 
-    operator = differentiable("leaky2", (
-        "(Tensor n, Tensor up, Tensor down, float slope) -> (Tensor, Tensor)", forward,
-        lambda n, up, *_: (torch.empty_like(n), n.new_empty(len(n), len(up)))), (
-        "(Tensor n, Tensor up, Tensor down, Tensor post, Tensor dout, Tensor? dpost, float slope) -> Tensor",
-        lambda _, __, down, post, dout, ___, slope: launch(dout, down, slope, post),
-        lambda n, up, down, post, *_: torch.empty_like(post)), lambda xs, ys: (*xs[:3], ys[1]), finish)
+    operator = differentiable(
+        "leaky2", "TTTf TT T", (forward, lambda n, up, *_: (torch.empty_like(n), n.new_empty(len(n), len(up)))), (
+            lambda _, __, down, post, dout, ___, slope: launch(dout, down, slope, post),
+            lambda n, up, down, post, *_: torch.empty_like(post)), finish, kept=1)
     return lambda *inputs: operator(*inputs)[0]
 
 
 def load_rotate_heads_kernel() -> Any:
     """-> the Triton kernel of load_rotate_heads. Forward, without dqkv and dgain, it writes q, k, v and own. Backward
-    it reads their gradients there, and writes dqkv and, a row for each program, dgain."""
-    import triton  # pyright: ignore[reportMissingImports]
-    import triton.language as tl  # pyright: ignore[reportMissingImports]
+    it reads their gradients there (own may have none), and writes dqkv and, a row for each program, dgain."""
+    import triton, triton.language as tl  # pyright: ignore[reportMissingImports]
 
-    def rotate_heads_kernel(qkv, gain, cos, sin, q, k, v, own, dqkv, dgain, T, H: tl.constexpr, K: tl.constexpr,
-                            E: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr):
+    def rotate_heads_kernel(T, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
+                            HEADS: tl.constexpr, qkv, gain, cos, sin, q, k, v, own, dqkv=None, dgain=None):
         row, head = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None], tl.arange(0, HEADS)[None, :, None]
         col = tl.arange(0, E)[None, None, :] + 0 * head
         live, is_q, is_v = (row < T) & (head < H + 2 * K), head < H, head >= H + K
@@ -1106,7 +1109,7 @@ def load_rotate_heads_kernel() -> Any:
                 tl.store(v + place, value, live & is_v)
         else:
             grad = tl.load(q + at_q + col, live & is_q, 0.0).to(tl.float32)
-            grad += tl.load(own + (row * K + shared) * E + col, live & is_v, 0.0)
+            if own is not None: grad += tl.load(own + (row * K + shared) * E + col, live & is_v, 0.0)
             other = tl.load(q + at_q + pair, turns & is_q, 0.0).to(tl.float32)
             for g in tl.static_range(H // K):
                 place = (row * H + shared * (H // K) + g) * E
@@ -1131,12 +1134,11 @@ def load_rotate_heads() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     """
     kernel = load_rotate_heads_kernel()
 
-    def launch(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> None:
-        q, k, v, own, *grads = (x for x in rest if isinstance(x, Tensor))
-        (tokens, heads, width), kv = q.shape, own.size(1)
+    def launch(width: int, qkv: Tensor, gain: Tensor, cos: Tensor, *rest: Any) -> None:
+        tokens, heads, total = len(qkv), len(gain), qkv.size(1) // width  # of queries; with keys and values
         kernel[(-(-tokens // HEAD_ROWS),)](
-            qkv, gain, cos, sin, q, k, v, own, *(grads or (None, None)), tokens, heads, kv, width, cos.size(-1),
-            HEAD_ROWS, 1 << (heads + 2 * kv - 1).bit_length(), num_warps=HEAD_ROWS)
+            tokens, heads, (total - heads) // 2, width, cos.size(-1), HEAD_ROWS, 1 << (total - 1).bit_length(), qkv,
+            gain, cos, *rest, num_warps=HEAD_ROWS)
 
     def outputs(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, width: int) -> tuple[Tensor, ...]:
         heads = len(gain)
@@ -1146,19 +1148,13 @@ def load_rotate_heads() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     def gradients(qkv: Tensor, gain: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         return torch.empty_like(qkv), qkv.new_empty(-(-len(qkv) // HEAD_ROWS), len(gain), dtype=torch.float32)
 
-    four = "Tensor qkv, Tensor gain, Tensor cos, Tensor sin"
-    return differentiable(
-        "rotate_heads", (f"({four}, int width) -> (Tensor, Tensor, Tensor, Tensor)", written(launch, outputs), outputs),
-        (f"({four}, Tensor dq, Tensor dk, Tensor dv, Tensor down, int width) -> (Tensor, Tensor)",
-         written(launch, gradients), gradients),
-        lambda inputs, _: inputs[:4],
-        lambda kept, _, found: (found[0], found[1].sum(0).to(kept[1].dtype), None, None, None))
+    return differentiable("rotate_heads", "TTTTi TTTT TT", written(launch, outputs), written(launch, gradients), lambda
+                          kept, _, found: (found[0], found[1].sum(0).to(kept[1].dtype), None, None, None))
 
 
 def load_mix_norm_kernels() -> tuple[Any, Any]:
     """-> (forward, backward) Triton kernels of load_mix_norm."""
-    import triton  # pyright: ignore[reportMissingImports]
-    import triton.language as tl  # pyright: ignore[reportMissingImports]
+    import triton, triton.language as tl  # pyright: ignore[reportMissingImports]
 
     @triton.jit
     def blend(a, b, c, mix, at, col, inside, live, D: tl.constexpr):
@@ -1172,8 +1168,8 @@ def load_mix_norm_kernels() -> tuple[Any, Any]:
         mixed = mixed.to(tl.bfloat16).to(tl.float32)
         return first, b, c, wa, wb, wc, mixed, tl.rsqrt(tl.sum(mixed * mixed, 1, keep_dims=True) / D + 1.1920929e-07)
 
-    def mix_norm_kernel(a, b, c, mix, scale, mixed_out, out, start, T, D: tl.constexpr, W: tl.constexpr,
-                        ROWS: tl.constexpr, BD: tl.constexpr):
+    def mix_norm_kernel(T, D: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, a, b, c, mix, scale,
+                        mixed_out, out, start):
         row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, BD)[None, :]
         at, inside = row * D + col, col < D
         live = (row < T) & inside
@@ -1183,8 +1179,8 @@ def load_mix_norm_kernels() -> tuple[Any, Any]:
         tl.store(out + at, normed, live)
         tl.store(start + row * W + col, normed, (row < T) & (col < W))
 
-    def mix_norm_backward_kernel(a, b, c, mix, scale, dmixed, dout, dstart, da, db, dc, dmix, T, D: tl.constexpr,
-                                 W: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr):
+    def mix_norm_backward_kernel(T, D: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, a, b, c,
+                                 mix, scale, dmixed, dout, dstart, da, db, dc, dmix):
         col, inside = tl.arange(0, BD)[None, :], tl.arange(0, BD)[None, :] < D
         sum_a, sum_b, sum_c = (tl.zeros((ROWS, BD), tl.float32), tl.zeros((ROWS, BD), tl.float32),
                                tl.zeros((ROWS, BD), tl.float32))
@@ -1194,9 +1190,9 @@ def load_mix_norm_kernels() -> tuple[Any, Any]:
             at, live = row * D + col, (row < T) & inside
             x, y, z, wx, wy, wz, mixed, rstd = blend(a, b, c, mix, at, col, inside, live, D)
             grad = tl.load(dout + at, live, 0.0).to(tl.float32)
-            grad = (grad + tl.load(dstart + row * W + col, (row < T) & (col < W), 0.0)) * (factor * rstd)
-            mean = tl.sum(grad * mixed, 1, keep_dims=True) / D
-            grad -= mixed * (mean * rstd * rstd)
+            if dstart is not None: grad += tl.load(dstart + row * W + col, (row < T) & (col < W), 0.0)
+            grad *= factor * rstd
+            grad -= mixed * (tl.sum(grad * mixed, 1, keep_dims=True) / D * rstd * rstd)
             if dmixed is not None: grad += tl.load(dmixed + at, live, 0.0).to(tl.float32)
             tl.store(db + at, grad * wy, live)
             tl.store(dc + at, grad * wz, live)
@@ -1220,19 +1216,10 @@ def load_mix_norm() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 
     The sums over tokens for the gradient of mix are made where the streams' own gradients are: nothing is read twice.
     """
-    forward_kernel, backward_kernel = load_mix_norm_kernels()
-
-    def run(kernel: Any, programs: int, *arguments: Any) -> None:
-        (window,) = (x for x in arguments if isinstance(x, int))
-        tensors, (tokens, width) = [x for x in arguments if not isinstance(x, int)], arguments[1].shape
-        kernel[(programs,)](*tensors, tokens, width, window, MIXED_ROWS, 1 << (width - 1).bit_length(),
+    def launch(kernel: Any, window: int, *arrays: Any) -> None:
+        programs, (tokens, width) = len(arrays[-1]), arrays[1].shape  # one for each row of the last array
+        kernel[(programs,)](tokens, width, window, MIXED_ROWS, 1 << (width - 1).bit_length(), *arrays,
                             num_warps=MIXED_ROWS)
-
-    def launch(*arguments: Any) -> None:
-        run(forward_kernel, -(-len(arguments[1]) // MIXED_ROWS), *arguments)
-
-    def launch_backward(*arguments: Any) -> None:
-        run(backward_kernel, len(arguments[-1]), *arguments)
 
     def outputs(a: Tensor | None, b: Tensor, c: Tensor, mix: Tensor, scale: Tensor, window: int) -> tuple[Tensor, ...]:
         return torch.empty_like(b), torch.empty_like(b), b.new_empty(len(b), window)
@@ -1242,13 +1229,10 @@ def load_mix_norm() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         da = torch.empty_like(b) if a is not None else b.new_empty(0)
         return da, torch.empty_like(b), torch.empty_like(c), b.new_empty(programs, 3, b.size(1), dtype=torch.float32)
 
-    five = "Tensor? a, Tensor b, Tensor c, Tensor mix, Tensor scale"
-    return differentiable(
-        "mix_norm", (f"({five}, int window) -> (Tensor, Tensor, Tensor)", written(launch, outputs), outputs),
-        (f"({five}, Tensor? dmixed, Tensor dout, Tensor dstart, int window) -> (Tensor, Tensor, Tensor, Tensor)",
-         written(launch_backward, gradients), gradients),
-        lambda inputs, _: inputs[:5],
-        lambda kept, _, found: (found[0] if kept[0] is not None else None, *found[1:3], found[3].sum(0), None, None))
+    forward, backward = (written(functools.partial(launch, kernel), empty)
+                         for kernel, empty in zip(load_mix_norm_kernels(), (outputs, gradients)))
+    return differentiable("mix_norm", "?TTTTi TTT TTTT", forward, backward, lambda kept, _, found: (
+        found[0] if kept[0] is not None else None, *found[1:3], found[3].sum(0), None, None))
 
 
 def choose_kernels(config: Config, device: torch.device) -> Kernels:
@@ -1421,13 +1405,11 @@ def load_fa4() -> Attention:
                                      cu_seqlens_k=boundaries, max_seqlen_q=max_length, max_seqlen_k=max_length)[:3]
         return dq, dk, dv
 
-    four = "Tensor q, Tensor k, Tensor v, Tensor boundaries"
     operator = differentiable(
-        "fa4", (f"({four}, int max_length) -> (Tensor, Tensor)", forward,
-                lambda q, *_: (torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32))),
-        (f"({four}, Tensor y, Tensor lse, Tensor dy, Tensor? dlse, int max_length) -> (Tensor, Tensor, Tensor)",
-         backward, lambda q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))),
-        lambda inputs, outputs: (*inputs[:4], *outputs), lambda kept, _, found: (*found, None, None))
+        "fa4", "TTTTi TT TTT", (forward, lambda q, *_: (
+            torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32))),
+        (backward, lambda q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))),
+        lambda kept, _, found: (*found, None, None), kept=2)
     return lambda q, k, v, segments: operator(q, k, v, segments.boundaries, segments.max_length)[0]
 
 
