@@ -26,14 +26,15 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
-if __name__ == "__main__":  # torch takes seconds to import: until main decides otherwise, Ctrl-C just ends the process
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+# torch takes seconds to import: until main decides otherwise, Ctrl-C just ends the process
+if __name__ == "__main__": signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import brotli, constriction, sentencepiece, torch, zstandard
 import numpy as np
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 VERSION = "0.1.0"
 MIN_TORCH = (2, 11)
@@ -473,12 +474,11 @@ class World:
         device = choose_device(config, local)
         if on_gpu := device.type == "cuda": torch.cuda.set_device(device)
         half = on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)
-        world = cls(rank, size, device, torch.bfloat16 if half else torch.float32)
         config.accumulation_steps(size)
         if "RANK" in environ and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
         torch.set_float32_matmul_precision("high")
-        return world
+        return cls(rank, size, device, torch.bfloat16 if half else torch.float32)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sums over ranks, in float64."""
@@ -676,11 +676,9 @@ def window_batch(config: Config, window: np.ndarray, seq_len: int, num_segments:
     return make_batch(window[:-1], window[1:], make_segments(starts, len(window) - 1, seq_len, num_segments))
 
 
-def map_tensors(change: Callable[..., Tensor], batch: Batch, *others: Batch) -> Batch:
+def map_tensors(change: Callable[..., Any], batch: Batch, *others: Batch) -> Batch:
     """The batch with change(tensor, the others' ...) for each of its tensors."""
-    ids, targets, boundaries, positions = (change(*tensors) for tensors in zip(*(
-        (b.ids, b.targets, b.segments.boundaries, b.segments.positions) for b in (batch, *others))))
-    return Batch(ids, targets, Segments(boundaries, positions, batch.segments.max_length))
+    return tree_map(lambda part, *rest: change(part, *rest) if isinstance(part, Tensor) else part, batch, *others)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -690,8 +688,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def coprime_stride(rows: int) -> int:
     """A step through `rows` rows, about 0.618 of them long, that meets every row once before it meets one twice."""
-    first = max(round(rows * 0.6180339887), 1)
-    return next(stride for stride in range(first, rows + 2) if math.gcd(stride, rows) == 1)
+    return next(step for step in range(max(round(rows * 0.6180339887), 1), rows + 2) if math.gcd(step, rows) == 1)
 
 
 @functools.lru_cache(2)
@@ -788,7 +785,6 @@ class ShardScan(NamedTuple):
 def scan_shard(stream: TokenStream, shard: int, keys: np.ndarray, digests: set[bytes], window_tokens: int) -> ShardScan:
     """Reads a shard once. Documents are looked up whole: one that continues in the next shard belongs to this one."""
     ids, end = np.array(stream.shards[shard]), int(stream.offsets[shard + 1])
-    sha256 = hashlib.sha256(ids.data).hexdigest()
     blocks = (range(first, min(first + (1 << 16), len(stream))) for first in range(end, len(stream), 1 << 16))
     found = (block[i] for block in blocks for i in np.flatnonzero(stream.slice(block[0], len(block)) == BOS))
     tail = next(found, len(stream)) - end  # the last document ends at the next BOS
@@ -799,7 +795,7 @@ def scan_shard(stream: TokenStream, shard: int, keys: np.ndarray, digests: set[b
     leaked = digests & {digest(whole[bounds[i]:bounds[i + 1]]) for i in candidates}
     places = np.flatnonzero(np.concatenate((ids, stream.slice(end, window_tokens))) == BOS)
     counts = np.searchsorted(places, places + window_tokens) - np.arange(len(places))
-    return ShardScan(sha256, int(ids.max()), int(counts.max(initial=0)), leaked)
+    return ShardScan(hashlib.sha256(ids.data).hexdigest(), int(ids.max()), int(counts.max(initial=0)), leaked)
 
 
 def open_dataset(config: Config, world: World) -> Dataset:
@@ -1277,10 +1273,8 @@ def rotary_frequencies(config: Config, training: bool) -> Tensor:
     if not training and not config.rope_stretch: stretch = max(config.eval_seq_len / config.train_seq_len, 1.0)
     exponent = torch.arange(0, dims, 2, dtype=torch.float32) / max(dims, 1)
     base = config.rope_base * (stretch ** (dims / max(dims - 2, 1)) if config.rope_scaling == "ntk" else 1.0)
-    frequencies = base ** -exponent
-    if config.rope_scaling == "yarn":
-        frequencies = frequencies / (1 + ((exponent - 0.25) / 0.75).clamp(0, 1) * (stretch - 1))
-    return frequencies
+    if config.rope_scaling != "yarn": return base ** -exponent
+    return base ** -exponent / (1 + ((exponent - 0.25) / 0.75).clamp(0, 1) * (stretch - 1))
 
 
 def rotary_angles(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
@@ -1311,8 +1305,7 @@ def segment_mean(x: Tensor, positions: Tensor) -> Tensor:
     """x (T, D), positions (T,) in the segment -> mean over the segment up to each token, in float32."""
     total = x.cumsum(0, dtype=torch.float64)  # sums of float32 lose 3 digits in 98,304 tokens
     first = torch.arange(len(x), device=x.device) - positions
-    before = total[first] - x[first]  # of all earlier segments
-    return ((total - before) / (positions + 1)[:, None]).float()
+    return ((total - (total[first] - x[first])) / (positions + 1)[:, None]).float()  # without all earlier segments
 
 
 def bigram_buckets(ids: Tensor, keep: Tensor, kind: str, buckets: int) -> Tensor:
@@ -1459,8 +1452,7 @@ def skip_keys(config: Config, looping: bool) -> list[tuple[int, int]]:
 
 def skip_rows(config: Config) -> dict[tuple[int, int], int]:
     """Row of every skip. Rows belong to (layer, occurrence), so they keep their place when looping starts."""
-    keys = dict.fromkeys(skip_keys(config, True) + skip_keys(config, False))
-    return {key: row for row, key in enumerate(keys)}
+    return {key: row for row, key in enumerate(dict.fromkeys(skip_keys(config, True) + skip_keys(config, False)))}
 
 
 def visit_plan(config: Config, looping: bool) -> tuple[Visit, ...]:
@@ -1560,9 +1552,8 @@ class GPT(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Orthogonal matrices, zero output projections, constants; drawn on the CPU, so the same on every device."""
         config, generator = self.config, torch.Generator().manual_seed(seed)
-        constants = CONSTANTS | {"q_gain": config.qk_gain_init}
         for name, parameter in self.named_parameters():
-            value = torch.full(parameter.shape, constants.get(name, 0.0))
+            value = torch.full(parameter.shape, (CONSTANTS | {"q_gain": config.qk_gain_init}).get(name, 0.0))
             if name == "embedding":
                 value.normal_(0.0, config.tied_embed_init_std, generator=generator)
                 if config.embed_init == "overtone":  # (2026-03-19 record)
@@ -1815,8 +1806,7 @@ def muon_update(grad: Tensor, state: Mapping[str, Tensor], momentum: Tensor, tal
     before the orthogonalization; NorMuon (arXiv:2510.05491 as in PR #532, beta2 > 0) divides them by the running root
     mean square of their entries after it, and restores the norm of the whole matrix.
     """
-    buffer = state["momentum"].mul_(momentum).add_(grad)
-    update = grad.float() + buffer * momentum
+    update = grad.float() + state["momentum"].mul_(momentum).add_(grad) * momentum
     if row_normalize:
         norms = torch.where(tall, update.norm(dim=-2, keepdim=True), update.norm(dim=-1, keepdim=True))
         update = update / norms.clamp_min(1e-7)
@@ -1898,8 +1888,7 @@ class Optimizer:
     def reset(self) -> None:
         """Forgets all momentum, as before the first step."""
         self.adam.state.clear()
-        for group in self.groups:
-            for value in group.state.values(): value.zero_()
+        torch._foreach_zero_([value for group in self.groups for value in group.state.values()])
 
     @torch.no_grad()
     def step(self, loss: Tensor, lr_scale: float, momentum: float, decay_scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -2024,8 +2013,7 @@ class Stage(NamedTuple):
 
 def stage_at(config: Config, progress: float, step: int) -> Stage:
     """The stage of a step that starts at this progress."""
-    threshold = config.late_qat_threshold
-    quantizing = 0 < config.qat_start <= progress or warmdown(config, progress, step) < threshold
+    quantizing = 0 < config.qat_start <= progress or warmdown(config, progress, step) < config.late_qat_threshold
     seq_len = int(scheduled(config, "train_seq_schedule", progress, config.train_seq_len))
     share = scheduled(config, "batch_schedule", progress, 1.0)
     return Stage(bool(config.num_loops) and progress >= config.enable_looping_at, quantizing, seq_len, share)
@@ -2442,8 +2430,8 @@ def search_encode(states: int, weight: Tensor, steps: Tensor, levels: int, guide
     finer = (finer - finer.mean(1, keepdim=True)).round().clamp(-32, 32)
     scale = 2 ** (finer / 3)[:, None]
     weight, steps = weight * scale, steps.view(*weight.shape[:2], 1)
-    if guide:  # no row is clipped
-        steps = steps.maximum(weight.abs().amax(-1, keepdim=True) / 120)
+    # no row is clipped
+    if guide: steps = steps.maximum(weight.abs().amax(-1, keepdim=True) / 120)
     steps = round_steps(steps)
     return coded(search_codes(weight / steps, levels, feedback * scale, states), steps, finer)
 
@@ -2599,8 +2587,8 @@ def fake_quantizer(config: Config) -> FakeQuantize:
 
     def fake(name: str, layer: int, weight: Tensor) -> Tensor:
         quantizer, bits, clip_sigmas = plans[name, max(layer, 0)]
-        table = PARAM_TABLE[name].optimizer == "adam"  # embedding, head, hashed pairs
-        if quantizer == "fp16" or (table and not config.qat_embedding): return weight
+        # of what adam trains embedding, head and hashed pairs have a quantizer
+        if quantizer == "fp16" or (PARAM_TABLE[name].optimizer == "adam" and not config.qat_embedding): return weight
         with torch.no_grad():
             scale, levels = round_steps(sigma_steps(weight, bits, clip_sigmas)), 2 ** (bits - 1) - 1
             if config.qat_noise and config.num_loops and config.loop_start <= layer <= config.loop_end:
@@ -2645,8 +2633,8 @@ def quantize(config: Config, weights: Mapping[str, Tensor], guides: Mapping[str,
         quantizer, bits, _ = quantizer_of(config, piece)
         levels = 127 if bits > 2 and (piece in known or config.target_bytes) else 2 ** (bits - 1) - 1
         size = steps[piece] * (multiplier if bits > 2 else 1) if piece in steps else weight  # not looked at by float16
-        if levels == 127:  # no row is clipped; feedback may add a little
-            size = size.maximum(weight.abs().amax(-1, keepdim=True) / 120)
+        # no row is clipped; feedback may add a little
+        if levels == 127: size = size.maximum(weight.abs().amax(-1, keepdim=True) / 120)
         result[piece] = quantizer, QUANTIZERS[quantizer].encode(weight.float(), size, levels, known.get(piece))
     return result
 
@@ -2752,8 +2740,8 @@ def pack_artifact(config: Config, quantized: Mapping[str, tuple[str, Arrays]], i
                 side.append(rows.tobytes())
                 for group, part in zip(groups, np.split(array.reshape(-1)[order], np.cumsum(sizes)[:-1])):
                     group.append(part.tobytes())
-            else:  # bytes of one significance side by side
-                side.append(array.reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T.tobytes())
+            # bytes of one significance side by side
+            else: side.append(array.reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T.tobytes())
     with ThreadPoolExecutor() as pool:  # the compressors release the interpreter lock
         streams = [*pool.map(CODECS[config.compressor].encode, (b"".join(group) for group in groups)),
                    CODECS[SIDE_CODECS[config.compressor]].encode(b"".join(side))]
