@@ -250,17 +250,13 @@ class Config:
     def from_env(cls, environ: Mapping[str, str]) -> tuple["Config", list[str]]:
         """Environment -> (Config, notes for the log). UserError names the variable, the value and the remedy."""
         values, origin, notes = {}, {}, []
-        for variable, text in sorted(environ.items(), key=lambda item: item[0] in ALIASES):
-            if variable not in NAMES:
-                refuse_near_miss(variable)
-                continue
-            name, value = resolve(variable, text.strip())
-            if not name:
-                notes.append(f"{variable}={text} {value or 'has no effect of its own here'}")
-                continue
+        for variable in sorted(environ.keys() - NAMES): refuse_near_miss(variable)
+        for variable in sorted(filter(NAMES.__contains__, environ), key=ALIASES.__contains__):
+            name, value = resolve(variable, (text := environ[variable]).strip())
             require(name not in values or values[name] == value,
                     f"{variable}={text} contradicts {origin.get(name)}: set one of them")
-            values[name], origin[name] = value, f"{variable}={text}"
+            if name: values[name], origin[name] = value, f"{variable}={text}"
+            else: notes.append(f"{variable}={text} {value or 'has no effect of its own here'}")
         batch = values.get("train_batch_tokens", 0)
         if "micro_batch_tokens" not in values and batch % cls.micro_batch_tokens:  # 8 a step, as in published scripts
             values["micro_batch_tokens"] = batch // 8 or 1
@@ -342,17 +338,9 @@ class Config:
                 f"no multiple of {world_size} processes x MICRO_BATCH_TOKENS={self.micro_batch_tokens}: change one")
         return int(count)
 
-    @property
-    def head_dim(self) -> int:
-        return self.model_dim // self.num_heads
-
-    @property
-    def mlp_dim(self) -> int:
-        return self.mlp_hidden or int(self.mlp_mult * self.model_dim)
-
-    @property
-    def embedding_lr(self) -> float:
-        return self.tied_embed_lr if self.tie_embeddings else self.embed_lr
+    head_dim = property(lambda self: self.model_dim // self.num_heads)
+    mlp_dim = property(lambda self: self.mlp_hidden or int(self.mlp_mult * self.model_dim))
+    embedding_lr = property(lambda self: self.tied_embed_lr if self.tie_embeddings else self.embed_lr)
 
 
 # Newton-Schulz coefficients (a, b, c) per step: x <- a x + (b A + c A^2) x with A = x x^T.
@@ -896,8 +884,7 @@ def read_sidecar(val: TokenStream, paths: Sequence[Path], tokenizer: Any) -> np.
         if len(sidecar) != len(shard):
             raise UserError(f"{path}: {len(sidecar)} counts for {len(shard)} tokens: fetch or make it again")
     counts, tokens = TokenStream(paths).slice(0, len(val)).astype(np.int64), val.slice(0, len(val))
-    if counts[tokens == BOS].any():
-        raise UserError(f"{paths[0]}: counts bytes for BOS; it is not the sidecar of these shards")
+    require(not counts[tokens == BOS].any(), f"{paths[0]}: counts bytes for BOS; it is not the sidecar of these shards")
     if tokenizer is not None:
         pieces = [tokenizer.id_to_piece(i) for i in range(tokenizer.vocab_size())]
         length = np.array([len(p) if p.isascii() and p.isalpha() else 0 for p in pieces], np.int64)[tokens]
@@ -1137,9 +1124,8 @@ def load_rotate_heads() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
             gain, cos, *rest, num_warps=HEAD_ROWS)
 
     def outputs(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, width: int) -> tuple[Tensor, ...]:
-        heads = len(gain)
-        return tuple(qkv.new_empty(len(qkv), count, width)
-                     for count in (heads, heads, heads, (qkv.size(1) // width - heads) // 2))
+        heads, total = len(gain), qkv.size(1) // width
+        return tuple(qkv.new_empty(len(qkv), count, width) for count in (heads, heads, heads, (total - heads) // 2))
 
     def gradients(qkv: Tensor, gain: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         return torch.empty_like(qkv), qkv.new_empty(-(-len(qkv) // HEAD_ROWS), len(gain), dtype=torch.float32)
@@ -1288,8 +1274,7 @@ def rotary_angles(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tenso
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates channel pairs (j, j + R/2) of x (T, heads, E), R = 2 x cos.size(-1); other channels pass."""
-    half = cos.size(-1)
-    a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    a, b, rest = x.tensor_split((cos.size(-1), 2 * cos.size(-1)), -1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), -1).to(x.dtype)
 
 
@@ -1407,9 +1392,8 @@ def load_fa4() -> Attention:
 
 
 # name -> (loader, oldest compute capability, (0, 0) = any device); in order of preference
-ATTENTIONS: dict[str, tuple[Callable[[], Attention], tuple[int, int]]] = {
-    "fa3": (load_fa3, (9, 0)), "fa4": (load_fa4, (9, 0)), "varlen": (load_varlen, (8, 0)),
-    "sdpa": (lambda: attention_sdpa, (0, 0))}
+ATTENTIONS = {"fa3": (load_fa3, (9, 0)), "fa4": (load_fa4, (9, 0)), "varlen": (load_varlen, (8, 0)),
+              "sdpa": (lambda: attention_sdpa, (0, 0))}
 
 
 def choose_attention(wanted: str, device: torch.device) -> tuple[str, Attention]:
@@ -1570,11 +1554,13 @@ class GPT(nn.Module):
                 value.copy_(torch.stack((share, 1 - share), 1)[:, :, None])
             parameter.copy_(value)
 
+    def quantized(self, name: str, value: Tensor, layer: int = -1) -> Tensor:
+        """A parameter, or what a layer has of it, through the fake quantizer while that is on."""
+        return self.fake_quantize(name, layer, value) if self.fake_quantize and self.training else value
+
     def weight(self, name: str) -> Tensor:
-        """A parameter of the whole model, through the fake quantizer while that is on, in the activations' dtype."""
-        value = getattr(self, name)
-        if self.fake_quantize and self.training: value = self.fake_quantize(name, -1, value)
-        return value.to(self.dtype)
+        """A parameter of the whole model, in the activations' dtype."""
+        return self.quantized(name, getattr(self, name)).to(self.dtype)
 
     def visit_weights(self, banks: Mapping[str, Sequence[Tensor]], visit: Visit) -> dict[str, Tensor]:
         """Parameters of a visit: of its layer, its skip and its adapter; only those that it has."""
@@ -1582,10 +1568,7 @@ class GPT(nn.Module):
         for name, bank in banks.items():
             row = visit.skip if name in SKIP_ROLES else visit.adapter if "adapter" in name else \
                 visit.layer - (self.config.num_layers - len(bank))
-            if row >= 0:
-                weights[name] = bank[row]
-                if self.fake_quantize and self.training:
-                    weights[name] = self.fake_quantize(name, visit.layer, weights[name])
+            if row >= 0: weights[name] = self.quantized(name, bank[row], visit.layer)
         return weights
 
     def embed(self, ids: Tensor, segments: Segments) -> Tensor:
@@ -1776,8 +1759,7 @@ class Role(NamedTuple):
 
 ATTN = Role("muon", "matrix_lr", "muon_wd", "matrix_quantizer", "matrix_bits", "attn_clip_sigmas")
 TABLE = Role("adam", "embedding_lr", "embed_wd", "embed_quantizer", "embed_bits", "embed_clip_sigmas")
-PARAM_TABLE = {
-    "embedding": TABLE, "head": TABLE._replace(lr="head_lr"),
+PARAM_TABLE = {"embedding": TABLE, "head": TABLE._replace(lr="head_lr"),
     "bigram_table": TABLE._replace(quantizer="matrix_quantizer", bits="matrix_bits"),
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "out_proj", "embed_in", "embed_out", "bigram_proj", "q_adapter_in",
                      "q_adapter_out", "v_adapter_in", "v_adapter_out"), ATTN),
@@ -2354,8 +2336,7 @@ def nearest(weight: Tensor, steps: Tensor, levels: int) -> Tensor:
 
 def rtn_encode(weight: Tensor, steps: Tensor, levels: int, _: Guide | None = None) -> Arrays:
     """Round to nearest."""
-    steps = round_steps(steps)
-    return coded(nearest(weight, steps, levels), steps)
+    return coded(nearest(weight, steps := round_steps(steps), levels), steps)
 
 
 def rescaled(values: Tensor, arrays: Arrays, shape: tuple[int, ...]) -> Tensor:
@@ -2446,8 +2427,7 @@ def tcq_decode(arrays: Arrays, shape: tuple[int, ...], states: int = 8) -> Tenso
     return rescaled(values, arrays, shape)
 
 
-QUANTIZERS = {
-    "rtn": Pair(rtn_encode, rtn_decode), "gptq": Pair(functools.partial(search_encode, 1), rtn_decode),
+QUANTIZERS = {"rtn": Pair(rtn_encode, rtn_decode), "gptq": Pair(functools.partial(search_encode, 1), rtn_decode),
     "tcq": Pair(functools.partial(search_encode, 8), tcq_decode), "fp16": Pair(  # the nearest in its range
         lambda weight, *_: {"values": weight.clamp(-65504.0, 65504.0).half().cpu().numpy()},
         lambda arrays, shape: torch.from_numpy(arrays["values"]).float().view(shape))}
