@@ -16,6 +16,9 @@ from train_gpt import (
     choose_kernels,
     compile_model,
     cut_segments,
+    differentiable,
+    exclusive,
+    load_exclude_gate,
     load_leaky2,
     load_leaky2_product,
     load_mix_norm,
@@ -26,6 +29,7 @@ from train_gpt import (
     rotary,
     rotary_angles,
     to_device,
+    written,
 )
 
 CPU = torch.device("cpu")
@@ -106,6 +110,26 @@ def test_rotate_heads_is_its_plain_form(tokens, heads, kv, width, pairs):
 
 @pytest.mark.gpu
 @gpu
+@pytest.mark.parametrize("tokens, heads, kv, width, window", [
+    (98304, 8, 4, 64, 12), (1001, 3, 1, 32, 4), (1, 8, 8, 128, 16), (77, 6, 3, 16, 1)])
+def test_exclude_gate_is_its_plain_form(tokens, heads, kv, width, window):
+    torch.manual_seed(0)
+    inputs = [draw(tokens, heads, width), draw(tokens, kv, width), draw(tokens, window), draw(heads, window)]
+    ours, exact = [x.clone().requires_grad_() for x in inputs], [x.float().requires_grad_() for x in inputs]
+
+    def twin(y, v, start, gate):
+        return (exclusive(y, v) * (0.5 * start @ gate.T).sigmoid()[:, :, None]).flatten(1)
+
+    out, wanted = torch.compile(load_exclude_gate(), dynamic=False)(*ours, 0.5), twin(*exact)
+    grad = draw(tokens, heads * width)
+    out.backward(grad)
+    wanted.backward(grad.float())
+    for a, b in zip((out, *(x.grad for x in ours)), (wanted, *(x.grad for x in exact))):
+        assert a.shape == b.shape and error(a, b) < 6e-3
+
+
+@pytest.mark.gpu
+@gpu
 @pytest.mark.parametrize("tokens, width, window", [(98304, 512, 12), (1001, 100, 7), (1, 16, 16), (7777, 48, 1)])
 @pytest.mark.parametrize("skip", [False, True])
 def test_mix_norm_is_its_plain_form(tokens, width, window, skip):
@@ -133,10 +157,12 @@ def test_mix_norm_is_its_plain_form(tokens, width, window, skip):
 
 @pytest.mark.gpu
 @gpu
-@pytest.mark.parametrize("looping", [False, True])
-def test_the_model_with_kernels_has_the_gradients_of_the_plain_one(looping):
+@pytest.mark.parametrize("looping, changes", [
+    (False, {}), (True, {}), (False, {"attn_gate": "dense"}),
+    (False, {"xsa_last_n": 0, "sparse_attn_gate_scale": 0.0})])
+def test_the_model_with_kernels_has_the_gradients_of_the_plain_one(looping, changes):
     """In bfloat16, against float32: no worse than bfloat16 is without kernels."""
-    config = Config()
+    config = Config(**changes)
     tokens = np.random.default_rng(0).integers(2, config.vocab_size, 8193)
     tokens[::300] = BOS
     segments = make_segments(cut_segments(tokens[:-1], 512, True), 8192, 512, 32)
@@ -162,6 +188,34 @@ def test_the_model_with_kernels_has_the_gradients_of_the_plain_one(looping):
         assert fused < 1.2 * plain + 1e-3, (name, plain, fused)
 
 
+def test_an_output_that_nobody_differentiates_has_no_gradient():
+    """Of two outputs x + y (or x) and z x: backward gets None for the other one, the inputs, and the number."""
+    seen = []
+
+    def launch(factor, x, y, total, scaled):
+        total.copy_(x if y is None else x + y)
+        scaled.copy_(factor * x)
+
+    def launch_backward(factor, x, y, dtotal, dscaled, dx):
+        seen.append((dtotal is None, dscaled is None))
+        dx.copy_((0 if dtotal is None else dtotal) + (0 if dscaled is None else factor * dscaled))
+
+    operator = differentiable(
+        "toy", "T?f TT T", written(launch, lambda x, *_: (torch.empty_like(x), torch.empty_like(x))),
+        written(launch_backward, lambda x, *_: torch.empty_like(x)),
+        lambda kept, grads, dx: (dx, None if kept[1] is None else grads[0], None))
+    for y in (None, torch.randn(3, requires_grad=True)):
+        x = torch.randn(3, requires_grad=True)
+        total, scaled = torch.compile(operator, backend="aot_eager", fullgraph=True)(x, y, 2.5)
+        assert torch.equal(total, x if y is None else x + y) and torch.equal(scaled, 2.5 * x)
+        total.sum().backward(retain_graph=True)
+        scaled.sum().backward()
+        assert torch.equal(x.grad, torch.full((3,), 3.5)) and (y is None or torch.equal(y.grad, torch.ones(3)))
+    x = torch.randn(3, requires_grad=True)
+    operator(x, None, 2.0)[1].sum().backward()
+    assert seen[-1] == (True, False) and torch.equal(x.grad, torch.full((3,), 2.0))
+
+
 @pytest.mark.parametrize("changes", [{}, {"fused_kernels": False}, {"mlp_activation": "swiglu"}])
 def test_a_cpu_uses_plain_torch(changes):
     assert choose_kernels(tiny_config(**changes), CPU) == PLAIN
@@ -170,14 +224,14 @@ def test_a_cpu_uses_plain_torch(changes):
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize("changes, names", [
-    ({}, "torch+rotate_heads+mix_norm+leaky2"), ({"fused_kernels": False}, "torch"),
+    ({}, "torch+rotate_heads+exclude_gate+mix_norm+leaky2"), ({"fused_kernels": False}, "torch"),
     ({"attn_gate": "dense"}, "torch+rotate_heads+mix_norm+leaky2"),
     ({"value_residual": True}, "torch+mix_norm+leaky2"),
-    ({"mlp_activation": "swiglu"}, "torch+rotate_heads+mix_norm"),
-    ({"mlp_hidden": 40}, "torch+rotate_heads+mix_norm"),
-    ({"projection_norm": True}, "torch+rotate_heads+mix_norm"),
+    ({"mlp_activation": "swiglu"}, "torch+rotate_heads+exclude_gate+mix_norm"),
+    ({"mlp_hidden": 40}, "torch+rotate_heads+exclude_gate+mix_norm"),
+    ({"projection_norm": True}, "torch+rotate_heads+exclude_gate+mix_norm"),
     ({"model_dim": 192, "num_heads": 4, "mlp_mult": 2.0}, "torch+mix_norm+leaky2"),
-    ({"fp8_matmul": True, "num_kv_heads": 2}, "fp8+rotate_heads+mix_norm")])
+    ({"fp8_matmul": True, "num_kv_heads": 2}, "fp8+rotate_heads+exclude_gate+mix_norm")])
 def test_settings_choose_the_kernels(changes, names):
     assert choose_kernels(tiny_config(**changes), torch.device("cuda")).names == names
 
