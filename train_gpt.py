@@ -344,8 +344,7 @@ class Config:
 
 
 # Newton-Schulz coefficients (a, b, c) per step: x <- a x + (b A + c A^2) x with A = x x^T.
-NEWTON_SCHULZ = {  # polar: Polar Express (arXiv:2505.16932) as in PR #1787: the optimal odd polynomial for each step
-    "polar": (
+NEWTON_SCHULZ = {"polar": (  # Polar Express (arXiv:2505.16932) as in PR #1787: the optimal odd polynomial for each step
         (8.156554524902461, -22.48329292557795, 15.878769915207462),
         (4.042929935166739, -2.808917465908714, 0.5000178451051316),
         (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -978,8 +977,7 @@ def load_leaky2_product() -> Callable[..., Tensor]:
             row, col = tile // tl.cdiv(N, BN) * BM, tile % tl.cdiv(N, BN) * BN
             z = tl.zeros((BM, BN), tl.float32)
             for k in range(0, K, BK):
-                right = b.load([col, k]).T if kept is None else b.load([k, col])
-                z = tl.dot(a.load([row, k]), right, z)
+                z = tl.dot(a.load([row, k]), b.load([col, k]).T if kept is None else b.load([k, col]), z)
             first, second = tl.split(tl.permute(tl.reshape(z, (BM, 2, BN // 2)), (0, 2, 1)))  # needs less staging
             activate(first, out, kept, row, col, slope)
             activate(second, out, kept, row, col + BN // 2, slope)
@@ -1492,8 +1490,7 @@ def layer_order(config: Config, looping: bool) -> list[int]:
 def skip_keys(config: Config, looping: bool) -> list[tuple[int, int]]:
     """(layer, how many times the decoder saw it before) of each decoder application that takes a skip."""
     order = layer_order(config, looping)
-    encoder = len(order) // 2
-    decoder = order[encoder:2 * encoder]
+    decoder = order[len(order) // 2:len(order) // 2 * 2]
     return [(layer, decoder[:j].count(layer)) for j, layer in enumerate(decoder)]
 
 
@@ -1762,8 +1759,7 @@ class GPT(nn.Module):
         logits = adapted(self.active_kernels.head(features, head), features, adapters, "head").float()
         if self.config.vocab_bias: logits = logits + self.vocab_bias
         if kind == "two_sided":  # learned on a log scale, so that a step of the optimizer is a share of the cap
-            above, below = cap * self.softcap_scale.exp()
-            cap = torch.where(logits >= 0, above, below)
+            cap = torch.where(logits >= 0, *(cap * self.softcap_scale.exp()))  # above 0, below
         if kind == "poly5": return cap * poly5(logits / cap)
         return cap * (2 * (logits * (2 / cap)).sigmoid() - 1)  # tanh, of cheaper instructions
 
@@ -1954,11 +1950,9 @@ class Optimizer:
         for settings in self.adam.param_groups: settings["lr"] = settings["base_lr"] * lr_scale
         self.momentum.fill_(momentum)
         coefficients = NEWTON_SCHULZ[self.config.muon_coefficients][:self.config.muon_backend_steps]
-        gathered = []
-        for group, grad in zip(self.groups, own):
-            update = self.muon_update(grad, group.state, self.momentum, group.own_tall, self.config.muon_row_normalize,
-                                      self.config.normuon_beta2, coefficients)
-            gathered.append(group.gather(update))
+        gathered = [group.gather(self.muon_update(
+            grad, group.state, self.momentum, group.own_tall, self.config.muon_row_normalize,
+            self.config.normuon_beta2, coefficients)) for group, grad in zip(self.groups, own)]
         self.adam.step()
         for group, (packed, work) in zip(self.groups, gathered):
             if work: work.wait()
@@ -2001,10 +1995,9 @@ class Optimizer:
         """Takes this rank's share of a state written by any number of ranks."""
         self.adam.load_state_dict({"state": state["adam"], "param_groups": self.adam.state_dict()["param_groups"]})
         for group in self.groups:
-            first = self.world.rank * group.share
             for key, own in group.state.items():
                 packed = group.pack([state["muon"][key][name] for name in group.names], torch.float32)
-                own.copy_(packed[first:first + group.share])
+                own.copy_(packed[self.world.rank * group.share:][:group.share])
 
 
 # ====================================================================================================================
@@ -2266,9 +2259,8 @@ class Trainer:
         if loss is not None:
             host, done = loss.to("cpu", non_blocking=True), torch.cuda.Event() if loss.is_cuda else None
             if done: done.record()
-            scale = lr_multiplier(self.config, progress, self.step - 1)
-            schedule = f"lr_multiplier:{scale:.3f} looping:{int(self.stage.looping)}"
-            self.pending = self.step, schedule, host, done
+            scale, looping = lr_multiplier(self.config, progress, self.step - 1), int(self.stage.looping)
+            self.pending = self.step, f"lr_multiplier:{scale:.3f} looping:{looping}", host, done
         if pending is None: return
         step, schedule, host, done = pending
         if done: done.synchronize()
