@@ -2929,7 +2929,7 @@ NGRAM_ORDERS = (4, 5, 6, 8, 12, 16)
 
 
 def runs(group: Tensor) -> tuple[Tensor, Tensor]:
-    """group (m,) -> (order that sorts it and keeps the order of equal ones; for each place there, where its run starts)."""
+    """group (m,) -> order that sorts it and keeps equal ones in theirs; for each place there, where its run starts."""
     order = group.sort(stable=True).indices
     place, ordered = torch.arange(len(group), device=group.device), group[order]
     return order, torch.where(ordered != ordered.roll(1), place, 0).cummax(0).values if len(group) else place
@@ -2965,8 +2965,8 @@ def ngram_counts(tokens: Tensor, orders: Sequence[int]) -> Iterator[tuple[int, T
 def smoothed(nats: Tensor, order: int, seen: Tensor, hits: Tensor, kinds: Tensor) -> Tensor:
     """Nats (m,) float64 under p and three counts (m,), see ngram_counts -> nats under (hits + a p) / (seen + a).
 
-    a = 8000 / order^3 x kinds^1.5: Witten and Bell's smoothing (IEEE Trans. Inf. Theory 37, 1991) with a power, and with
-    the model where they have shorter contexts. `hits` of all tokens sum to `seen`, so p' sums to 1 where p does.
+    a = 8000 / order^3 x kinds^1.5: Witten and Bell's smoothing (IEEE Trans. Inf. Theory 37, 1991) with a power, and
+    with the model where they have shorter contexts. `hits` of all tokens sum to `seen`: p' sums to 1 where p does.
     """
     prior = 8000 / order ** 3 * kinds.double() ** 1.5
     known = (seen + prior).log() - torch.logaddexp(hits.double().log(), prior.log() - nats)
