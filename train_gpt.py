@@ -2949,8 +2949,8 @@ def ngram_counts(tokens: Tensor, orders: Sequence[int]) -> Iterator[tuple[int, T
         at, group = at[at >= order - 1], group[at >= order - 1]
         for back in range(length + 1, order):
             group = group << 16 | tokens[at - back]
-            if back == order - 1 or (back - length) % 2 == 0:  # a number and two tokens fit into 64 bits
-                group, size = group.unique(return_inverse=True, return_counts=True)[1:]
+            if (back - length) % 2 == 0: group = group.unique(return_inverse=True)[1]  # it and two tokens have 64 bits
+        _, group, size = group.unique(return_inverse=True, return_counts=True)
         at, group, length = at[size[group] > 1], group[size[group] > 1], order - 1
         (by_context, start), (by_pair, pair_start) = runs(group), runs(group << 16 | tokens[at])
         seen, hits, kinds = (torch.empty_like(at) for _ in range(3))
