@@ -135,7 +135,8 @@ def test_no_surprise_is_too_large():
 
 def test_a_ledger_smooths_what_this_rank_scored_and_gains_where_the_text_repeats_itself():
     tokens = np.tile(np.arange(BOS, 40), 5).astype(np.uint16)
-    ledger = train_gpt.Ledger(train_gpt.Dataset(train_gpt.TokenStream([]), tokens, np.ones(len(tokens) - 1, np.int64), "", "", 0, 0))
+    stream, sizes = train_gpt.TokenStream([]), np.ones(len(tokens) - 1, np.int64)
+    ledger = train_gpt.Ledger(train_gpt.Dataset(stream, tokens, sizes, "", "", 0, 0))
     mine = np.arange(30, len(tokens) - 1, 2)
     ledger.add(mine, np.full(len(mine), 4.0))
     ledger.smooth(16, torch.device("cpu"))
