@@ -219,7 +219,7 @@ class Config:
     eval_mode: Literal["packed", "sliding", "adapted"] = "sliding"  # what the score is; packed: each token once, cheap
     eval_only: str = ""  # artifact to score; nothing is trained
     eval_budget_seconds: Positive = 590.0  # of evaluation: adaptation stops where more would be needed, scoring never
-    ngram_order: int = 0  # n-gram tilt: what followed the same n - 1 tokens before gets a share; 0 = off
+    ngram_order: int = 0  # n-gram smoothing: what followed the same tokens before, up to n - 1, gets a share; 0 = off
     audit: bool = False  # behind the score: a sample is scored again with a token changed, for what that may not change
     # --- test-time training, where EVAL_MODE=adapted
     ttt_strategy: Literal["documents", "stream"] = "documents"  # adapters for each document, or all weights in a row
@@ -322,8 +322,8 @@ class Config:
         yield self.ttt_freeze_blocks <= self.num_layers, "{ttt_freeze_blocks}: there are {num_layers}"
         yield self.ttt_strategy == "stream" or self.global_ttt_chunk_tokens > 0 == self.ttt_unsafe_multi_epoch, \
             "{global_ttt_chunk_tokens} {ttt_unsafe_multi_epoch}: 0 and more than 0 are for TTT_STRATEGY=stream"
-        yield not self.ngram_order or (self.ngram_order > 1 and self.ttt_order == "stream"), \
-            "{ngram_order} {ttt_order}: needs 2 or more, and its counts run in the order of the text"
+        yield not self.ngram_order or (self.ngram_order > 3 and self.ttt_order == "stream"), \
+            "{ngram_order} {ttt_order}: needs 4 or more, and its counts run in the order of the text"
         most = len(NEWTON_SCHULZ[self.muon_coefficients])
         yield self.muon_backend_steps <= most, f"{{muon_backend_steps}}: at most {most}, {{muon_coefficients}}"
 
@@ -402,7 +402,7 @@ ALIASES: dict[str, str | dict[str, tuple[str, Any] | None]] = {
                "LQER_ASYM_GROUP=32,64", "is not needed here: tcq leaves less error than LQER at the same size"),
     **accepted("SMEAR_GATE_BOS_FIX=0,1", "changes nothing here: no token is ever smeared into another document"),
     **accepted("ASYM_LOGIT_RESCALE=0,1", "changes nothing, as published; SOFTCAP_TYPE=two_sided trains its caps"),
-    **accepted("TOKEN_THRESHOLD=0.8,0.800 TOKEN_BOOST=2.625", "is not needed: the tilt's share follows from counts"),
+    **accepted("TOKEN_THRESHOLD=0.8,0.800 TOKEN_BOOST=2.625", "is not needed: shares follow from counts"),
     **accepted("GATED_ATTN_QUANT_GATE=0,1", "changes nothing here: gates are kept in float16"),
     **accepted("PARALLEL_FINAL_LANE=mean SPARSE_ATTN_GATE_INIT_STD=0,0.0 FUSED_CE_ENABLED=0,1 CASEOPS_ENABLED=0,1 "
                "QAT_ENABLED=0 OPTROT_ENABLED=0 ROPE_YARN=0 MUON_HUBER_WD=0 TTT_UPDATE_EVERY=1 TTT_GRAD_STEPS=1 "
@@ -1373,7 +1373,7 @@ def adapted(y: Tensor, x: Tensor, w: Mapping[str, Tensor], target: str) -> Tenso
     """
     for kind in ("adapter", "document"):
         if (inner := w.get(f"{target}_{kind}_in")) is not None:
-            rows = x.view(len(inner) if inner.dim() > 2 else 1, -1, x.size(-1))
+            rows = x.view(inner.size(0) if inner.dim() > 2 else 1, -1, x.size(-1))
             y = y + (rows @ inner.mT @ w[f"{target}_{kind}_out"].mT).view_as(y)
     return y
 
@@ -1781,7 +1781,7 @@ class GPT(nn.Module):
     def nats(self, features: Tensor, targets: Tensor, adapters: Mapping[str, Tensor] = EMPTY) -> Tensor:
         """features (T, D), targets (T,) or (T, C) -> nats, shaped like the targets."""
         logits, cap = self.logits(features, adapters), self.config.logit_softcap
-        columns: Iterable[Tensor] = targets.view(len(targets), -1).unbind(1)
+        columns: Iterable[Tensor] = targets.view(targets.size(0), -1).unbind(1)
         if logits.is_cuda and cap <= 30 and self.config.softcap_type != "two_sided":
             # no exponential vanishes, and no place is looked up: one pass each way, once this is compiled
             total, places = (logits - cap).exp().sum(-1).log() + cap, torch.arange(logits.size(1), device=logits.device)
@@ -2931,55 +2931,53 @@ def batch_windows(rows: np.ndarray, tokens: int) -> list[np.ndarray]:
     return [*groups, rows[first:]] if len(rows) else []
 
 
-# --- n-gram tilt: what followed the same tokens before gets a share of the probability
-def run_places(rows: np.ndarray) -> np.ndarray:
-    """Sorted rows (m, k) -> (m,) each one's place in its run of equal rows, from 0."""
-    new = np.append(True, (rows[1:] != rows[:-1]).any(1))[:len(rows)]
-    return np.arange(len(rows)) - np.maximum.accumulate(new * np.arange(len(rows)))
+# --- n-gram smoothing: the model's probabilities are the prior of counts of what followed the same tokens before
+NGRAM_ORDERS = (4, 5, 6, 8, 12, 16)
 
 
-def ngram_hints(tokens: np.ndarray, order: int) -> np.ndarray:
-    """tokens (n,) uint16 -> (3, n - 1) int32 for the targets tokens[1:]: hint, its count, its context's count.
+def runs(group: Tensor) -> tuple[Tensor, Tensor]:
+    """group (m,) -> order that sorts it and keeps equal ones in theirs; for each place there, where its run starts."""
+    order = group.sort(stable=True).indices
+    place, ordered = torch.arange(len(group), device=group.device), group[order]
+    return order, torch.where(ordered != ordered.roll(1), place, 0).cummax(0).values if len(group) else place
 
-    The context is the order - 1 tokens before the target, the hint what followed it most often before this target; of
-    equal ones the first to get there. All three are 0 where nothing did, and nothing depends on the target or later
-    tokens. Published (PR #2135, via #1145 and #1514) as hash tables filled target by target. Here a hash only drops
-    the contexts that occur once; the others are compared token by token, so a hint never comes from a foreign one.
+
+def ngram_counts(tokens: Tensor, orders: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+    """tokens (n,) int64 -> for each order, rising: the order, places (m,) in the text, and three counts (m,) for each.
+
+    Of the tokens before a place, the last order - 1 are its context. seen: how often that occurred before, with a token
+    behind it; hits: how often that was the one at this place; kinds: how many different ones there were. Places with a
+    context that occurs once in the text are left out. Contexts are compared token by token: a group is numbered by the
+    group of a token less, and the token.
     """
-    length, out = order - 1, np.zeros((3, max(len(tokens) - 1, 0)), np.int32)
-    key = np.arange(max(len(tokens) - length, 0), dtype=np.uint64)  # a context's start; hash bits go above it
-    low = np.uint64(2 ** len(key).bit_length() - 1)
-    for first in range(0, len(key), 2 ** 15):  # blocks that stay in the cache
-        part = key[first:first + 2 ** 15]
-        hashed, text = np.zeros_like(part), tokens[first:first + len(part) + length].astype(np.uint64)
-        for i in range(length):
-            hashed = (hashed + text[i:i + len(part)]) * np.uint64(0xD1342543DE82EF95)
-        part |= hashed & ~low
-    key.sort()
-    same = np.concatenate(([False], (key[1:] ^ key[:-1]) <= low, [False]))
-    at = (key[(same[1:] | same[:-1])[:len(key)]] & low).astype(np.int64)
-    at = at[np.lexsort([tokens[at + i] for i in range(length)])]  # by context; equal ones in the order of the text
-    rows = np.stack([tokens[at + i] for i in range(order)], 1)  # contexts and their targets
-    seen = run_places(rows[:, :-1])
-    pairs = np.stack((np.cumsum(seen == 0), rows[:, -1]), 1)  # (context, target)
-    by_pair, count = np.lexsort(pairs.T), np.empty_like(seen)
-    count[by_pair] = run_places(pairs[by_pair]) + 1
-    rises = np.diff(np.maximum.accumulate(pairs[:, 0] * len(at) + count), prepend=0) > 0  # a context's new best count
-    best = np.roll(np.maximum.accumulate(rises * np.arange(len(at))), 1)  # which row set it, before each row
-    out[:, at + length - 1] = np.stack((rows[best, -1], count[best], seen)) * (seen > 0)
-    return out
+    at = torch.arange(len(tokens), device=tokens.device)[1:]
+    group, length = torch.zeros_like(at), 0
+    for order in orders:
+        at, group = at[at >= order - 1], group[at >= order - 1]
+        for back in range(length + 1, order):
+            group = group << 16 | tokens[at - back]
+            if (back - length) % 2 == 0: group = group.unique(return_inverse=True)[1]  # it and two tokens have 64 bits
+        _, group, size = group.unique(return_inverse=True, return_counts=True)
+        at, group, length = at[size[group] > 1], group[size[group] > 1], order - 1
+        (by_context, start), (by_pair, pair_start) = runs(group), runs(group << 16 | tokens[at])
+        seen, hits, kinds = (torch.empty_like(at) for _ in range(3))
+        place = torch.arange(len(at), device=at.device)
+        seen[by_context], hits[by_pair] = place - start, place - pair_start
+        new = (hits[by_context] == 0).long()
+        before = new.cumsum(0) - new
+        kinds[by_context] = before - before[start]
+        yield order, at, seen, hits, kinds
 
 
-def tilt(nats: np.ndarray, hints: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Nats of targets (n,), their hints (3, n) -> nats (n,) of p' = (1 - w) p + w [token = hint].
+def smoothed(nats: Tensor, order: int, seen: Tensor, hits: Tensor, kinds: Tensor) -> Tensor:
+    """Nats (m,) float64 under p and three counts (m,), see ngram_counts -> nats under (hits + a p) / (seen + a).
 
-    w = count / (seen + 2), so 1/3 after one time, and 0 without a hint. p sums to 1 over the vocabulary, and w and the
-    hint were there before the target: p' sums to 1, too. Published: p(hint) x e^2.625, normalized, where count / seen
-    >= 0.8; it gains less (docs/log.md) and needs p(hint) besides p(target).
+    a = 8000 / order^3 x kinds^1.5: Witten and Bell's smoothing (IEEE Trans. Inf. Theory 37, 1991) with a power, and
+    with the model where they have shorter contexts. `hits` of all tokens sum to `seen`: p' sums to 1 where p does.
     """
-    weight = hints[1] / (hints[2] + 2)
-    kept = np.log1p(-weight) - nats  # logarithm of (1 - w) p(target)
-    return -np.where(targets == hints[0], np.logaddexp(kept, np.log(np.maximum(weight, 1e-300))), kept)
+    prior = 8000 / order ** 3 * kinds.double() ** 1.5
+    known = (seen + prior).log() - torch.logaddexp(hits.double().log(), prior.log() - nats)
+    return torch.where(seen > 0, known, nats)
 
 
 class Ledger:
@@ -2995,10 +2993,13 @@ class Ledger:
         np.add.at(self.times, place[scored], 1)
         self.nats[place[scored]] = nats[scored]
 
-    def tilt(self, order: int) -> None:
-        """Changes all nats to those with the n-gram tilt."""
-        tokens = self.dataset.val_tokens
-        self.nats = np.where(self.times > 0, tilt(self.nats, ngram_hints(tokens, order), tokens[1:]), 0.0)
+    def smooth(self, order: int, device: torch.device) -> None:
+        """Changes all nats to those with n-gram smoothing of all NGRAM_ORDERS up to this one."""
+        tokens = torch.from_numpy(self.dataset.val_tokens.astype(np.int64)).to(device)
+        nats = torch.from_numpy(self.nats).to(device)
+        for order, at, *counts in ngram_counts(tokens, [x for x in NGRAM_ORDERS if x <= order]):
+            nats[at - 1] = smoothed(nats[at - 1], order, *counts)
+        self.nats = np.where(self.times > 0, nats.cpu().numpy(), 0.0)
 
     def score(self, world: World) -> Score:
         """The sum over all ranks. AssertionError where a target was scored twice or never."""
@@ -3304,7 +3305,7 @@ def score_model(config: Config, evaluator: Evaluator, model: GPT, started: float
         evaluator.score_all(model, stride)
     if config.ngram_order:
         evaluator.keep(config.eval_mode, ledger.score(evaluator.world))
-        ledger.tilt(config.ngram_order)
+        ledger.smooth(config.ngram_order, evaluator.world.device)
     return ledger
 
 
@@ -3425,7 +3426,7 @@ def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequ
         evaluator.compiled, model.fused = False, True
     compile_model(model, evaluator.compiled)
     evaluator.keep("quantized", evaluator.score(model, config.eval_seq_len))
-    if (official := "tilted" if config.ngram_order else config.eval_mode) != "packed":
+    if (official := "smoothed" if config.ngram_order else config.eval_mode) != "packed":
         evaluator.keep(official, score_model(config, evaluator, model, start).score(world))
     measured = {**facts, "eval_seconds": round(time.perf_counter() - start, 3), "artifact_bytes": artifact_bytes,
                 "code_bytes": code_bytes, "submission_bytes": artifact_bytes + code_bytes,

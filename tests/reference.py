@@ -473,30 +473,27 @@ def option_nats(config, w: dict[str, Tensor], ids: Tensor, targets: Tensor, plac
     return torch.stack(result)
 
 
-def ngram_hints(tokens, order: int) -> list[tuple[int, int, int]]:
-    """PR #2135's order of operations, with dictionaries whose keys are the tokens themselves: for each target
-    (hint, best count, total), looked up before the target is entered; (-1, 0, 0) where nothing is found."""
+def ngram_counts(tokens, order: int) -> list[tuple[int, int, int]]:
+    """With dictionaries whose keys are the tokens themselves: for each target (times its context was seen, times this
+    target followed it, number of different tokens that did), looked up before the target is entered."""
     tokens, length = [int(token) for token in tokens], order - 1
-    contexts: dict[tuple, tuple[int, int, int]] = {}
-    pairs: dict[tuple, int] = {}
-    hints = []
+    contexts: dict[tuple, dict[int, int]] = {}
+    counts = []
     for t in range(1, len(tokens)):
-        if t < length:
-            hints.append((-1, 0, 0))
-            continue
-        context, target = tuple(tokens[t - length:t]), tokens[t]
-        token, best, total = contexts.get(context, (-1, 0, 0))
-        hints.append((token, best, total))
-        pairs[context, target] = pairs.get((context, target), 0) + 1
-        if pairs[context, target] > best:
-            token, best = target, pairs[context, target]
-        contexts[context] = token, best, total + 1
-    return hints
+        followers = contexts.setdefault(tuple(tokens[t - length:t]), {}) if t >= length else {}
+        counts.append((sum(followers.values()), followers.get(tokens[t], 0), len(followers)))
+        followers[tokens[t]] = followers.get(tokens[t], 0) + 1
+    return counts
 
 
-def boosted_nats(nats: float, hint_nats: float, hit: bool, best: int, total: int, boost: float = 2.625,
-                 threshold: float = 0.8) -> float:
-    """The published tilt: p(hint) x e^boost, normalized, where the hint was right often enough."""
-    if total == 0 or best / total < threshold:
-        return nats
-    return nats - boost * hit + math.log1p(math.exp(-hint_nats) * math.expm1(boost))
+def smoothed_distribution(p, tokens, place: int, orders):
+    """The whole distribution (V,) at a place: p, then for each order (counts + a p) / (their sum + a)."""
+    for order in orders:
+        followers = [0] * len(p)
+        for t in range(order - 1, place):
+            if place >= order - 1 and list(tokens[t - order + 1:t]) == list(tokens[place - order + 1:place]):
+                followers[int(tokens[t])] += 1
+        prior = 8000 / order ** 3 * sum(count > 0 for count in followers) ** 1.5
+        if sum(followers):
+            p = [(count + prior * x) / (sum(followers) + prior) for count, x in zip(followers, p)]
+    return p

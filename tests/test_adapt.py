@@ -1182,8 +1182,8 @@ def audited(config: Config, text=None, model=GPT) -> dict:
 
 @pytest.mark.parametrize("changes", [
     {}, {"ttt_order": "length"}, {"phased_ttt_num_phases": 2, "phased_ttt_prefix_docs": 4}, {"ttt_strategy": "stream"},
-    {"eval_mode": "packed"}, {"eval_mode": "sliding", "ngram_order": 2}, {"eval_budget_seconds": 1e-9},
-    {"ngram_order": 2}], ids=str)
+    {"eval_mode": "packed"}, {"eval_mode": "sliding", "ngram_order": 4}, {"eval_budget_seconds": 1e-9},
+    {"ngram_order": 4}], ids=str)
 def test_the_audit_of_an_honest_run(changes):
     text = make_text(SHORT)
     found = audited(adapt_config(**changes), text)

@@ -174,7 +174,7 @@ def test_preset_runs_from_shards_to_score(name, data, tmp_path, capsys, no_waiti
     result = program.result_of(capsys.readouterr().out)
     config = Config.from_env(environ)[0]
     assert result["steps"] == 2 and 0 < result["val_bpb"] < 10 and result["num_params"] == count(config)
-    stage = "tilted" if config.ngram_order else config.eval_mode
+    stage = "smoothed" if config.ngram_order else config.eval_mode
     assert result["official_stage"] == {"packed": "quantized"}.get(stage, stage)
     assert name != "pcll_532_as_published" or not result["legal"]
     assert {key: value for key, value in result["overrides"].items() if key != "RUN_ID"} == \
