@@ -219,7 +219,7 @@ class Config:
     eval_mode: Literal["packed", "sliding", "adapted"] = "sliding"  # what the score is; packed: each token once, cheap
     eval_only: str = ""  # artifact to score; nothing is trained
     eval_budget_seconds: Positive = 590.0  # of evaluation: adaptation stops where more would be needed, scoring never
-    ngram_order: int = 0  # n-gram smoothing: what followed the same tokens before, up to n - 1, gets a share; 0 = off
+    ngram_order: int = 16  # n-gram smoothing: what followed the same tokens before, up to n - 1, gets a share; 0 = off
     audit: bool = False  # behind the score: a sample is scored again with a token changed, for what that may not change
     # --- test-time training, where EVAL_MODE=adapted
     ttt_strategy: Literal["documents", "stream"] = "documents"  # adapters for each document, or all weights in a row
@@ -323,7 +323,7 @@ class Config:
         yield self.ttt_strategy == "stream" or self.global_ttt_chunk_tokens > 0 == self.ttt_unsafe_multi_epoch, \
             "{global_ttt_chunk_tokens} {ttt_unsafe_multi_epoch}: 0 and more than 0 are for TTT_STRATEGY=stream"
         yield not self.ngram_order or (self.ngram_order > 3 and self.ttt_order == "stream"), \
-            "{ngram_order} {ttt_order}: needs 4 or more, and its counts run in the order of the text"
+            "{ngram_order} {ttt_order}: needs 4 or more, and its counts run in the order of the text; 0 = off"
         most = len(NEWTON_SCHULZ[self.muon_coefficients])
         yield self.muon_backend_steps <= most, f"{{muon_backend_steps}}: at most {most}, {{muon_coefficients}}"
 
