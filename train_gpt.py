@@ -18,7 +18,7 @@ Shapes: T tokens of a packed micro-batch, D model width, H query heads, K key/va
 V vocabulary, L layers. A batch is one row of T tokens that holds many documents: a segment is a piece of one document,
 at most TRAIN_SEQ_LEN tokens long, and attention never leaves a segment.
 """
-import ast, contextlib, difflib, fnmatch, functools, hashlib, io, json, lzma, math, os, re, signal, struct, sys, time
+import ast, contextlib, copy, difflib, fnmatch, functools, hashlib, io, json, lzma, math, os, re, signal, struct, sys, time
 import gc, inspect, shutil, warnings, zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -1350,7 +1350,7 @@ def adapted(y: Tensor, x: Tensor, w: Mapping[str, Tensor], target: str) -> Tenso
     """
     for kind in ("adapter", "document"):
         if (inner := w.get(f"{target}_{kind}_in")) is not None:
-            rows = x.view(len(inner) if inner.dim() > 2 else 1, -1, x.size(-1))
+            rows = x.view(inner.size(0) if inner.dim() > 2 else 1, -1, x.size(-1))
             y = y + (rows @ inner.mT @ w[f"{target}_{kind}_out"].mT).view_as(y)
     return y
 
@@ -1764,7 +1764,7 @@ class GPT(nn.Module):
     def nats(self, features: Tensor, targets: Tensor, adapters: Mapping[str, Tensor] = EMPTY) -> Tensor:
         """features (T, D), targets (T,) or (T, C) -> nats, shaped like the targets."""
         logits, cap = self.logits(features, adapters), self.config.logit_softcap
-        columns: Iterable[Tensor] = targets.view(len(targets), -1).unbind(1)
+        columns: Iterable[Tensor] = targets.view(targets.size(0), -1).unbind(1)
         if logits.is_cuda and cap <= 30 and self.config.softcap_type != "two_sided":
             # no exponential vanishes, and no place is looked up: one pass each way, once this is compiled
             total, places = (logits - cap).exp().sum(-1).log() + cap, torch.arange(logits.size(1), device=logits.device)
@@ -1776,10 +1776,22 @@ class GPT(nn.Module):
         return columns[0] if targets.dim() == 1 else torch.stack(columns, 1)
 
 
-def compile_model(model: GPT, compiled: bool) -> Forward:
-    """The same function, compiled if so asked: in parts, which makes few graphs, since all layers share them."""
-    for name in ("embed", "block", "merge", "nats") if compiled else ():
-        setattr(model, name, torch.compile(getattr(model, name), dynamic=False, fullgraph=True))
+def mark_rows(value: Any) -> None:
+    """Tells the compiler that the number of rows of these tensors varies; of a visit's weights, those of documents."""
+    if isinstance(value, Tensor): torch._dynamo.maybe_mark_dynamic(value, int(value.dim() == 2 and value.size(0) == 1))
+    elif isinstance(value, Mapping): mark_rows([part for name, part in value.items() if "document" in name])
+    elif isinstance(value, Sequence): [mark_rows(part) for part in value]
+
+
+def compile_model(model: GPT, compiled: bool, dynamic: bool = False) -> Forward:
+    """The same function, compiled if so asked: in parts, which makes few graphs, since all layers share them.
+
+    dynamic: the same graphs for batches of all shapes.
+    """
+    def part(run: Callable[..., Any]) -> Callable[..., Any]:
+        compiled = torch.compile(run, dynamic=None if dynamic else False, fullgraph=True)
+        return (lambda *inputs: (mark_rows(inputs), compiled(*inputs))[1]) if dynamic else compiled
+    for name in ("embed", "block", "merge", "nats") if compiled else (): setattr(model, name, part(getattr(model, name)))
     return model
 
 
@@ -2924,55 +2936,53 @@ def batch_windows(rows: np.ndarray, tokens: int) -> list[np.ndarray]:
     return [*groups, rows[first:]] if len(rows) else []
 
 
-# --- n-gram tilt: what followed the same tokens before gets a share of the probability
-def run_places(rows: np.ndarray) -> np.ndarray:
-    """Sorted rows (m, k) -> (m,) each one's place in its run of equal rows, from 0."""
-    new = np.append(True, (rows[1:] != rows[:-1]).any(1))[:len(rows)]
-    return np.arange(len(rows)) - np.maximum.accumulate(new * np.arange(len(rows)))
+# --- n-gram smoothing: the model's probabilities are the prior of counts of what followed the same tokens before
+NGRAM_ORDERS = (4, 5, 6, 8, 12, 16, 24, 32)
 
 
-def ngram_hints(tokens: np.ndarray, order: int) -> np.ndarray:
-    """tokens (n,) uint16 -> (3, n - 1) int32 for the targets tokens[1:]: hint, its count, its context's count.
+def runs(group: Tensor) -> tuple[Tensor, Tensor]:
+    """group (m,) -> (order that sorts it and keeps the order of equal ones; for each place there, where its run starts)."""
+    order = group.sort(stable=True).indices
+    place, ordered = torch.arange(len(group), device=group.device), group[order]
+    return order, torch.where(ordered != ordered.roll(1), place, 0).cummax(0).values if len(group) else place
 
-    The context is the order - 1 tokens before the target, the hint what followed it most often before this target; of
-    equal ones the first to get there. All three are 0 where nothing did, and nothing depends on the target or later
-    tokens. Published (PR #2135, via #1145 and #1514) as hash tables filled target by target. Here a hash only drops
-    the contexts that occur once; the others are compared token by token, so a hint never comes from a foreign one.
+
+def ngram_counts(tokens: Tensor, orders: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+    """tokens (n,) int64 -> for each order, rising: the order, places (m,) in the text, and three counts (m,) for each.
+
+    Of the tokens before a place, the last order - 1 are its context. seen: how often that occurred before, with a token
+    behind it; hits: how often that was the one at this place; kinds: how many different ones there were. Places with a
+    context that occurs once in the text are left out. Contexts are compared token by token: a group is numbered by the
+    group of a token less, and the token.
     """
-    length, out = order - 1, np.zeros((3, max(len(tokens) - 1, 0)), np.int32)
-    key = np.arange(max(len(tokens) - length, 0), dtype=np.uint64)  # a context's start; hash bits go above it
-    low = np.uint64(2 ** len(key).bit_length() - 1)
-    for first in range(0, len(key), 2 ** 15):  # blocks that stay in the cache
-        part = key[first:first + 2 ** 15]
-        hashed, text = np.zeros_like(part), tokens[first:first + len(part) + length].astype(np.uint64)
-        for i in range(length):
-            hashed = (hashed + text[i:i + len(part)]) * np.uint64(0xD1342543DE82EF95)
-        part |= hashed & ~low
-    key.sort()
-    same = np.concatenate(([False], (key[1:] ^ key[:-1]) <= low, [False]))
-    at = (key[(same[1:] | same[:-1])[:len(key)]] & low).astype(np.int64)
-    at = at[np.lexsort([tokens[at + i] for i in range(length)])]  # by context; equal ones in the order of the text
-    rows = np.stack([tokens[at + i] for i in range(order)], 1)  # contexts and their targets
-    seen = run_places(rows[:, :-1])
-    pairs = np.stack((np.cumsum(seen == 0), rows[:, -1]), 1)  # (context, target)
-    by_pair, count = np.lexsort(pairs.T), np.empty_like(seen)
-    count[by_pair] = run_places(pairs[by_pair]) + 1
-    rises = np.diff(np.maximum.accumulate(pairs[:, 0] * len(at) + count), prepend=0) > 0  # a context's new best count
-    best = np.roll(np.maximum.accumulate(rises * np.arange(len(at))), 1)  # which row set it, before each row
-    out[:, at + length - 1] = np.stack((rows[best, -1], count[best], seen)) * (seen > 0)
-    return out
+    at = torch.arange(1, len(tokens), device=tokens.device)
+    group, length = torch.zeros_like(at), 0
+    for order in orders:
+        at, group = at[at >= order - 1], group[at >= order - 1]
+        for back in range(length + 1, order):
+            group = group << 16 | tokens[at - back]
+            if back == order - 1 or (back - length) % 2 == 0:  # a number and two tokens fit into 64 bits
+                group, size = group.unique(return_inverse=True, return_counts=True)[1:]
+        at, group, length = at[size[group] > 1], group[size[group] > 1], order - 1
+        (by_context, start), (by_pair, pair_start) = runs(group), runs(group << 16 | tokens[at])
+        seen, hits, kinds = (torch.empty_like(at) for _ in range(3))
+        place = torch.arange(len(at), device=at.device)
+        seen[by_context], hits[by_pair] = place - start, place - pair_start
+        new = (hits[by_context] == 0).long()
+        before = new.cumsum(0) - new
+        kinds[by_context] = before - before[start]
+        yield order, at, seen, hits, kinds
 
 
-def tilt(nats: np.ndarray, hints: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Nats of targets (n,), their hints (3, n) -> nats (n,) of p' = (1 - w) p + w [token = hint].
+def smoothed(nats: Tensor, order: int, seen: Tensor, hits: Tensor, kinds: Tensor) -> Tensor:
+    """Nats (m,) float64 under p and three counts (m,), see ngram_counts -> nats under (hits + a p) / (seen + a).
 
-    w = count / (seen + 2), so 1/3 after one time, and 0 without a hint. p sums to 1 over the vocabulary, and w and the
-    hint were there before the target: p' sums to 1, too. Published: p(hint) x e^2.625, normalized, where count / seen
-    >= 0.8; it gains less (docs/log.md) and needs p(hint) besides p(target).
+    a = 8000 / order^3 x kinds^1.5: Witten and Bell's smoothing (IEEE Trans. Inf. Theory 37, 1991) with a power, and with
+    the model where they have shorter contexts. `hits` of all tokens sum to `seen`, so p' sums to 1 where p does.
     """
-    weight = hints[1] / (hints[2] + 2)
-    kept = np.log1p(-weight) - nats  # logarithm of (1 - w) p(target)
-    return -np.where(targets == hints[0], np.logaddexp(kept, np.log(np.maximum(weight, 1e-300))), kept)
+    prior = 8000 / order ** 3 * kinds.double() ** 1.5
+    known = (seen + prior).log() - torch.logaddexp(hits.double().log(), prior.log() - nats)
+    return torch.where(seen > 0, known, nats)
 
 
 class Ledger:
@@ -2988,10 +2998,13 @@ class Ledger:
         np.add.at(self.times, place[scored], 1)
         self.nats[place[scored]] = nats[scored]
 
-    def tilt(self, order: int) -> None:
-        """Changes all nats to those with the n-gram tilt."""
-        tokens = self.dataset.val_tokens
-        self.nats = np.where(self.times > 0, tilt(self.nats, ngram_hints(tokens, order), tokens[1:]), 0.0)
+    def smooth(self, order: int, device: torch.device) -> None:
+        """Changes all nats to those with n-gram smoothing of all NGRAM_ORDERS up to this one."""
+        tokens = torch.from_numpy(self.dataset.val_tokens.astype(np.int64)).to(device)
+        nats = torch.from_numpy(self.nats).to(device)
+        for order, at, *counts in ngram_counts(tokens, [x for x in NGRAM_ORDERS if x <= order]):
+            nats[at - 1] = smoothed(nats[at - 1], order, *counts)
+        self.nats = np.where(self.times > 0, nats.cpu().numpy(), 0.0)
 
     def score(self, world: World) -> Score:
         """The sum over all ranks. AssertionError where a target was scored twice or never."""
@@ -3109,7 +3122,7 @@ def group_work(config: Config, lengths: np.ndarray) -> int:
 class TestTimeTrainer:
     """Scores the validation text with weights that learn from what was scored."""
 
-    def __init__(self, config: Config, evaluator: Evaluator, model: GPT, started: float):
+    def __init__(self, config: Config, evaluator: Evaluator, model: GPT, started: float, compiled: bool):
         self.config, self.world, self.evaluator, self.model = config, evaluator.world, evaluator, model
         self.dataset, self.ledger = evaluator.dataset, Ledger(evaluator.dataset)
         self.deadline = started + config.eval_budget_seconds
@@ -3120,6 +3133,7 @@ class TestTimeTrainer:
         self.unscored, self.done_work, self.done_seconds, self.token_seconds = int(self.bounds[-1]), 0, 0.0, 0.0
         self.scored_chunks, self.learned_chunks, self.skipped, self.inner = 0, 0, 0, list[Tensor]()
         model.requires_grad_(False).fused = True
+        self.compiled, self.adaptive = compiled, compile_model(copy.copy(model), compiled, True)  # the same weights
 
     def run(self) -> Ledger:
         """Scores all targets, in parts of the documents; behind each part all weights learn, if they are to."""
@@ -3190,13 +3204,14 @@ class TestTimeTrainer:
         (docs x size,) with the graph, their places in the text, -1 = none."""
         width, ends = min(first + size, self.config.eval_seq_len), np.minimum(first + size, self.lengths[group])
         start, begins, device = self.bounds[group], np.maximum(ends - width, 0), self.world.device
-        batch, place = self.evaluator.build(np.stack((start + begins, start + ends, start + first), 1), width=width)
+        rows = np.stack((start + begins, start + ends, start + first), 1)
+        batch, place = self.evaluator.build(rows, 0, len(group) * self.compiled, width)
         columns = first - begins[:, None] + np.arange(size)  # of the rows; the same number of each, for the head
         here = (np.arange(len(group))[:, None] * width + np.minimum(columns, width - 1)).ravel()
         place = np.where(columns.ravel() < width, place[here], -1)
         (ids, targets, segments), (here, kept) = to_device(batch, device), (
             torch.from_numpy(x).to(device) for x in (here, place >= 0))
-        return self.model(ids, torch.where(kept, targets[:, here], -1), segments, adapters, here), place
+        return self.adaptive(ids, torch.where(kept, targets[:, here], -1), segments, adapters, here), place
 
     def adapt(self, scored: Tensor, weights: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """One step of the optimizer on nats that the ledger has. A document whose nats are no numbers rests."""
@@ -3290,14 +3305,14 @@ class TestTimeTrainer:
         return self.make_optimizer(groups, config.global_ttt_lr, kind)
 
 
-def score_model(config: Config, evaluator: Evaluator, model: GPT, started: float) -> Ledger:
+def score_model(config: Config, evaluator: Evaluator, model: GPT, started: float, compiled: bool = False) -> Ledger:
     """Scores all targets as EVAL_MODE and NGRAM_ORDER say; `started` on the evaluation's clock."""
     stride = config.eval_stride if config.eval_mode == "sliding" else config.eval_seq_len
-    ledger = TestTimeTrainer(config, evaluator, model, started).run() if config.eval_mode == "adapted" else \
+    ledger = TestTimeTrainer(config, evaluator, model, started, compiled).run() if config.eval_mode == "adapted" else \
         evaluator.score_all(model, stride)
     if config.ngram_order:
         evaluator.keep(config.eval_mode, ledger.score(evaluator.world))
-        ledger.tilt(config.ngram_order)
+        ledger.smooth(config.ngram_order, evaluator.world.device)
     return ledger
 
 
@@ -3414,12 +3429,11 @@ def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequ
     model, header, artifact_bytes = reload(config, world, artifact_path, attention)
     require(header["tokenizer_sha256"] == dataset.tokenizer_sha256, f"{artifact_path}: was made with tokenizer "
             f"{header['tokenizer_sha256'][:12]}, TOKENIZER_PATH is {dataset.tokenizer_sha256[:12]}: set the right one")
-    if config.eval_mode == "adapted":  # nothing to compile: the kernels do most of it, and adapters come in many shapes
-        evaluator.compiled, model.fused = False, True
+    if config.eval_mode == "adapted": evaluator.compiled, model.fused = False, True  # one graph is compiled, later
     compile_model(model, evaluator.compiled)
     evaluator.keep("quantized", evaluator.score(model, config.eval_seq_len))
-    if (official := "tilted" if config.ngram_order else config.eval_mode) != "packed":
-        evaluator.keep(official, score_model(config, evaluator, model, start).score(world))
+    if (official := "smoothed" if config.ngram_order else config.eval_mode) != "packed":
+        evaluator.keep(official, score_model(config, evaluator, model, start, compiled).score(world))
     measured = {**facts, "eval_seconds": round(time.perf_counter() - start, 3), "artifact_bytes": artifact_bytes,
                 "code_bytes": code_bytes, "submission_bytes": artifact_bytes + code_bytes,
                 "source_sha256": hashlib.sha256(source).hexdigest()}
