@@ -344,7 +344,8 @@ class Config:
 
 
 # Newton-Schulz coefficients (a, b, c) per step: x <- a x + (b A + c A^2) x with A = x x^T.
-NEWTON_SCHULZ = {"polar": (  # Polar Express (arXiv:2505.16932) as in PR #1787: the optimal odd polynomial for each step
+NEWTON_SCHULZ = {  # polar: Polar Express (arXiv:2505.16932) as in PR #1787: the optimal odd polynomial for each step
+    "polar": (
         (8.156554524902461, -22.48329292557795, 15.878769915207462),
         (4.042929935166739, -2.808917465908714, 0.5000178451051316),
         (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -675,7 +676,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def coprime_stride(rows: int) -> int:
     """A step through `rows` rows, about 0.618 of them long, that meets every row once before it meets one twice."""
-    return next(step for step in range(max(round(rows * 0.6180339887), 1), rows + 2) if math.gcd(step, rows) == 1)
+    first = max(round(rows * 0.6180339887), 1)
+    return next(stride for stride in range(first, rows + 2) if math.gcd(stride, rows) == 1)
 
 
 @functools.lru_cache(2)
@@ -1373,7 +1375,7 @@ def adapted(y: Tensor, x: Tensor, w: Mapping[str, Tensor], target: str) -> Tenso
     """
     for kind in ("adapter", "document"):
         if (inner := w.get(f"{target}_{kind}_in")) is not None:
-            rows = x.view(inner.size(0) if inner.dim() > 2 else 1, -1, x.size(-1))
+            rows = x.view(len(inner) if inner.dim() > 2 else 1, -1, x.size(-1))
             y = y + (rows @ inner.mT @ w[f"{target}_{kind}_out"].mT).view_as(y)
     return y
 
@@ -1596,8 +1598,9 @@ class GPT(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Orthogonal matrices, zero output projections, constants; drawn on the CPU, so the same on every device."""
         config, generator = self.config, torch.Generator().manual_seed(seed)
+        constants = CONSTANTS | {"q_gain": config.qk_gain_init}
         for name, parameter in self.named_parameters():
-            value = torch.full(parameter.shape, (CONSTANTS | {"q_gain": config.qk_gain_init}).get(name, 0.0))
+            value = torch.full(parameter.shape, constants.get(name, 0.0))
             if name == "embedding":
                 value.normal_(0.0, config.tied_embed_init_std, generator=generator)
                 if config.embed_init == "overtone":  # (2026-03-19 record)
@@ -1781,7 +1784,7 @@ class GPT(nn.Module):
     def nats(self, features: Tensor, targets: Tensor, adapters: Mapping[str, Tensor] = EMPTY) -> Tensor:
         """features (T, D), targets (T,) or (T, C) -> nats, shaped like the targets."""
         logits, cap = self.logits(features, adapters), self.config.logit_softcap
-        columns: Iterable[Tensor] = targets.view(targets.size(0), -1).unbind(1)
+        columns: Iterable[Tensor] = targets.view(len(targets), -1).unbind(1)
         if logits.is_cuda and cap <= 30 and self.config.softcap_type != "two_sided":
             # no exponential vanishes, and no place is looked up: one pass each way, once this is compiled
             total, places = (logits - cap).exp().sum(-1).log() + cap, torch.arange(logits.size(1), device=logits.device)
@@ -1820,7 +1823,8 @@ class Role(NamedTuple):
 
 ATTN = Role("muon", "matrix_lr", "muon_wd", "matrix_quantizer", "matrix_bits", "attn_clip_sigmas")
 TABLE = Role("adam", "embedding_lr", "embed_wd", "embed_quantizer", "embed_bits", "embed_clip_sigmas")
-PARAM_TABLE = {"embedding": TABLE, "head": TABLE._replace(lr="head_lr"),
+PARAM_TABLE = {
+    "embedding": TABLE, "head": TABLE._replace(lr="head_lr"),
     "bigram_table": TABLE._replace(quantizer="matrix_quantizer", bits="matrix_bits"),
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "out_proj", "embed_in", "embed_out", "bigram_proj", "q_adapter_in",
                      "q_adapter_out", "v_adapter_in", "v_adapter_out"), ATTN),
@@ -2468,8 +2472,8 @@ def search_encode(states: int, weight: Tensor, steps: Tensor, levels: int, guide
     finer = (finer - finer.mean(1, keepdim=True)).round().clamp(-32, 32)
     scale = 2 ** (finer / 3)[:, None]
     weight, steps = weight * scale, steps.view(*weight.shape[:2], 1)
-    # no row is clipped
-    if guide: steps = steps.maximum(weight.abs().amax(-1, keepdim=True) / 120)
+    if guide:  # no row is clipped
+        steps = steps.maximum(weight.abs().amax(-1, keepdim=True) / 120)
     steps = round_steps(steps)
     return coded(search_codes(weight / steps, levels, feedback * scale, states), steps, finer)
 
@@ -2484,7 +2488,8 @@ def tcq_decode(arrays: Arrays, shape: tuple[int, ...], states: int = 8) -> Tenso
     return rescaled(values, arrays, shape)
 
 
-QUANTIZERS = {"rtn": Pair(rtn_encode, rtn_decode), "gptq": Pair(functools.partial(search_encode, 1), rtn_decode),
+QUANTIZERS = {
+    "rtn": Pair(rtn_encode, rtn_decode), "gptq": Pair(functools.partial(search_encode, 1), rtn_decode),
     "tcq": Pair(functools.partial(search_encode, 8), tcq_decode), "fp16": Pair(  # the nearest in its range
         lambda weight, *_: {"values": weight.clamp(-65504.0, 65504.0).half().cpu().numpy()},
         lambda arrays, shape: torch.from_numpy(arrays["values"]).float().view(shape))}
@@ -2670,8 +2675,8 @@ def quantize(config: Config, weights: Mapping[str, Tensor], guides: Mapping[str,
         quantizer, bits, _ = quantizer_of(config, piece)
         levels = 127 if bits > 2 and (piece in known or config.target_bytes) else 2 ** (bits - 1) - 1
         size = steps[piece] * (multiplier if bits > 2 else 1) if piece in steps else weight  # not looked at by float16
-        # no row is clipped; feedback may add a little
-        if levels == 127: size = size.maximum(weight.abs().amax(-1, keepdim=True) / 120)
+        if levels == 127:  # no row is clipped; feedback may add a little
+            size = size.maximum(weight.abs().amax(-1, keepdim=True) / 120)
         result[piece] = quantizer, QUANTIZERS[quantizer].encode(weight.float(), size, levels, known.get(piece))
     return result
 
@@ -2777,8 +2782,8 @@ def pack_artifact(config: Config, quantized: Mapping[str, tuple[str, Arrays]], i
                 side.append(rows.tobytes())
                 for group, part in zip(groups, np.split(array.reshape(-1)[order], np.cumsum(sizes)[:-1])):
                     group.append(part.tobytes())
-            # bytes of one significance side by side
-            else: side.append(array.reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T.tobytes())
+            else:  # bytes of one significance side by side
+                side.append(array.reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T.tobytes())
     with ThreadPoolExecutor() as pool:  # the compressors release the interpreter lock
         streams = [*pool.map(CODECS[config.compressor].encode, (b"".join(group) for group in groups)),
                    CODECS[SIDE_CODECS[config.compressor]].encode(b"".join(side))]
@@ -2953,12 +2958,14 @@ def ngram_counts(tokens: Tensor, orders: Sequence[int]) -> Iterator[tuple[int, T
     at = torch.arange(len(tokens), device=tokens.device)[1:]
     group, length = torch.zeros_like(at), 0
     for order in orders:
-        at, group = at[at >= order - 1], group[at >= order - 1]
+        whole = at >= order - 1  # places with so many tokens before them
+        at, group = at[whole], group[whole]
         for back in range(length + 1, order):
             group = group << 16 | tokens[at - back]
             if (back - length) % 2 == 0: group = group.unique(return_inverse=True)[1]  # it and two tokens have 64 bits
         _, group, size = group.unique(return_inverse=True, return_counts=True)
-        at, group, length = at[size[group] > 1], group[size[group] > 1], order - 1
+        again = size[group] > 1
+        at, group, length = at[again], group[again], order - 1
         (by_context, start), (by_pair, pair_start) = runs(group), runs(group << 16 | tokens[at])
         seen, hits, kinds = (torch.empty_like(at) for _ in range(3))
         place = torch.arange(len(at), device=at.device)
