@@ -19,7 +19,7 @@ V vocabulary, L layers. A batch is one row of T tokens that holds many documents
 at most TRAIN_SEQ_LEN tokens long, and attention never leaves a segment.
 """
 import ast, contextlib, difflib, fnmatch, functools, hashlib, io, json, lzma, math, os, re, signal, struct, sys, time
-import gc, inspect, shutil, warnings, zlib
+import gc, heapq, inspect, shutil, warnings, zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -227,6 +227,7 @@ class Config:
     ttt_batch_size: Count = 64  # documents side by side
     ttt_chunk_size: Count = 48  # tokens that are scored before the adapters learn from them
     ttt_chunk_schedule: str = ""  # the same for documents up to some length, as 8@256,24@2000
+    ttt_back_tokens: int = 48  # before a chunk: they go through the model again, so that adapters learn from them too
     ttt_targets: str = "q,k,v,out,mlp,head"  # what has adapters
     ttt_lora_rank: Count = 80  # of the adapters
     ttt_lora_alpha: Positive = 144.0  # adapters are scaled by this / TTT_LORA_RANK
@@ -1762,7 +1763,7 @@ class GPT(nn.Module):
         logits = adapted(self.active_kernels.head(features, head), features, adapters, "head").float()
         if self.config.vocab_bias: logits = logits + self.vocab_bias
         if kind == "two_sided":  # learned on a log scale, so that a step of the optimizer is a share of the cap
-            cap = torch.where(logits >= 0, *(cap * self.softcap_scale.exp()))  # above 0, below
+            cap = torch.where(logits >= 0, *(cap * self.softcap_scale.clamp(max=0.6).exp()))  # above 0, below
         if kind == "poly5": return cap * poly5(logits / cap)
         return cap * (2 * (logits * (2 / cap)).sigmoid() - 1)  # tanh, of cheaper instructions
 
@@ -1785,7 +1786,7 @@ class GPT(nn.Module):
         """features (T, D), targets (T,) or (T, C) -> nats, shaped like the targets."""
         logits, cap = self.logits(features, adapters), self.config.logit_softcap
         columns: Iterable[Tensor] = targets.view(len(targets), -1).unbind(1)
-        if logits.is_cuda and cap <= 30 and self.config.softcap_type != "two_sided":
+        if logits.is_cuda and cap <= 30:
             # no exponential vanishes, and no place is looked up: one pass each way, once this is compiled
             total, places = (logits - cap).exp().sum(-1).log() + cap, torch.arange(logits.size(1), device=logits.device)
             columns = [torch.where(column < 0, 0.0, total) - torch.where(places == column[:, None], logits, 0.0).sum(-1)
@@ -2498,6 +2499,12 @@ QUANTIZERS = {
 BLOCK_PRODUCTS = (("q_proj", "k_proj", "v_proj"), ("out_proj",), ("up_proj",), ("down_proj",))  # in order
 
 
+def gram(x: Tensor) -> Tensor:
+    """x (T, D) -> x^T x, float32. Products of half-length numbers are exact there: GPUs need no copies."""
+    if x.is_cuda and x.dtype != torch.float32: return torch.mm(x.t(), x, out_dtype=torch.float32)
+    return x.float().t() @ x.float()
+
+
 def calibrate(config: Config, world: World, model: GPT, batches: Iterable[Batch]) -> dict[str, Guide]:
     """Runs training text through the model, forward and backward -> {bank, and embedding or head: Guide}.
 
@@ -2519,7 +2526,7 @@ def calibrate(config: Config, world: World, model: GPT, batches: Iterable[Batch]
         names, layer = next(calls)
 
         def record(x: Tensor, grad: Tensor) -> None:  # in the backward pass
-            if names[0] in hessian: hessian[names[0]][layer] += x.float().t() @ x.float()
+            if names[0] in hessian: hessian[names[0]][layer] += gram(x)
             for name, part in zip(names, grad.split([shapes[name][1] for name in names], -1)):
                 gain[name][layer] += part.float().square().sum(0)
                 count[name][layer] += len(x)
@@ -2529,7 +2536,7 @@ def calibrate(config: Config, world: World, model: GPT, batches: Iterable[Batch]
 
     def look_up(ids: Tensor, weight: Tensor) -> Tensor:
         times.add_(torch.bincount(ids, minlength=len(weight)))
-        (x := F.embedding(ids, weight)).register_hook(lambda g: (spread.add_(g.float().t() @ g.float()), None)[1])
+        (x := F.embedding(ids, weight)).register_hook(lambda g: (spread.add_(gram(g)), None)[1])
         return x
 
     plain = GPT(replace(config, z_loss=0.0), world.dtype, model.attention, Kernels(product, product, look_up))
@@ -3027,18 +3034,13 @@ class Evaluator:
         wanted = config.val_batch_tokens // world.size if world.device.type == "cuda" else 2 ** 22 // config.vocab_size
         self.batch_tokens = max(min(wanted, config.val_batch_tokens // world.size), config.eval_seq_len)
 
-    def build(self, rows: np.ndarray, tokens: int = 0, num_segments: int = 0, width: int = 0) -> tuple[Batch, Any]:
-        """Windows (W, 3) -> a batch of them in a row, and each token's place in the text, -1 = not scored.
-
-        Each window takes its own length, or `width` tokens, of which those behind its end are nobody's.
-        """
-        lengths = np.full(len(rows), width) if width else rows[:, 1] - rows[:, 0]
+    def build(self, rows: np.ndarray, tokens: int = 0, num_segments: int = 0) -> tuple[Batch, Any]:
+        """Windows (W, 3) -> a batch of them in a row, and each token's place in the text, -1 = not scored."""
+        lengths = rows[:, 1] - rows[:, 0]
         starts = np.cumsum(lengths) - lengths
         place = np.arange(lengths.sum()) - np.repeat(starts - rows[:, 0], lengths)
-        scored = (place >= np.repeat(rows[:, 2], lengths)) & (place < np.repeat(rows[:, 1], lengths))
-        here = np.minimum(place, len(self.dataset.val_tokens) - 2)
-        window, targets = self.dataset.val_tokens[here], self.dataset.val_tokens[here + 1]
-        place = np.where(scored, place, -1)
+        window, targets = self.dataset.val_tokens[place], self.dataset.val_tokens[place + 1]
+        place = np.where(place >= np.repeat(rows[:, 2], lengths), place, -1)
         if self.compiled and (rest := tokens - len(place)):  # one shape: fill up with segments that nobody scores
             starts = np.concatenate((starts, np.arange(len(place), tokens, self.config.eval_seq_len)))
             window, targets = np.pad(window, (0, rest)), np.pad(targets, (0, rest))
@@ -3092,33 +3094,131 @@ class Evaluator:
 # ====================================================================================================================
 
 
-def plan_groups(config: Config, lengths: np.ndarray, documents: Sequence[int], world: World) -> list[list[int]]:
-    """Lengths of all documents, those to score -> this rank's groups of documents to score side by side.
-
-    Documents that carry nothing over may be scored in any order without changing a score: the longest come first, in
-    smaller groups, so that ranks share them. The rows of a group are at most MICRO_BATCH_TOKENS, which fit the memory.
-    """
-    in_a_row, groups = config.ttt_warm_start_a and config.ttt_order == "stream", []
-    order = list(documents) if in_a_row else sorted(documents, key=lambda i: (-int(lengths[i]), i))
-    while order:
-        longest = config.eval_seq_len if in_a_row else int(lengths[order[0]])
-        size = config.ttt_batch_size // (8 if longest > 2 * config.eval_seq_len else 1)
-        size = max(min(size, config.micro_batch_tokens // min(longest, config.eval_seq_len)), 1)
-        groups, order = [*groups, order[:size]], order[size:]
-    if not in_a_row: groups.sort(key=lambda group: -group_work(config, lengths[group]))
-    return groups[world.rank::world.size]
+Chunk = tuple[int, int, int, bool]  # document, the first token in it, the same in the row, whether it is scored there
 
 
-def chunk_size(config: Config, longest: int) -> int:
-    """Tokens of a chunk in a group whose longest document has so many; no more than a row holds (PR #2014)."""
-    fitting = [int(chunk) for chunk, most in parse_schedule(config.ttt_chunk_schedule) if longest <= most]
+def chunk_size(config: Config, length: int) -> int:
+    """Tokens of a chunk of a document of this length; no more than a row holds (PR #2014)."""
+    fitting = [int(chunk) for chunk, most in parse_schedule(config.ttt_chunk_schedule) if length <= most]
     return min([*fitting, config.ttt_chunk_size][0], config.eval_seq_len)
 
 
-def group_work(config: Config, lengths: np.ndarray) -> int:
-    """Tokens that pass through the model to score a group of documents."""
-    chunk = chunk_size(config, longest := int(lengths.max()))
-    return len(lengths) * sum(min(end, config.eval_seq_len) for end in range(chunk, longest + chunk, chunk))
+def plan_chunks(config: Config, document: int, length: int) -> list[Chunk]:
+    """A document of so many targets -> its chunks. Its context is a row of EVAL_SEQ_LEN tokens; one that is full gives
+    way to another, which begins half a row back, with chunks that were scored before."""
+    size, row, place, chunks = chunk_size(config, length), config.eval_seq_len, 0, list[Chunk]()
+    for start in range(0, length, size):
+        if place + size > row:
+            place = row // 2 // size * size
+            chunks += [(document, start - place + i, i, False) for i in range(0, place, size)]
+        chunks.append((document, start, place, True))
+        place += size
+    return chunks
+
+
+def plan_slots(config: Config, lengths: np.ndarray, documents: Sequence[int], world: World) -> list[list[Chunk]]:
+    """Lengths of all documents, those to score -> what passes through each of this rank's slots, chunk by chunk.
+
+    Documents that carry nothing over may be scored in any order without changing a score: the longest come first, so
+    that slots and ranks end together. Each goes to the slot with the least to do.
+    """
+    in_a_row = config.ttt_warm_start_a and config.ttt_order == "stream"
+    order = documents if in_a_row else sorted(documents, key=lambda i: (-int(lengths[i]), i))
+    slots = [list[Chunk]() for _ in range(min(config.ttt_batch_size * world.size, len(order)))]
+    queue = [(0, i) for i in range(len(slots))]
+    for document in order:
+        slots[i := queue[0][1]] += plan_chunks(config, document, int(lengths[document]))
+        heapq.heapreplace(queue, (len(slots[i]), i))
+    return slots[world.rank::world.size]
+
+
+class Slots:
+    """Documents side by side: keys and values of what they were, adapters, and the adapters' optimizer.
+
+    A chunk passes through the model with the TTT_BACK_TOKENS before it. What lies further back is attended to as it was
+    then: its keys and values come from the adapters of that time, and no gradient reaches them. Shapes never change, so
+    that on a GPU both halves of a step are CUDA graphs.
+    """
+
+    def __init__(self, config: Config, model: GPT, count: int, size: int):
+        """`count` documents, chunks of `size` tokens."""
+        self.config, self.model, self.count, self.size, row = config, model, count, size, config.eval_seq_len
+        self.tokens, self.device = min(size + config.ttt_back_tokens, row), model.embedding.device  # of a pass
+        visits, width, kv = len(model.plans[model.looping]), config.model_dim, (config.num_kv_heads, config.head_dim)
+        self.memory = torch.zeros(2, visits, count, row, *kv, dtype=model.dtype, device=self.device)  # keys, values
+        sizes = {"k": (visits, width, math.prod(kv)), "v": (visits, width, math.prod(kv)),
+                 "head": (1, config.embed_dim or width, config.vocab_size)}
+        generator, self.first = torch.Generator(self.device).manual_seed(config.seed), dict[str, Tensor]()
+        for target in config.ttt_targets.split(","):
+            layers, inputs, outputs = sizes.get(target, (visits, width, width))
+            inner = torch.empty(layers, config.ttt_lora_rank, inputs, device=self.device)
+            self.first[f"{target}_document_in"] = inner.uniform_(-(inputs ** -0.5), inputs ** -0.5, generator=generator)
+            self.first[f"{target}_document_out"] = inner.new_zeros(layers, outputs, config.ttt_lora_rank)
+        self.adapters = self.leaves = {name: x.repeat(count, 1, 1, 1) for name, x in self.first.items()}
+        self.moments = [[torch.zeros_like(x) for x in self.adapters.values()] for _ in "mv"]
+        self.steps = torch.zeros(count, 1, 1, 1, device=self.device)  # of the optimizer, for each document
+        self.recorded: tuple[Any, ...] = ()
+
+    def start(self, slots: Sequence[int]) -> None:
+        """New documents in these slots: all as at the beginning, but for inner matrices under TTT_WARM_START_A."""
+        at = torch.tensor(slots, device=self.device)
+        for state in (*self.moments[0], *self.moments[1], self.steps): state[at] = 0
+        for name, value in self.adapters.items():
+            if not (self.config.ttt_warm_start_a and name.endswith("in")): value[at] = self.first[name]
+
+    def score(self, table: Tensor) -> Tensor:
+        """table (slots, ...): ids of a pass, with one more before them for SmearGate and BigramHash; targets of the
+        chunk; its place in its row; whether it learns -> nats (slots x size,) with the graph."""
+        ids, targets, place, _ = table.split([self.tokens + 1, self.size, 1, 1], 1)
+        count, row, start = self.count, self.config.eval_seq_len, (place + self.size - self.tokens).clamp(0)
+        slot, column = (torch.arange(n, device=self.device) for n in (count, max(self.tokens + 1, row)))
+        slot, own = slot[:, None], column[:self.tokens] < column[:self.tokens + 1, None].clamp(1)  # up to their own key
+        seen = torch.cat([x.expand(count, self.tokens + 1, -1) for x in ((column[:row] < start)[:, None], own)], -1)
+        mask = torch.where(seen, 0.0, -math.inf).to(self.model.dtype)
+        mask = mask.repeat(1, self.config.num_heads // self.config.num_kv_heads, 1)[:, None]
+        rows, visits = (slot * row + start + column[:self.tokens]).flatten(), iter(self.memory.unbind(1))
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, _: Segments) -> Tensor:  # queries that share keys lie in a row
+            whole, kept = [], next(visits)
+            for memory, x in zip(kept, (k, v)):
+                x = x[:, ::x.size(1) // memory.size(2)].unflatten(0, (count, -1))[:, 1:]
+                whole.append(torch.cat((memory, x), 1).transpose(1, 2))
+                memory.flatten(0, 1).index_copy_(0, rows, x.detach().flatten(0, 1))
+            q = q.unflatten(0, (count, -1)).unflatten(2, (kept.size(3), -1)).permute(0, 2, 3, 1, 4)
+            y = F.scaled_dot_product_attention(q.flatten(2, 3), *whole, attn_mask=mask).view(q.shape)
+            return y.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)
+        self.leaves = {name: x.detach().requires_grad_() for name, x in self.adapters.items()}
+        self.model.attention, usual = attention, self.model.attention
+        positions = (start - 1 + column[:self.tokens + 1]).clamp(0).flatten()
+        nats = self.model(ids.reshape(1, -1), targets.reshape(1, -1), Segments(place, positions, row), self.leaves,
+                          (slot * (self.tokens + 1) + place - start + 1 + column[:self.size]).flatten())
+        self.model.attention = usual
+        return nats
+
+    @torch.no_grad()
+    def adapt(self, nats: Tensor, table: Tensor) -> None:
+        """One step of torch's AdamW or SGD, for each document that learns, on the mean nats of its chunk. One whose
+        nats or gradients are no numbers rests."""
+        config, on = self.config, table[:, -1].float().view(-1, 1, 1, 1)
+        with torch.enable_grad():
+            loss = (nats.nan_to_num(0, 0, 0).view(self.count, -1) * on.view(-1, 1)).sum() / self.size
+        grads, lr = torch.autograd.grad(loss, [*self.leaves.values()]), on * config.ttt_lora_lr
+        self.steps += on
+        scales = [1 - beta ** self.steps.clamp(1) for beta in (config.ttt_beta1, config.ttt_beta2)]
+        for p, grad, m, v in zip(self.adapters.values(), grads, *self.moments):
+            grad = grad.nan_to_num(0, 0, 0)
+            if config.ttt_optimizer == "sgd": p -= lr * m.add_(on * (grad - (1 - config.global_ttt_momentum) * m))
+            else:
+                m.lerp_(grad, on * (1 - config.ttt_beta1))
+                v.lerp_(grad.square(), on * (1 - config.ttt_beta2))
+                p.mul_(1 - lr * config.ttt_weight_decay).sub_(lr / scales[0] * m / ((v / scales[1]).sqrt() + 1e-10))
+
+    def record(self, table: Tensor) -> None:
+        """score and adapt as CUDA graphs; both must have run before."""
+        first, second, table = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), table.clone()
+        with torch.cuda.graph(first, capture_error_mode="thread_local"): nats = self.score(table)
+        with torch.cuda.graph(second, first.pool(), capture_error_mode="thread_local"): self.adapt(nats, table)
+        self.recorded = first, second, table, nats
 
 
 class TestTimeTrainer:
@@ -3132,8 +3232,9 @@ class TestTimeTrainer:
         self.lengths = np.diff(self.bounds)
         known = evaluator.stages.get("quantized")  # what scoring a target takes, if nothing learns
         self.plain_seconds = known.seconds / known.tokens if known else 0.0
-        self.unscored, self.done_work, self.done_seconds, self.token_seconds = int(self.bounds[-1]), 0, 0.0, 0.0
-        self.scored_chunks, self.learned_chunks, self.skipped, self.inner = 0, 0, 0, list[Tensor]()
+        self.unscored, self.done_work, self.done_seconds, self.step_seconds = int(self.bounds[-1]), 0, 0.0, 0.0
+        self.scored_chunks, self.learned_chunks, self.skipped = 0, 0, 0
+        self.slots: Slots | None = None
         model.requires_grad_(False).fused = True
 
     def run(self) -> Ledger:
@@ -3174,76 +3275,65 @@ class TestTimeTrainer:
     # --- adapters of documents
     def score_documents(self, documents: np.ndarray) -> None:
         """Scores documents, each with adapters of its own that learn from chunk to chunk."""
-        for i, group in enumerate(groups := plan_groups(self.config, self.lengths, documents.tolist(), self.world)):
-            self.score_group(group)
-            self.evaluator.log.progress(f"adapted groups:{i + 1}/{len(groups)}")
+        sizes = np.array([chunk_size(self.config, int(length)) for length in self.lengths[documents]])
+        for size in np.unique(sizes).tolist():
+            plan = plan_slots(self.config, self.lengths, documents[sizes == size].tolist(), self.world)
+            if plan: self.score_slots(plan, size)
 
-    def score_group(self, group: Sequence[int]) -> None:
+    def score_slots(self, plan: Sequence[Sequence[Chunk]], size: int) -> None:
         """score, then adapt, chunk by chunk, as long as there is time; what is left is scored without adapters."""
-        lengths = self.lengths[group]
-        size, (adapters, optimizer) = chunk_size(self.config, int(lengths.max())), self.fresh_adapters(len(group))
-        for first in range(0, int(lengths.max()), size):
-            start, work = time.perf_counter(), len(group) * min(first + size, self.config.eval_seq_len)
-            if not self.in_time(self.token_seconds * work): break
-            scored, place = self.score(group, first, size, adapters)
+        if self.slots is None or (self.slots.count, self.slots.size) != (len(plan), size):
+            self.slots = None  # frees its memory
+            self.slots = Slots(self.config, self.model, len(plan), size)
+        for step in range(steps := max(map(len, plan))):
+            start = time.perf_counter()
+            if not self.in_time(self.step_seconds): break
+            chunks = np.array([slot[step] if step < len(slot) else (-1, 0, 0, 0) for slot in plan])
+            begin = np.flatnonzero((chunks[:, 1] == 0) & (chunks[:, 3] > 0))
+            if len(begin): self.slots.start(begin.tolist())
+            table, place = self.tabulate(self.slots, *chunks.T)
+            scored = self.score(self.slots, table)
             self.ledger.add(place, scored.detach().cpu().double().numpy())
             self.scored_chunks += 1
-            if (goes_on := first + size < lengths).any():  # the mean of a chunk, where the document has another one
-                weights = torch.from_numpy(np.repeat(goes_on / size, size)).float()
-                self.adapt(scored, weights.to(self.world.device), optimizer)
-            self.token_seconds = (time.perf_counter() - start) / work
-        places = np.concatenate([np.arange(self.bounds[i], self.bounds[i + 1]) for i in group])
+            if table[:, -1].any(): self.adapt(self.slots, scored, table)
+            self.step_seconds = time.perf_counter() - start
+            self.evaluator.log.progress(f"adapted steps:{step + 1}/{steps}")
+        documents = sorted({document for slot in plan for document, *_ in slot})
+        places = np.concatenate([np.arange(self.bounds[i], self.bounds[i + 1]) for i in documents])
         lost = places[(self.ledger.times[places] == 0) | ~np.isfinite(self.ledger.nats[places])]
         if len(lost):  # time was over, or adapters broke
-            self.evaluator.score_rows(self.model, self.windows_of(group), plain := Ledger(self.dataset))
+            again = np.unique(np.searchsorted(self.bounds, lost, "right") - 1)
+            self.evaluator.score_rows(self.model, self.windows_of(again), plain := Ledger(self.dataset))
             self.ledger.nats[lost], self.ledger.times[lost] = plain.nats[lost], 1
             self.evaluator.log(f"adaptation: {len(lost)} targets were scored without adapters")
 
-    def score(self, group: Sequence[int], first: int, size: int,
-              adapters: Mapping[str, Tensor]) -> tuple[Tensor, np.ndarray]:
-        """Targets [first, first + size) of each document, with as much before them as a row holds -> their nats
-        (docs x size,) with the graph, their places in the text, -1 = none."""
-        width, ends = min(first + size, self.config.eval_seq_len), np.minimum(first + size, self.lengths[group])
-        start, begins, device = self.bounds[group], np.maximum(ends - width, 0), self.world.device
-        batch, place = self.evaluator.build(np.stack((start + begins, start + ends, start + first), 1), width=width)
-        columns = first - begins[:, None] + np.arange(size)  # of the rows; the same number of each, for the head
-        here = (np.arange(len(group))[:, None] * width + np.minimum(columns, width - 1)).ravel()
-        place = np.where(columns.ravel() < width, place[here], -1)
-        (ids, targets, segments), (here, kept) = to_device(batch, device), (
-            torch.from_numpy(x).to(device) for x in (here, place >= 0))
-        return self.model(ids, torch.where(kept, targets[:, here], -1), segments, adapters, here), place
+    def tabulate(self, slots: Slots, document: np.ndarray, start: np.ndarray, place: np.ndarray,
+                 scored: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """A chunk of each slot, document -1 = none -> the table of Slots.score; its targets' places in the text or -1."""
+        size, last = slots.size, len(self.dataset.val_tokens) - 1
+        begin, end = (self.bounds[document] + start)[:, None], self.bounds[document + 1][:, None]
+        at, passing = begin + np.arange(size), begin - np.minimum(slots.tokens - size, place[:, None])
+        ids, targets = (self.dataset.val_tokens[np.clip(x, 0, last)].astype(np.int64)
+                        for x in (passing + np.arange(-1, slots.tokens), at + 1))
+        mine = (at < end) & (scored > 0)[:, None]
+        table = ids, np.where(mine, targets, -1), place[:, None], mine[:, :1] & (begin + size < end)
+        return torch.from_numpy(np.concatenate(table, 1)).to(self.world.device), np.where(mine, at, -1).ravel()
 
-    def adapt(self, scored: Tensor, weights: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """One step of the optimizer on nats that the ledger has. A document whose nats are no numbers rests."""
+    def score(self, slots: Slots, table: Tensor) -> Tensor:
+        """Nats of the chunks, see Slots.score."""
+        if not slots.recorded: return slots.score(table)
+        slots.recorded[2].copy_(table)
+        slots.recorded[0].replay()
+        return slots.recorded[3]
+
+    def adapt(self, slots: Slots, scored: Tensor, table: Tensor) -> None:
+        """One step of the adapters' optimizer on nats that the ledger has."""
         assert self.learned_chunks < self.scored_chunks
-        (scored.nan_to_num(0, 0, 0) * weights).sum().backward()
-        for parameter in (p for settings in optimizer.param_groups for p in settings["params"]):
-            parameter.grad.nan_to_num_(0, 0, 0)
-        optimizer.step()
-        optimizer.zero_grad()
         self.learned_chunks += 1
-
-    def fresh_adapters(self, documents: int) -> tuple[dict[str, Tensor], torch.optim.Optimizer]:
-        """-> adapters that add nothing yet, see GPT.forward, (docs, visits, R, in) and (docs, visits, out, R); their
-        optimizer. Every document starts with the same ones: its score does not depend on its place or its neighbors.
-        """
-        config, device, width, rank = self.config, self.world.device, self.config.model_dim, self.config.ttt_lora_rank
-        visits, kv = len(self.model.plans[self.model.looping]), config.num_kv_heads * config.head_dim
-        sizes = {"k": (visits, width, kv), "v": (visits, width, kv),
-                 "head": (1, config.embed_dim or width, config.vocab_size)}
-        generator, adapters = torch.Generator(device).manual_seed(config.seed), {}
-        for target in config.ttt_targets.split(","):
-            count, inputs, outputs = sizes.get(target, (visits, width, width))
-            inner = torch.empty(count, rank, inputs, device=device)
-            inner.uniform_(-(inputs ** -0.5), inputs ** -0.5, generator=generator)
-            adapters[f"{target}_document_in"] = inner.repeat(documents, 1, 1, 1)
-            adapters[f"{target}_document_out"] = torch.zeros(documents, count, outputs, rank, device=device)
-        inside = [name for name in adapters if name.endswith("in")]
-        if config.ttt_warm_start_a and self.inner and len(self.inner[0]) == documents:
-            adapters |= {name: value.detach() for name, value in zip(inside, self.inner)}
-        self.inner = [adapters[name].requires_grad_() for name in inside]
-        outer = [value.requires_grad_() for name, value in adapters.items() if name not in inside]
-        return adapters, self.make_optimizer([*self.inner, *outer], config.ttt_lora_lr, config.ttt_optimizer)
+        if slots.recorded: slots.recorded[1].replay()
+        else:
+            slots.adapt(scored, table)
+            if self.config.cuda_graphs and table.is_cuda: slots.record(table)
 
     # --- all weights
     def windows_of(self, documents: Sequence[int] | np.ndarray, stride: int = 0) -> np.ndarray:
