@@ -19,7 +19,7 @@ V vocabulary, L layers. A batch is one row of T tokens that holds many documents
 at most TRAIN_SEQ_LEN tokens long, and attention never leaves a segment.
 """
 import ast, contextlib, difflib, fnmatch, functools, hashlib, io, json, lzma, math, os, re, signal, struct, sys, time
-import gc, heapq, inspect, shutil, warnings, zlib
+import gc, inspect, shutil, warnings, zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -320,6 +320,8 @@ class Config:
         yield len({*targets} & {*TTT_TARGETS}) == len(targets), f"{{ttt_targets}}: some of {TTT_TARGETS}, each once"
         yield all(chunk.is_integer() and chunk >= 1 <= longest for chunk, longest in parse_schedule(
             self.ttt_chunk_schedule, "TTT_CHUNK_SCHEDULE")), "{ttt_chunk_schedule}: needs whole tokens, as 8@256"
+        yield (self.eval_mode, self.ttt_strategy, self.smear_gate) != ("adapted", "documents", "mean"), \
+            "{eval_mode} {smear_gate}: chunks know no mean of all tokens before; use TTT_STRATEGY=stream"
         yield self.ttt_freeze_blocks <= self.num_layers, "{ttt_freeze_blocks}: there are {num_layers}"
         yield self.ttt_strategy == "stream" or self.global_ttt_chunk_tokens > 0 == self.ttt_unsafe_multi_epoch, \
             "{global_ttt_chunk_tokens} {ttt_unsafe_multi_epoch}: 0 and more than 0 are for TTT_STRATEGY=stream"
@@ -3094,46 +3096,44 @@ class Evaluator:
 # ====================================================================================================================
 
 
-Chunk = tuple[int, int, int, bool]  # document, the first token in it, the same in the row, whether it is scored there
+def plan_groups(config: Config, lengths: np.ndarray, documents: Sequence[int], world: World) -> list[list[int]]:
+    """Lengths of all documents, those to score -> this rank's groups of documents to score side by side.
+
+    Documents that carry nothing over may be scored in any order without changing a score: the longest come first, in
+    smaller groups, so that ranks share them.
+    """
+    in_a_row, groups = config.ttt_warm_start_a and config.ttt_order == "stream", []
+    order = list(documents) if in_a_row else sorted(documents, key=lambda i: (-int(lengths[i]), i))
+    while order:
+        size = config.ttt_batch_size // (8 if not in_a_row and lengths[order[0]] > 2 * config.eval_seq_len else 1)
+        groups, order = [*groups, order[:max(size, 1)]], order[max(size, 1):]
+    return groups[world.rank::world.size]
 
 
-def chunk_size(config: Config, length: int) -> int:
-    """Tokens of a chunk of a document of this length; no more than a row holds (PR #2014)."""
-    fitting = [int(chunk) for chunk, most in parse_schedule(config.ttt_chunk_schedule) if length <= most]
+def chunk_size(config: Config, longest: int) -> int:
+    """Tokens of a chunk in a group whose longest document has so many; no more than a row holds (PR #2014)."""
+    fitting = [int(chunk) for chunk, most in parse_schedule(config.ttt_chunk_schedule) if longest <= most]
     return min([*fitting, config.ttt_chunk_size][0], config.eval_seq_len)
 
 
-def plan_chunks(config: Config, document: int, length: int) -> list[Chunk]:
-    """A document of so many targets -> its chunks. Its context is a row of EVAL_SEQ_LEN tokens; one that is full gives
-    way to another, which begins half a row back, with chunks that were scored before."""
-    size, row, place, chunks = chunk_size(config, length), config.eval_seq_len, 0, list[Chunk]()
-    for start in range(0, length, size):
+def plan_chunks(longest: int, size: int, row: int) -> list[tuple[int, int, bool]]:
+    """Chunks of a document -> (first token, its place in the row, whether it is scored there) of each.
+
+    The context of a chunk is a row of so many tokens. A full one gives way to another that begins half a row back, with
+    chunks that were scored before.
+    """
+    place, chunks = 0, []
+    for start in range(0, longest, size):
         if place + size > row:
             place = row // 2 // size * size
-            chunks += [(document, start - place + i, i, False) for i in range(0, place, size)]
-        chunks.append((document, start, place, True))
+            chunks += [(start - place + i, i, False) for i in range(0, place, size)]
+        chunks.append((start, place, True))
         place += size
     return chunks
 
 
-def plan_slots(config: Config, lengths: np.ndarray, documents: Sequence[int], world: World) -> list[list[Chunk]]:
-    """Lengths of all documents, those to score -> what passes through each of this rank's slots, chunk by chunk.
-
-    Documents that carry nothing over may be scored in any order without changing a score: the longest come first, so
-    that slots and ranks end together. Each goes to the slot with the least to do.
-    """
-    in_a_row = config.ttt_warm_start_a and config.ttt_order == "stream"
-    order = documents if in_a_row else sorted(documents, key=lambda i: (-int(lengths[i]), i))
-    slots = [list[Chunk]() for _ in range(min(config.ttt_batch_size * world.size, len(order)))]
-    queue = [(0, i) for i in range(len(slots))]
-    for document in order:
-        slots[i := queue[0][1]] += plan_chunks(config, document, int(lengths[document]))
-        heapq.heapreplace(queue, (len(slots[i]), i))
-    return slots[world.rank::world.size]
-
-
 class Slots:
-    """Documents side by side: keys and values of what they were, adapters, and the adapters' optimizer.
+    """Documents side by side: the keys and values that they had, adapters, and the adapters' optimizer.
 
     A chunk passes through the model with the TTT_BACK_TOKENS before it. What lies further back is attended to as it was
     then: its keys and values come from the adapters of that time, and no gradient reaches them. Shapes never change, so
@@ -3143,45 +3143,50 @@ class Slots:
     def __init__(self, config: Config, model: GPT, count: int, size: int):
         """`count` documents, chunks of `size` tokens."""
         self.config, self.model, self.count, self.size, row = config, model, count, size, config.eval_seq_len
-        self.tokens, self.device = min(size + config.ttt_back_tokens, row), model.embedding.device  # of a pass
+        self.tokens, device = min(size + config.ttt_back_tokens, row), model.embedding.device  # of a pass
         visits, width, kv = len(model.plans[model.looping]), config.model_dim, (config.num_kv_heads, config.head_dim)
-        self.memory = torch.zeros(2, visits, count, row, *kv, dtype=model.dtype, device=self.device)  # keys, values
+        self.memory = torch.zeros(2, visits, count, row, *kv, dtype=model.dtype, device=device)  # keys, values
         sizes = {"k": (visits, width, math.prod(kv)), "v": (visits, width, math.prod(kv)),
                  "head": (1, config.embed_dim or width, config.vocab_size)}
-        generator, self.first = torch.Generator(self.device).manual_seed(config.seed), dict[str, Tensor]()
+        generator, self.first, self.recorded = torch.Generator(device).manual_seed(config.seed), dict[str, Tensor](), ()
         for target in config.ttt_targets.split(","):
             layers, inputs, outputs = sizes.get(target, (visits, width, width))
-            inner = torch.empty(layers, config.ttt_lora_rank, inputs, device=self.device)
-            self.first[f"{target}_document_in"] = inner.uniform_(-(inputs ** -0.5), inputs ** -0.5, generator=generator)
-            self.first[f"{target}_document_out"] = inner.new_zeros(layers, outputs, config.ttt_lora_rank)
+            inner = torch.empty(layers, config.ttt_lora_rank, inputs, device=device)
+            inner.uniform_(-(inputs ** -0.5), inputs ** -0.5, generator=generator)
+            outer = inner.new_zeros(layers, outputs, config.ttt_lora_rank)
+            self.first |= {f"{target}_document_in": inner, f"{target}_document_out": outer}
         self.adapters = self.leaves = {name: x.repeat(count, 1, 1, 1) for name, x in self.first.items()}
-        self.moments = [[torch.zeros_like(x) for x in self.adapters.values()] for _ in "mv"]
-        self.steps = torch.zeros(count, 1, 1, 1, device=self.device)  # of the optimizer, for each document
-        self.recorded: tuple[Any, ...] = ()
+        params = [*self.adapters.values()]
+        self.optimizer = adaptation_optimizer(config, params, config.ttt_lora_lr, config.ttt_optimizer)
 
-    def start(self, slots: Sequence[int]) -> None:
-        """New documents in these slots: all as at the beginning, but for inner matrices under TTT_WARM_START_A."""
-        at = torch.tensor(slots, device=self.device)
-        for state in (*self.moments[0], *self.moments[1], self.steps): state[at] = 0
+    def start(self) -> None:
+        """New documents: all as at the beginning, but for inner matrices under TTT_WARM_START_A."""
         for name, value in self.adapters.items():
-            if not (self.config.ttt_warm_start_a and name.endswith("in")): value[at] = self.first[name]
+            if not (self.config.ttt_warm_start_a and name.endswith("in")): value[:] = self.first[name]
+        states = (x for values in self.optimizer.state.values() for x in values.values())
+        for state in (self.memory, *states): state.zero_()
 
     def score(self, table: Tensor) -> Tensor:
-        """table (slots, ...): ids of a pass, with one more before them for SmearGate and BigramHash; targets of the
-        chunk; its place in its row; whether it learns -> nats (slots x size,) with the graph."""
-        ids, targets, place, _ = table.split([self.tokens + 1, self.size, 1, 1], 1)
-        count, row, start = self.count, self.config.eval_seq_len, (place + self.size - self.tokens).clamp(0)
-        slot, column = (torch.arange(n, device=self.device) for n in (count, max(self.tokens + 1, row)))
-        slot, own = slot[:, None], column[:self.tokens] < column[:self.tokens + 1, None].clamp(1)  # up to their own key
-        seen = torch.cat([x.expand(count, self.tokens + 1, -1) for x in ((column[:row] < start)[:, None], own)], -1)
+        """table (count, ...): ids of a pass, with two more before them for SmearGate and BigramHash; targets of the
+        chunk; its place in its row; whether it learns -> nats (count x size,) with the graph."""
+        if self.recorded:
+            self.recorded[2].copy_(table)
+            self.recorded[0].replay()
+            return self.recorded[3]
+        ids, targets, place, _ = table.split([self.tokens + 2, self.size, 1, 1], 1)
+        count, tokens, row = self.count, self.tokens, self.config.eval_seq_len
+        slot, column = (torch.arange(n, device=table.device) for n in (count, row + 2))
+        slot, start = slot[:, None], (place + self.size - tokens).clamp(0)
+        own = column[:tokens] < (column[:tokens + 2, None] - 1).clamp(1)  # a query sees up to its own key
+        seen = torch.cat([x.expand(count, tokens + 2, -1) for x in ((column[:row] < start)[:, None], own)], -1)
         mask = torch.where(seen, 0.0, -math.inf).to(self.model.dtype)
         mask = mask.repeat(1, self.config.num_heads // self.config.num_kv_heads, 1)[:, None]
-        rows, visits = (slot * row + start + column[:self.tokens]).flatten(), iter(self.memory.unbind(1))
+        rows, visits = (slot * row + start + column[:tokens]).flatten(), iter(self.memory.unbind(1))
 
         def attention(q: Tensor, k: Tensor, v: Tensor, _: Segments) -> Tensor:  # queries that share keys lie in a row
             whole, kept = [], next(visits)
             for memory, x in zip(kept, (k, v)):
-                x = x[:, ::x.size(1) // memory.size(2)].unflatten(0, (count, -1))[:, 1:]
+                x = x[:, ::x.size(1) // memory.size(2)].unflatten(0, (count, -1))[:, 2:]
                 whole.append(torch.cat((memory, x), 1).transpose(1, 2))
                 memory.flatten(0, 1).index_copy_(0, rows, x.detach().flatten(0, 1))
             q = q.unflatten(0, (count, -1)).unflatten(2, (kept.size(3), -1)).permute(0, 2, 3, 1, 4)
@@ -3189,36 +3194,32 @@ class Slots:
             return y.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)
         self.leaves = {name: x.detach().requires_grad_() for name, x in self.adapters.items()}
         self.model.attention, usual = attention, self.model.attention
-        positions = (start - 1 + column[:self.tokens + 1]).clamp(0).flatten()
+        positions = (start - 2 + column[:tokens + 2]).clamp(0).flatten()
         nats = self.model(ids.reshape(1, -1), targets.reshape(1, -1), Segments(place, positions, row), self.leaves,
-                          (slot * (self.tokens + 1) + place - start + 1 + column[:self.size]).flatten())
+                          (slot * (tokens + 2) + place - start + 2 + column[:self.size]).flatten())
         self.model.attention = usual
         return nats
 
-    @torch.no_grad()
     def adapt(self, nats: Tensor, table: Tensor) -> None:
-        """One step of torch's AdamW or SGD, for each document that learns, on the mean nats of its chunk. One whose
-        nats or gradients are no numbers rests."""
-        config, on = self.config, table[:, -1].float().view(-1, 1, 1, 1)
-        with torch.enable_grad():
-            loss = (nats.nan_to_num(0, 0, 0).view(self.count, -1) * on.view(-1, 1)).sum() / self.size
-        grads, lr = torch.autograd.grad(loss, [*self.leaves.values()]), on * config.ttt_lora_lr
-        self.steps += on
-        scales = [1 - beta ** self.steps.clamp(1) for beta in (config.ttt_beta1, config.ttt_beta2)]
-        for p, grad, m, v in zip(self.adapters.values(), grads, *self.moments):
-            grad = grad.nan_to_num(0, 0, 0)
-            if config.ttt_optimizer == "sgd": p -= lr * m.add_(on * (grad - (1 - config.global_ttt_momentum) * m))
-            else:
-                m.lerp_(grad, on * (1 - config.ttt_beta1))
-                v.lerp_(grad.square(), on * (1 - config.ttt_beta2))
-                p.mul_(1 - lr * config.ttt_weight_decay).sub_(lr / scales[0] * m / ((v / scales[1]).sqrt() + 1e-10))
-
-    def record(self, table: Tensor) -> None:
-        """score and adapt as CUDA graphs; both must have run before."""
+        """One step of the optimizer on the mean nats of the chunks that learn. A document whose nats or gradients are
+        no numbers rests."""
+        if self.recorded: return self.recorded[1].replay()
+        loss = (nats.nan_to_num(0, 0, 0).view(self.count, -1) * table[:, -1:]).sum() / self.size
+        grads = torch.autograd.grad(loss, [*self.leaves.values()])
+        for value, grad in zip(self.adapters.values(), grads): value.grad = grad.nan_to_num_(0, 0, 0)
+        self.optimizer.step()
+        if not (self.config.cuda_graphs and table.is_cuda) or torch.cuda.is_current_stream_capturing(): return
         first, second, table = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), table.clone()
         with torch.cuda.graph(first, capture_error_mode="thread_local"): nats = self.score(table)
         with torch.cuda.graph(second, first.pool(), capture_error_mode="thread_local"): self.adapt(nats, table)
         self.recorded = first, second, table, nats
+
+
+def adaptation_optimizer(config: Config, params: Any, lr: float, kind: str) -> torch.optim.Optimizer:
+    """SGD or AdamW of adapters, or of all weights."""
+    if kind == "sgd": return torch.optim.SGD(params, lr, momentum=config.global_ttt_momentum)
+    return torch.optim.AdamW(params, lr, (config.ttt_beta1, config.ttt_beta2), 1e-10, config.ttt_weight_decay,
+                             fused=True, capturable=torch.cuda.is_available())
 
 
 class TestTimeTrainer:
@@ -3234,7 +3235,7 @@ class TestTimeTrainer:
         self.plain_seconds = known.seconds / known.tokens if known else 0.0
         self.unscored, self.done_work, self.done_seconds, self.step_seconds = int(self.bounds[-1]), 0, 0.0, 0.0
         self.scored_chunks, self.learned_chunks, self.skipped = 0, 0, 0
-        self.slots: Slots | None = None
+        self.slots_for = functools.cache(functools.partial(Slots, config, model))  # of two sizes, usually
         model.requires_grad_(False).fused = True
 
     def run(self) -> Ledger:
@@ -3275,65 +3276,45 @@ class TestTimeTrainer:
     # --- adapters of documents
     def score_documents(self, documents: np.ndarray) -> None:
         """Scores documents, each with adapters of its own that learn from chunk to chunk."""
-        sizes = np.array([chunk_size(self.config, int(length)) for length in self.lengths[documents]])
-        for size in np.unique(sizes).tolist():
-            plan = plan_slots(self.config, self.lengths, documents[sizes == size].tolist(), self.world)
-            if plan: self.score_slots(plan, size)
+        for i, group in enumerate(groups := plan_groups(self.config, self.lengths, documents.tolist(), self.world)):
+            self.score_group(group)
+            self.evaluator.log.progress(f"adapted groups:{i + 1}/{len(groups)}")
 
-    def score_slots(self, plan: Sequence[Sequence[Chunk]], size: int) -> None:
+    def score_group(self, group: Sequence[int]) -> None:
         """score, then adapt, chunk by chunk, as long as there is time; what is left is scored without adapters."""
-        if self.slots is None or (self.slots.count, self.slots.size) != (len(plan), size):
-            self.slots = None  # frees its memory
-            self.slots = Slots(self.config, self.model, len(plan), size)
-        for step in range(steps := max(map(len, plan))):
-            start = time.perf_counter()
+        size, few = chunk_size(self.config, longest := int(self.lengths[group].max())), self.config.ttt_batch_size // 8
+        slots = self.slots_for(max(few, 1) if len(group) <= max(few, 1) else self.config.ttt_batch_size, size)
+        slots.start()
+        for start, place, scores in plan_chunks(longest, size, self.config.eval_seq_len):
+            begin = time.perf_counter()
             if not self.in_time(self.step_seconds): break
-            chunks = np.array([slot[step] if step < len(slot) else (-1, 0, 0, 0) for slot in plan])
-            begin = np.flatnonzero((chunks[:, 1] == 0) & (chunks[:, 3] > 0))
-            if len(begin): self.slots.start(begin.tolist())
-            table, place = self.tabulate(self.slots, *chunks.T)
-            scored = self.score(self.slots, table)
-            self.ledger.add(place, scored.detach().cpu().double().numpy())
-            self.scored_chunks += 1
-            if table[:, -1].any(): self.adapt(self.slots, scored, table)
-            self.step_seconds = time.perf_counter() - start
-            self.evaluator.log.progress(f"adapted steps:{step + 1}/{steps}")
-        documents = sorted({document for slot in plan for document, *_ in slot})
-        places = np.concatenate([np.arange(self.bounds[i], self.bounds[i + 1]) for i in documents])
+            table, places = self.tabulate(slots, group, start, place, scores)
+            scored = slots.score(table)
+            self.ledger.add(places, scored.detach().cpu().double().numpy())
+            self.scored_chunks += scores
+            if table[:, -1].any():
+                self.learned_chunks += 1
+                assert self.learned_chunks <= self.scored_chunks
+                slots.adapt(scored, table)
+            self.step_seconds = time.perf_counter() - begin
+        places = np.concatenate([np.arange(self.bounds[i], self.bounds[i + 1]) for i in group])
         lost = places[(self.ledger.times[places] == 0) | ~np.isfinite(self.ledger.nats[places])]
         if len(lost):  # time was over, or adapters broke
-            again = np.unique(np.searchsorted(self.bounds, lost, "right") - 1)
-            self.evaluator.score_rows(self.model, self.windows_of(again), plain := Ledger(self.dataset))
+            self.evaluator.score_rows(self.model, self.windows_of(group), plain := Ledger(self.dataset))
             self.ledger.nats[lost], self.ledger.times[lost] = plain.nats[lost], 1
             self.evaluator.log(f"adaptation: {len(lost)} targets were scored without adapters")
 
-    def tabulate(self, slots: Slots, document: np.ndarray, start: np.ndarray, place: np.ndarray,
-                 scored: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        """A chunk of each slot, document -1 = none -> the table of Slots.score; its targets' places in the text or -1."""
-        size, last = slots.size, len(self.dataset.val_tokens) - 1
-        begin, end = (self.bounds[document] + start)[:, None], self.bounds[document + 1][:, None]
-        at, passing = begin + np.arange(size), begin - np.minimum(slots.tokens - size, place[:, None])
+    def tabulate(self, slots: Slots, group: Sequence[int], start: int, place: int,
+                 scores: bool) -> tuple[Tensor, np.ndarray]:
+        """A chunk of each document -> the table of Slots.score; its targets' places in the text, -1 = nobody's."""
+        last, known = len(self.dataset.val_tokens) - 1, (np.arange(slots.count) < len(group))[:, None] & scores
+        begin, end = (np.resize(x[group], (slots.count, 1)) for x in (self.bounds[:-1] + start, self.bounds[1:]))
+        at, passing = begin + np.arange(slots.size), begin - min(slots.tokens - slots.size, place)
         ids, targets = (self.dataset.val_tokens[np.clip(x, 0, last)].astype(np.int64)
-                        for x in (passing + np.arange(-1, slots.tokens), at + 1))
-        mine = (at < end) & (scored > 0)[:, None]
-        table = ids, np.where(mine, targets, -1), place[:, None], mine[:, :1] & (begin + size < end)
-        return torch.from_numpy(np.concatenate(table, 1)).to(self.world.device), np.where(mine, at, -1).ravel()
-
-    def score(self, slots: Slots, table: Tensor) -> Tensor:
-        """Nats of the chunks, see Slots.score."""
-        if not slots.recorded: return slots.score(table)
-        slots.recorded[2].copy_(table)
-        slots.recorded[0].replay()
-        return slots.recorded[3]
-
-    def adapt(self, slots: Slots, scored: Tensor, table: Tensor) -> None:
-        """One step of the adapters' optimizer on nats that the ledger has."""
-        assert self.learned_chunks < self.scored_chunks
-        self.learned_chunks += 1
-        if slots.recorded: slots.recorded[1].replay()
-        else:
-            slots.adapt(scored, table)
-            if self.config.cuda_graphs and table.is_cuda: slots.record(table)
+                        for x in (passing + np.arange(-2, slots.tokens), at + 1))
+        mine, learns = known & (at < end), known & (begin + slots.size < end)
+        table = np.concatenate((ids, np.where(mine, targets, -1), np.full_like(begin, place), learns), 1)
+        return torch.from_numpy(table).to(self.world.device), np.where(mine, at, -1).ravel()
 
     # --- all weights
     def windows_of(self, documents: Sequence[int] | np.ndarray, stride: int = 0) -> np.ndarray:
@@ -3381,18 +3362,13 @@ class TestTimeTrainer:
         self.model.requires_grad_(False)
         for (p, _, count), value in zip(frozen, before): p[:count] = value  # adamw lets weights decay
 
-    def make_optimizer(self, params: Any, lr: float, kind: str) -> torch.optim.Optimizer:
-        config, betas = self.config, (self.config.ttt_beta1, self.config.ttt_beta2)
-        if kind == "sgd": return torch.optim.SGD(params, lr, momentum=config.global_ttt_momentum)
-        return torch.optim.AdamW(params, lr, betas, 1e-10, config.ttt_weight_decay, fused=True)
-
     def weight_optimizer(self) -> torch.optim.Optimizer:
         """Of all weights: sgd in phases. adamw has the factors of PR #532: output projections 3, up projections 0.5."""
         config, params = self.config, self.model.named_parameters()
         kind = config.ttt_optimizer if config.ttt_strategy == "stream" else "sgd"
         factors = {"out_proj": 3.0, "down_proj": 3.0, "up_proj": 0.5} if kind == "adamw" else {}
         groups = [{"params": [p], "base_lr": config.global_ttt_lr * factors.get(name, 1.0)} for name, p in params]
-        return self.make_optimizer(groups, config.global_ttt_lr, kind)
+        return adaptation_optimizer(config, groups, config.global_ttt_lr, kind)
 
 
 def score_model(config: Config, evaluator: Evaluator, model: GPT, started: float) -> Ledger:

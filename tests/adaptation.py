@@ -30,7 +30,7 @@ def adapt_config(**changes) -> Config:
     """Settings whose adaptation moves the nats of a tiny model by whole percents."""
     return tiny_config(**{
         "eval_mode": "adapted", "eval_seq_len": SEQ_LEN, "eval_stride": 8, "val_batch_tokens": 128, "ttt_batch_size": 4,
-        "ttt_chunk_size": 16, "ttt_lora_rank": 4, "ttt_lora_alpha": 6.0, "ttt_lora_lr": 0.01,
+        "ttt_chunk_size": 16, "ttt_back_tokens": 5, "ttt_lora_rank": 4, "ttt_lora_alpha": 6.0, "ttt_lora_lr": 0.01,
         "phased_ttt_num_phases": 0, "global_ttt_lr": 0.005, "global_ttt_chunk_tokens": 96} | changes)
 
 
@@ -101,7 +101,7 @@ def run_rank(folder: Path, environ: dict[str, str]) -> None:
 def main(folder: Path) -> int:
     """Forks the ranks: they need not import anything again."""
     torch.set_num_threads(1)
-    make_learner(adapt_config(), make_text((1,))).fresh_adapters(1)  # optimizers import half of torch, once
+    make_learner(adapt_config(), make_text((1,))).slots_for(1, 1)  # optimizers import half of torch, once
     failed = False
     for size in (2, 3):
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(program.free_port()), "WORLD_SIZE": str(size)}

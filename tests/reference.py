@@ -1,4 +1,5 @@
 """Slow, obviously right versions, in float64 and plain loops, written from the published description of R0427."""
+import itertools
 import math
 
 import torch
@@ -232,10 +233,33 @@ class HandWritten:
             x -= lr[name] * mean / (root + 1e-10)
 
 
+class Remembered:
+    """Attention over a row whose first tokens keep the keys and values of the passes before; a loop over visits."""
+
+    def __init__(self):
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attention(self, first: int):
+        """-> an attention: tokens before `first` of the row have the keys and values that they had."""
+        visits = itertools.count()
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, _) -> Tensor:
+            visit = next(visits)
+            if first:
+                k, v = (torch.cat((old[:first], x[first:])) for old, x in zip(self.kept[visit], (k, v)))
+            self.kept[visit] = k.detach(), v.detach()
+            group, length = q.size(1) // k.size(1), len(q)
+            scores = torch.einsum("qhe,khe->hqk", q, k.repeat_interleave(group, 1)) / math.sqrt(q.size(-1))
+            scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -math.inf)
+            return torch.einsum("hqk,khe->qhe", scores.softmax(-1), v.repeat_interleave(group, 1))
+        return attend
+
+
 def adapt_document(config, nats_of, document: Tensor, first: dict[str, Tensor], chunk: int) -> tuple[list[float], dict]:
     """A document's tokens and the one behind it, the first A of every target -> (nats of every target, last A).
 
-    Chunk by chunk: score, then one step on the mean of the chunk's nats.
+    Chunk by chunk: score, then one step on the mean of the chunk's nats. The whole row passes through the model each
+    time, but what lies before the chunk and the tokens right before it is attended to as it was.
     """
     length, nats, values = len(document) - 1, [], {}
     for target, a in first.items():
@@ -244,11 +268,20 @@ def adapt_document(config, nats_of, document: Tensor, first: dict[str, Tensor], 
         values[f"{target}_document_in"] = a.clone()
         values[f"{target}_document_out"] = torch.zeros(len(a), outputs, config.ttt_lora_rank)
     optimizer, lr = HandWritten(config, values, config.ttt_optimizer), dict.fromkeys(values, config.ttt_lora_lr)
+    row, memory, back = 0, Remembered(), min(config.ttt_back_tokens, config.eval_seq_len - chunk)
+
+    def passed(begin: int, end: int, leaves: dict[str, Tensor]) -> Tensor:
+        attention = memory.attention(max(begin - back - row, 0))
+        return nats_of(document[row:end], document[row + 1:end + 1], leaves, attention)[begin - row:]
+
     for begin in range(0, length, chunk):
         end = min(begin + chunk, length)
-        start = max(end - config.eval_seq_len, 0)
         leaves = {name: x.clone().requires_grad_() for name, x in values.items()}
-        scored = nats_of(document[start:end], document[start + 1:end + 1], leaves)[begin - start:]
+        if begin + chunk - row > config.eval_seq_len:
+            row, memory = begin - config.eval_seq_len // 2 // chunk * chunk, Remembered()
+            for earlier in range(row, begin, chunk):
+                passed(earlier, earlier + chunk, leaves)
+        scored = passed(begin, end, leaves)
         nats += scored.tolist()
         if end < length:
             scored.mean().backward()

@@ -1,4 +1,5 @@
 """Section 12, test-time training: adapters in the forward pass, the loop of score and adapt, legality, edges, audit."""
+import functools
 import itertools
 import json
 import math
@@ -36,14 +37,15 @@ from train_gpt import (
     TTT_TARGETS,
     Config,
     Ledger,
+    Slots,
     UserError,
     World,
     adapted,
     audit,
     chunk_size,
-    group_work,
     make_batch,
     make_segments,
+    plan_chunks,
     plan_groups,
 )
 
@@ -75,10 +77,12 @@ def document(adapters: dict[str, torch.Tensor], i: int) -> dict[str, torch.Tenso
 
 
 def one_row(model: GPT):
-    """-> nats_of(ids, targets, adapters of one document), as the slow versions take it."""
-    def nats_of(ids, targets, adapters=None):
-        segments = make_segments(np.array([0]), len(ids), len(ids), 0)
-        return model(*make_batch(ids, targets, segments), {name: x[None] for name, x in (adapters or {}).items()})
+    """-> nats_of(ids, targets, adapters of one document, attention), as the slow versions take it."""
+    def nats_of(ids, targets, adapters=None, attention=train_gpt.attention_sdpa):
+        segments, model.attention = make_segments(np.array([0]), len(ids), len(ids), 0), attention
+        nats = model(*make_batch(ids, targets, segments), {name: x[None] for name, x in (adapters or {}).items()})
+        model.attention = train_gpt.attention_sdpa
+        return nats
     return nats_of
 
 
@@ -219,22 +223,20 @@ def test_fresh_adapters_add_nothing():
 def test_first_adapters_are_those_of_every_document(changes):
     """A in +-1 / sqrt(inputs), B = 0, whatever the number of documents; the shapes are those the model takes."""
     config, text = adapt_config(**changes), make_text((5, 5))
-    learner = make_learner(config, text)
-    adapters, optimizer = learner.fresh_adapters(3)
-    assert {name.split("_")[0] for name in adapters} == {*TTT_TARGETS} and not optimizer.state
+    slots = make_learner(config, text).slots_for(3, 8)
+    adapters = {name: x.clone() for name, x in slots.adapters.items()}
+    assert {name.split("_")[0] for name in adapters} == {*TTT_TARGETS} and not slots.optimizer.state
     for target, (visits, inputs, outputs) in adapter_sizes(config, bool(config.num_loops)).items():
         inputs = config.embed_dim or inputs if target == "head" else inputs
-        a, b = (adapters[f"{target}_document_{end}"].detach() for end in ("in", "out"))
+        a, b = (adapters[f"{target}_document_{end}"] for end in ("in", "out"))
         assert a.shape == (3, visits, 4, inputs) and b.shape == (3, visits, outputs, 4)
         assert torch.equal(a, a[:1].expand_as(a)) and not b.any()
         assert 0.8 * inputs ** -0.5 < a.abs().max() <= inputs ** -0.5 and abs(a.mean()) < 0.15 * inputs ** -0.5
-        assert torch.equal(learner.fresh_adapters(1)[0][f"{target}_document_in"][0], a[0])
-    with torch.no_grad():
-        for value in adapters.values():
-            value.add_(1)
-    again, _ = learner.fresh_adapters(3)
-    assert all(torch.equal(value[0], learner.fresh_adapters(1)[0][name][0]) for name, value in again.items())
-    assert not again["q_document_out"].any()
+        assert torch.equal(make_learner(config, text).slots_for(1, 8).adapters[f"{target}_document_in"][0], a[0])
+    for value in slots.adapters.values():
+        value.add_(1)
+    slots.start()
+    assert all(torch.equal(value, adapters[name]) for name, value in slots.adapters.items())
     assert np.isfinite(adapted_nats(config, text)).all()
 
 
@@ -247,8 +249,8 @@ def texts_of(text, config: Config) -> list[torch.Tensor]:
 
 def first_adapters(config: Config, text) -> dict[str, torch.Tensor]:
     """target -> A (visits, R, in)."""
-    adapters, _ = make_learner(config, text).fresh_adapters(1)
-    return {name.removesuffix("_document_in"): x[0].detach() for name, x in adapters.items() if name.endswith("_in")}
+    adapters = make_learner(config, text).slots_for(1, 8).adapters
+    return {name.removesuffix("_document_in"): x[0] for name, x in adapters.items() if name.endswith("_in")}
 
 
 def unadapted_nats(config: Config, text, model: GPT | None = None) -> np.ndarray:
@@ -260,7 +262,11 @@ DOCUMENT_RUNS = {
     "adamw": {}, "momentum": {"ttt_beta1": 0.8, "ttt_beta2": 0.95, "ttt_weight_decay": 5.0},
     "sgd": {"ttt_optimizer": "sgd", "ttt_lora_lr": 0.2, "ttt_lora_alpha": 8.0},
     "some targets": {"ttt_targets": "head,k", "ttt_lora_lr": 0.03},
-    "chunk of a row": {"ttt_chunk_size": SEQ_LEN}, "no loops": {"num_loops": 0}}
+    "chunk of a row": {"ttt_chunk_size": SEQ_LEN}, "no loops": {"num_loops": 0},
+    "nothing again": {"ttt_back_tokens": 0},
+    "a row again": {"ttt_back_tokens": 99}, "small chunks": {"ttt_chunk_size": 3, "ttt_lora_lr": 0.003},
+    "inputs": {"smear_gate": "static", "bigram_hash_buckets": 16, "bigram_hash_dim": 8, "value_residual": True},
+    "gates": {"attn_gate": "output", "num_heads": 4, "num_kv_heads": 1, "gptj_block": True}}
 
 
 @pytest.mark.parametrize("changes", DOCUMENT_RUNS.values(), ids=DOCUMENT_RUNS)
@@ -447,48 +453,44 @@ def test_every_document_has_one_place_in_the_plan(case):
     assert sorted(i for group in everything for i in group) == documents
     assert [[everything[k] for k in range(rank, len(everything), ranks)] for rank in range(ranks)] == shares
     in_a_row = config.ttt_warm_start_a and config.ttt_order == "stream"
-    work = [group_work(config, lengths[group]) for group in everything]
     for group in everything:
         longest = int(lengths[group].max())
         assert 1 <= len(group) <= config.ttt_batch_size and chunk_size(config, longest) <= config.eval_seq_len
         if longest > 2 * config.eval_seq_len and not in_a_row:
             assert len(group) <= max(config.ttt_batch_size // 8, 1)
-        rows = config.eval_seq_len if in_a_row else min(longest, config.eval_seq_len)
-        assert len(group) == 1 or len(group) * rows <= config.micro_batch_tokens  # they fit the memory
+    together = [i for group in everything for i in group]
     if in_a_row:
-        assert [i for group in everything for i in group] == documents
+        assert together == documents
         return
-    assert work == sorted(work, reverse=True)
-    loads = [sum(group_work(config, lengths[group]) for group in share) for share in shares]
-    assert max(loads) - min(loads) <= work[0]
-    # documents of similar length go together
-    together = [lengths[i] for group in sorted(everything, key=lambda g: -int(lengths[g].max())) for i in group]
-    assert together == sorted(together, reverse=True)
+    assert lengths[together].tolist() == sorted(lengths[documents], reverse=True)  # of similar length go together
+    loads = [sum(int(lengths[group].max()) for group in share) for share in shares]
+    assert max(loads) - min(loads) <= lengths[documents].max()
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.integers(1, 500), st.integers(1, 64), st.integers(1, 64))
+def test_the_chunks_of_a_document(longest, size, row):
+    """Each target is scored once, in order; chunks stay within rows; context is at hand, in order, and not scored."""
+    size = min(size, row)
+    chunks, done, begin, end = plan_chunks(longest, size, row), 0, 0, 0
+    for start, place, scored in chunks:
+        assert 0 <= place <= row - size and start % size == 0
+        assert not place or (start - place, start) == (begin, end)  # the row goes on where it was
+        begin, end = start - place, start + size
+        assert scored == (start == done)
+        if scored:
+            assert start == 0 or place > 0 or row // 2 < size  # half a row, if that is a chunk
+            done = start + size
+    assert done - size < longest <= done
+    assert [c for c in chunks if c[0] < row // size * size] [:row // size] == [
+        (i, i, True) for i in range(0, min(longest, row // size * size), size)]
+    again = sum(not scored for *_, scored in chunks)
+    assert again <= len(chunks) - again
 
 
 def test_chunks_follow_the_length_of_the_longest_document():
     config = adapt_config(ttt_chunk_schedule="4@10,8@64", ttt_chunk_size=16)
     assert [chunk_size(config, longest) for longest in (1, 10, 11, 64, 65, 150)] == [4, 4, 8, 8, 16, 16]
-
-
-class Counted(train_gpt.TestTimeTrainer):
-    """Keeps the tokens that pass through the model, and the widths of rows."""
-
-    def score_group(self, group):
-        counts, forward = [], self.model.forward
-        self.model.forward = lambda ids, *rest: (counts.append(ids.numel()), forward(ids, *rest))[1]
-        super().score_group(group)
-        self.model.forward = forward
-        size = chunk_size(self.config, longest := int(self.lengths[group].max()))
-        assert counts == [len(group) * min(end, self.config.eval_seq_len)
-                          for end in range(size, longest + size, size)]
-        assert sum(counts) == group_work(self.config, self.lengths[group])
-
-
-@pytest.mark.parametrize("changes", [{}, {"ttt_batch_size": 16}, {"eval_seq_len": 30, "ttt_chunk_size": 7}], ids=str)
-def test_the_plan_knows_the_tokens_of_each_group(changes):
-    """The projected seconds are as good as these."""
-    make_learner(adapt_config(**changes), make_text((9, 1, 30, 12, 1, 33, 100)), kind=Counted).run()
 
 
 @pytest.mark.parametrize("changes", [{}, {"phased_ttt_num_phases": 2, "phased_ttt_prefix_docs": 5}], ids=str)
@@ -694,42 +696,66 @@ def test_no_score_depends_on_what_was_not_scored_before(changes):
             assert b - a > place - a + SEQ_LEN and after[b - 1] != before[b - 1]
 
 
-class Keeps(train_gpt.TestTimeTrainer):
-    """Remembers the adapters of a group and their optimizer."""
+class Hooked(train_gpt.TestTimeTrainer):
+    """Knows the chunk that passes, and has slots of a kind of its own, which know their learner."""
 
-    def fresh_adapters(self, documents):
-        self.current = super().fresh_adapters(documents)
-        return self.current
+    kind = Slots
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+
+        @functools.cache
+        def slots_for(count, size):
+            slots = self.kind(self.config, self.model, count, size)
+            slots.learner = self
+            return slots
+        self.slots_for = slots_for
+
+    def tabulate(self, slots, group, start, place, scores):
+        table, self.places = super().tabulate(slots, group, start, place, scores)
+        self.last_slots, self.group, self.first, self.scores = slots, group, start, scores
+        return table, self.places
 
 
-class Peeks(Keeps):
+class PeekingSlots(Slots):
+    def score(self, table):
+        peek = torch.cat((table[:, :-1], torch.ones_like(table[:, -1:])), 1)
+        super().adapt(super().score(peek), peek)
+        return super().score(table)
+
+
+class Peeks(Hooked):
     """Trains on a chunk, then scores it."""
 
-    def score(self, group, first, size, adapters):
-        super().score(group, first, size, adapters)[0].sum().backward()
-        self.current[1].step()
-        self.current[1].zero_grad()
-        return super().score(group, first, size, adapters)
+    kind = PeekingSlots
 
 
-class Carries(Keeps):
+class CarryingSlots(Slots):
+    def start(self):
+        before = {name: x.clone() for name, x in self.adapters.items()}
+        super().start()
+        for name, x in self.adapters.items():
+            x.copy_(before[name])
+
+
+class Carries(Hooked):
     """Starts no document anew."""
 
-    def fresh_adapters(self, documents):
-        return getattr(self, "current", None) or super().fresh_adapters(documents)
+    kind = CarryingSlots
 
 
-class Rescores(Keeps):
+class Rescores(Hooked):
     """Keeps what the adapters would have scored at the end."""
 
     better = False
 
     def score_group(self, group):
         super().score_group(group)
-        longest = int(self.lengths[group].max())
-        for first in range(0, longest, size := chunk_size(self.config, longest)):
-            nats, place = self.score(group, first, size, self.current[0])
-            nats, place = nats.detach().double().numpy()[place >= 0], place[place >= 0]
+        slots, longest = self.last_slots, int(self.lengths[group].max())
+        for chunk in plan_chunks(longest, slots.size, self.config.eval_seq_len):
+            table, place = self.tabulate(slots, group, *chunk)
+            nats = slots.score(table).detach().double().numpy()[place >= 0]
+            place = place[place >= 0]
             self.ledger.nats[place] = np.minimum(nats, self.ledger.nats[place]) if self.better else nats
 
 
@@ -739,15 +765,17 @@ class BestOfTwo(Rescores):
     better = True
 
 
-class Blends(train_gpt.TestTimeTrainer):
+class BlendingSlots(Slots):
+    def adapt(self, nats, table):
+        super().adapt(nats, table)
+        for x in self.adapters.values():
+            x.copy_(x.mean(0, keepdim=True).expand_as(x))
+
+
+class Blends(Hooked):
     """One set of adapters for the documents of a group: each learns from all."""
 
-    def adapt(self, scored, weights, optimizer):
-        super().adapt(scored, weights, optimizer)
-        with torch.no_grad():
-            for settings in optimizer.param_groups:
-                for p in settings["params"]:
-                    p.copy_(p.mean(0, keepdim=True).expand_as(p))
+    kind = BlendingSlots
 
 
 class Crosses(train_gpt.TestTimeTrainer):
@@ -783,37 +811,45 @@ def test_planted_leaks_are_found(kind, changes):
     assert not leaks(replace(config, ttt_unsafe_multi_epoch=0), text, places)
 
 
-class Watched(train_gpt.TestTimeTrainer):
+class WatchedSlots(Slots):
+    def score(self, table):
+        nats = super().score(table)
+        self.learner.watch_score(nats)
+        return nats
+
+    def adapt(self, nats, table):
+        self.learner.watch_adapt(nats, table[:, -1].tolist())
+        super().adapt(nats, table)
+
+
+class Watched(Hooked):
     """Writes down what is scored, and checks what is learned from."""
+
+    kind = WatchedSlots
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.scored_places, self.last, self.steps, self.learned = np.zeros(len(self.ledger.times), int), None, 0, []
 
-    def score_group(self, group):
-        self.group = group
-        super().score_group(group)
-
-    def score(self, group, first, size, adapters):
-        assert group is self.group
-        self.last = super().score(group, first, size, adapters)
-        nats, place = self.last
-        assert nats.shape == place.shape == (len(group) * size,) and nats.requires_grad
-        for i, row in zip(group, place.reshape(len(group), size)):  # the chunk, and nothing else
-            a, b = (min(self.bounds[i] + x, self.bounds[i + 1]) for x in (first, first + size))
-            assert row.tolist() == [*range(a, b)] + [-1] * (size - b + a)
+    def watch_score(self, nats):
+        slots, place = self.last_slots, self.places
+        assert nats.shape == place.shape == (slots.count * slots.size,) and nats.requires_grad
+        rows = place.reshape(slots.count, slots.size)
+        for i, row in zip(self.group, rows):  # the chunk, and nothing else
+            a, b = (min(self.bounds[i] + x, self.bounds[i + 1]) for x in (self.first, self.first + slots.size))
+            a = a if self.scores else b
+            assert row.tolist() == [*range(a, b)] + [-1] * (slots.size - b + a)
+        assert (rows[len(self.group):] == -1).all()
         self.scored_places[place[place >= 0]] += 1
-        return self.last
+        self.last = nats
 
-    def adapt(self, scored, weights, optimizer):
-        result, place = self.last
-        places, shares = (x.reshape(len(self.group), -1) for x in (place, weights.numpy()))
-        assert scored is result
-        assert (shares[places < 0] == 0).all() and (self.scored_places[places[shares > 0]] == 1).all()
-        for i, row, share in zip(self.group, places, shares):  # the mean, unless it is the document's last chunk
+    def watch_adapt(self, scored, learns):
+        rows = self.places.reshape(self.last_slots.count, -1)
+        assert scored is self.last and (self.ledger.times[self.places[self.places >= 0]] == 1).all()
+        for i, row, learn in zip(self.group, rows, learns):  # unless it is the last chunk, or was scored before
             more = self.scored_places[self.bounds[i]:self.bounds[i + 1]].sum() < self.lengths[i]
-            assert np.allclose(share, (row >= 0) / max((row >= 0).sum(), 1) * more, rtol=1e-6)
-        super().adapt(scored, weights, optimizer)
+            assert learn == (more and self.scores) and (not learn or (self.scored_places[row] == 1).all())
+        assert not any(learns[len(self.group):])
         self.last, self.steps = None, self.steps + 1  # and not twice
 
     def learn(self, rows, optimizer, lr_scale):
@@ -864,19 +900,16 @@ def test_an_unsafe_run_is_caught_learning_early():
 
 def test_no_chunk_is_learned_from_twice():
     learner = make_learner(adapt_config(), make_text((40, 33)))
-    adapters, optimizer = learner.fresh_adapters(2)
-    weights = torch.full((32,), 1 / 16)
-    scored, _ = learner.score([0, 1], 0, 16, adapters)
-    with pytest.raises(AssertionError):  # nothing is scored yet
-        learner.adapt(scored, weights, optimizer)
-    learner.scored_chunks = 1
-    learner.adapt(scored, weights, optimizer)
-    with pytest.raises(AssertionError):
-        learner.adapt(learner.score([0, 1], 16, 16, adapters)[0], weights, optimizer)
-    learner.scored_chunks = 2
+    slots = learner.slots_for(2, 16)
+    table, _ = learner.tabulate(slots, [0, 1], 0, 0, True)
+    assert table[:, -1].tolist() == [1, 1]
+    scored = slots.score(table)
+    slots.adapt(scored, table)
     with pytest.raises(RuntimeError, match="second time"):  # its graph is gone
-        learner.adapt(scored, weights, optimizer)
-    assert learner.learned_chunks == 1
+        slots.adapt(scored, table)
+    learner.scored_chunks = -1
+    with pytest.raises(AssertionError):  # less is scored than learned from
+        learner.score_group([0, 1])
 
 
 # --- the ledger
@@ -956,17 +989,19 @@ def test_documents_of_any_length(lengths, head):
     assert np.allclose(ledger.nats, expected, rtol=2e-3, atol=2e-3)
 
 
-class Poisoned(train_gpt.TestTimeTrainer):
+class PoisonedSlots(Slots):
+    def score(self, table):
+        nats, learner = super().score(table), self.learner
+        if learner.document in learner.group and learner.scores and learner.first // self.size in learner.steps:
+            mask = torch.arange(len(nats)) // self.size == learner.group.index(learner.document)
+            nats.register_hook(lambda grad: torch.where(mask, learner.value, grad))
+        return nats
+
+
+class Poisoned(Hooked):
     """The gradients of one document are no numbers, in some steps."""
 
-    document, steps, value = 3, range(100), math.nan
-
-    def score(self, group, first, size, adapters):
-        nats, place = super().score(group, first, size, adapters)
-        if self.document in group and first // size in self.steps:
-            mask = torch.arange(len(nats)) // size == group.index(self.document)
-            nats.register_hook(lambda grad: torch.where(mask, self.value, grad))
-        return nats, place
+    kind, document, steps, value = PoisonedSlots, 3, range(100), math.nan
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -986,20 +1021,17 @@ def test_a_document_whose_gradients_are_no_numbers_rests(value):
     assert not np.allclose(once[third], without[third], rtol=1e-3)  # what was learned before stays
 
 
-class Broken(Keeps):
+class BrokenSlots(Slots):
+    def adapt(self, nats, table):
+        super().adapt(nats, table)
+        if self.learner.document in self.learner.group:
+            self.adapters["v_document_out"][self.learner.group.index(self.learner.document)] = math.nan
+
+
+class Broken(Hooked):
     """The adapters of one document are no numbers from its second chunk on."""
 
-    document = 3
-
-    def score_group(self, group):
-        self.group = group
-        super().score_group(group)
-
-    def adapt(self, scored, weights, optimizer):
-        super().adapt(scored, weights, optimizer)
-        if self.document in self.group:
-            with torch.no_grad():
-                self.current[0]["v_document_out"][self.group.index(self.document)] = math.nan
+    kind, document = BrokenSlots, 3
 
 
 def test_targets_that_adapters_give_no_number_are_scored_without():
@@ -1067,14 +1099,16 @@ def test_a_budget_that_is_over_leaves_the_scoring(changes):
     assert learner.skipped > 0 and (streams or learner.scored_chunks == 0)
 
 
-class Clocked(train_gpt.TestTimeTrainer):
-    """Scoring a chunk takes a second per token of its rows, anything else no time."""
+class ClockedSlots(Slots):
+    def score(self, table):
+        Clocked.now += table.numel()
+        return super().score(table)
 
-    now = 0.0
 
-    def score(self, group, first, size, adapters):
-        Clocked.now += len(group) * min(first + size, self.config.eval_seq_len)
-        return super().score(group, first, size, adapters)
+class Clocked(Hooked):
+    """Scoring a chunk takes a second per number of its table, anything else no time."""
+
+    kind, now = ClockedSlots, 0.0
 
 
 @pytest.mark.parametrize("plain_seconds", [0, 200])
@@ -1082,9 +1116,11 @@ def test_a_budget_cuts_the_chunks_that_do_not_fit(monkeypatch, plain_seconds):
     """It keeps what scoring the text takes, if nothing learns; what has no time left is scored without adapters."""
     text, config = make_text(LENGTHS), adapt_config(ttt_batch_size=2)
     groups = plan_groups(config, np.array(LENGTHS), range(len(LENGTHS)), single_world())
-    whole = sum(group_work(config, np.array(LENGTHS)[group]) for group in groups)
+    table = 2 * (16 + 5 + 2 + 16 + 2)  # of two documents
+    whole = sum(len(plan_chunks(max(LENGTHS[i] for i in group), 16, SEQ_LEN)) * (table if len(group) > 1 else table / 2)
+                for group in groups)
     healthy, without, adapted = adapted_nats(config, text), unadapted_nats(config, text), []
-    for budget in (40.0, 300.0, 700.0, 1e9):
+    for budget in (100.0, 800.0, 1500.0, 1e9):
         Clocked.now, budget = 0.0, budget + plain_seconds
         monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: Clocked.now)
         learner = make_learner(replace(config, eval_budget_seconds=budget), text, kind=Clocked)
@@ -1153,6 +1189,7 @@ def test_a_budget_of_a_stream_keeps_the_time_to_score_the_rest(monkeypatch):
     ({"TTT_CHUNK_SCHEDULE": "nan@10"}, ["TTT_CHUNK_SCHEDULE=nan@10"]),
     ({"TTT_CHUNK_SCHEDULE": "inf@10"}, ["TTT_CHUNK_SCHEDULE=inf@10"]),
     ({"TTT_FREEZE_BLOCKS": "12"}, ["TTT_FREEZE_BLOCKS=12", "NUM_LAYERS=11"]),
+    ({"EVAL_MODE": "adapted", "SMEAR_GATE": "mean"}, ["EVAL_MODE=adapted", "SMEAR_GATE=mean", "TTT_STRATEGY=stream"]),
     ({"GLOBAL_TTT_CHUNK_TOKENS": "0"}, ["GLOBAL_TTT_CHUNK_TOKENS=0", "TTT_STRATEGY=stream"]),
     ({"TTT_UNSAFE_MULTI_EPOCH": "1"}, ["TTT_UNSAFE_MULTI_EPOCH=1", "TTT_STRATEGY=stream"]),
     ({"TTT_STRATEGY": "phases"}, ["TTT_STRATEGY=phases", "documents, stream"]),
@@ -1206,10 +1243,12 @@ def test_the_audit_finds_planted_leaks(kind, changes, monkeypatch):
 
 def test_the_audit_is_of_what_chance_does(monkeypatch):
     """Scores that differ from run to run are no leak, but seen."""
-    class Noisy(train_gpt.TestTimeTrainer):
-        def score(self, *arguments):
-            nats, place = super().score(*arguments)
-            return nats + next(noise), place
+    class NoisySlots(Slots):
+        def score(self, table):
+            return super().score(table) + next(noise)
+
+    class Noisy(Hooked):
+        kind = NoisySlots
     noise = iter(np.random.default_rng(0).normal(size=1000).tolist())
     monkeypatch.setattr(train_gpt, "TestTimeTrainer", Noisy)
     assert audited(adapt_config())["noise_nats"] > 0.01

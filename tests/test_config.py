@@ -178,6 +178,7 @@ CROSS_CHECKS = [  # environment, what the complaint says
     ({"TTT_CHUNK_SCHEDULE": "0@10"}, ("TTT_CHUNK_SCHEDULE=0@10", "whole tokens", "8@256")),
     ({"NGRAM_ORDER": "3"}, ("NGRAM_ORDER=3", "4 or more")),
     ({"NGRAM_ORDER": "16", "TTT_ORDER": "length"}, ("NGRAM_ORDER=16", "TTT_ORDER=length", "order of the text")),
+    ({"EVAL_MODE": "adapted", "SMEAR_GATE": "mean"}, ("EVAL_MODE=adapted", "SMEAR_GATE=mean")),
     ({"TTT_FREEZE_BLOCKS": "12"}, ("TTT_FREEZE_BLOCKS=12", "NUM_LAYERS=11")),
     ({"GLOBAL_TTT_CHUNK_TOKENS": "0"}, ("GLOBAL_TTT_CHUNK_TOKENS=0", "TTT_STRATEGY=stream")),
     ({"TTT_UNSAFE_MULTI_EPOCH": "1"}, ("TTT_UNSAFE_MULTI_EPOCH=1", "TTT_STRATEGY=stream")),
