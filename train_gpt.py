@@ -918,14 +918,13 @@ class Kernels(NamedTuple):
     look_up: Linear = F.embedding  # ids (T,), weight (V, D) -> (T, D)
     leaky2: Callable[..., Tensor] | None = None  # the whole MLP
     rotate_heads: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None  # norm, rotation, gain of heads
-    exclude_gate: Callable[..., Tensor] | None = None  # exclusive self attention and the sparse gate
     mix_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None  # blend of streams, and its norm
     note: str = ""  # for the log
 
     @property
     def names(self) -> str:
         """For the log: torch or fp8, and what is fused."""
-        fused = [name for name in self._fields[3:7] if getattr(self, name)]
+        fused = [name for name in self._fields[3:6] if getattr(self, name)]
         return "+".join(["torch" if self.linear is F.linear else "fp8", *fused]) + self.note
 
 
@@ -1138,67 +1137,6 @@ def load_rotate_heads() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
                           kept, _, found: (found[0], found[1].sum(0).to(kept[1].dtype), None, None, None))
 
 
-def load_exclude_gate_kernel() -> Any:
-    """-> the Triton kernel of load_exclude_gate. Forward, without dy and what follows, it writes out. Backward that is
-    the gradient that comes in; dgate has a row for each program."""
-    import triton, triton.language as tl  # pyright: ignore[reportMissingImports]
-
-    def exclude_gate_kernel(T, inner, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
-                            ROWS: tl.constexpr, KP: tl.constexpr, WP: tl.constexpr, y, v, start, gate, out, dy=None,
-                            dv=None, dstart=None, dgate=None):
-        row, kv = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None], tl.arange(0, KP)[None, :, None]
-        col, window = tl.arange(0, E)[None, None, :], tl.arange(0, WP)[None, None, :]
-        live, opens, weighs = (row < T) & (kv < K), (row < T) & (window < W), (kv < K) & (window < W)
-        own = tl.load(v + (row * K + kv) * E + col, live, 0.0).to(tl.float32)
-        size = tl.maximum(tl.sum(own * own, 2, keep_dims=True), 1e-24)
-        first = tl.load(start + row * W + window, opens, 0.0).to(tl.float32)
-        down, dfirst = tl.zeros((ROWS, KP, E), tl.float32), tl.zeros((ROWS, 1, WP), tl.float32)
-        for g in tl.static_range(H // K):
-            head = kv * (H // K) + g
-            at, weight_at = (row * H + head) * E + col, head * W + window
-            weight, x = tl.load(gate + weight_at, weighs, 0.0).to(tl.float32), tl.load(y + at, live, 0.0).to(tl.float32)
-            opened = tl.sigmoid(inner * tl.sum(first * weight, 2, keep_dims=True))
-            share = tl.sum(x * own, 2, keep_dims=True) / size
-            rest = x - share * own
-            if dy is None: tl.store(out + at, opened * rest, live)
-            else:
-                grad = tl.load(out + at, live, 0.0).to(tl.float32)
-                turn = tl.sum(grad * rest, 2, keep_dims=True) * opened * (1 - opened) * inner  # gradient of the logit
-                grad *= opened
-                back = tl.sum(grad * own, 2, keep_dims=True) / size
-                tl.store(dy + at, grad - back * own, live)
-                down -= share * grad + back * (rest - share * own)
-                dfirst += tl.sum(turn * weight, 1, keep_dims=True)
-                place = dgate + tl.program_id(0) * H * W + weight_at
-                tl.store(place, tl.sum(turn * first, 0, keep_dims=True), weighs)
-        if dy is not None:
-            tl.store(dv + (row * K + kv) * E + col, down, live)
-            tl.store(dstart + row * W + window, dfirst, opens)
-
-    return triton.jit(exclude_gate_kernel)
-
-
-@functools.cache
-def load_exclude_gate() -> Callable[..., Tensor]:
-    """(y (T, H, E), v (T, K, E), start (T, W), gate (H, W), c) -> exclusive(y, v) times sigmoid(c start gate^T), as
-    (T, H E); E is a power of 2. Each direction reads and writes every tensor once."""
-    kernel = load_exclude_gate_kernel()
-
-    def launch(inner: float, y: Tensor, v: Tensor, *rest: Any) -> None:
-        (tokens, heads, width), kv, window = y.shape, v.size(1), rest[0].size(1)
-        kernel[(-(-tokens // HEAD_ROWS),)](
-            tokens, inner, heads, kv, width, window, HEAD_ROWS, 1 << (kv - 1).bit_length(),
-            1 << (window - 1).bit_length(), y, v, *rest, num_warps=HEAD_ROWS)
-
-    def gradients(y: Tensor, v: Tensor, start: Tensor, gate: Tensor, *_: Any) -> tuple[Tensor, ...]:
-        dgate = y.new_empty(-(-len(y) // HEAD_ROWS), *gate.shape, dtype=torch.float32)
-        return torch.empty_like(y), torch.empty_like(v), torch.empty_like(start), dgate
-
-    forward = written(launch, lambda y, *_: y.new_empty(len(y), y.size(1) * y.size(2)))
-    return differentiable("exclude_gate", "TTTTf T TTTT", forward, written(launch, gradients), lambda
-                          kept, _, found: (*found[:3], found[3].sum(0).to(kept[3].dtype), None))
-
-
 def load_mix_norm_kernels() -> tuple[Any, Any]:
     """-> (forward, backward) Triton kernels of load_mix_norm."""
     import triton, triton.language as tl  # pyright: ignore[reportMissingImports]
@@ -1291,10 +1229,9 @@ def choose_kernels(config: Config, device: torch.device) -> Kernels:
             f"are multiples of 16, not {odd}; set FP8_MATMUL=0")
     kernels = Kernels(Fp8Linear.apply) if config.fp8_matmul else PLAIN
     heads = not (config.head_dim & (config.head_dim - 1) or config.value_residual)
-    gated = config.attn_gate == "sparse" and config.sparse_attn_gate_scale > 0
     leaky2 = config.mlp_activation == "leaky2" and not (config.projection_norm or odd or config.fp8_matmul)
-    loaders = {"rotate_heads": (load_rotate_heads, heads), "exclude_gate": (load_exclude_gate, heads and gated),
-               "mix_norm": (load_mix_norm, True), "leaky2": (load_leaky2, leaky2)}
+    loaders = {"rotate_heads": (load_rotate_heads, heads), "mix_norm": (load_mix_norm, True),
+               "leaky2": (load_leaky2, leaky2)}
     try:
         chosen = {name: load for name, (load, fits) in loaders.items() if fits and config.fused_kernels and major == 9}
         return kernels._replace(**{name: load() for name, load in chosen.items()})
@@ -1677,14 +1614,12 @@ class GPT(nn.Module):
             if "value_mix" in w and first_value is not None: v = w["value_mix"][0] * first_value + w["value_mix"][1] * v
             own = v
         y = self.attention(q, k, v, segments)
-        inner = config.sparse_attn_gate_scale if config.attn_gate == "sparse" else 1.0
-        if exclude and kernels.exclude_gate: y = kernels.exclude_gate(y, own, start, w["attn_gate"], inner)
-        else:
-            y = exclusive(y, own) if exclude else y
-            if "attn_gate" in w:
-                gate = F.linear(n if config.attn_gate == "dense" else start, w["attn_gate"], w.get("attn_gate_bias"))
-                y = y * ((inner * gate).sigmoid() * (2 if config.attn_gate == "output" else 1))[:, :, None]
-            y = y.flatten(1).to(self.dtype)
+        y = exclusive(y, own) if exclude else y
+        if "attn_gate" in w:
+            inner = config.sparse_attn_gate_scale if config.attn_gate == "sparse" else 1.0
+            gate = F.linear(n if config.attn_gate == "dense" else start, w["attn_gate"], w.get("attn_gate_bias"))
+            y = y * ((inner * gate).sigmoid() * (2 if config.attn_gate == "output" else 1))[:, :, None]
+        y = y.flatten(1).to(self.dtype)
         return adapted(kernels.linear(norm(y) if config.projection_norm else y, w["out_proj"]), n, w, "out"), own
 
     def feed_forward(self, w: Mapping[str, Tensor], n: Tensor) -> Tensor:

@@ -17,8 +17,6 @@ from train_gpt import (
     compile_model,
     cut_segments,
     differentiable,
-    exclusive,
-    load_exclude_gate,
     load_leaky2,
     load_leaky2_product,
     load_mix_norm,
@@ -110,26 +108,6 @@ def test_rotate_heads_is_its_plain_form(tokens, heads, kv, width, pairs):
 
 @pytest.mark.gpu
 @gpu
-@pytest.mark.parametrize("tokens, heads, kv, width, window", [
-    (98304, 8, 4, 64, 12), (1001, 3, 1, 32, 4), (1, 8, 8, 128, 16), (77, 6, 3, 16, 1)])
-def test_exclude_gate_is_its_plain_form(tokens, heads, kv, width, window):
-    torch.manual_seed(0)
-    inputs = [draw(tokens, heads, width), draw(tokens, kv, width), draw(tokens, window), draw(heads, window)]
-    ours, exact = [x.clone().requires_grad_() for x in inputs], [x.float().requires_grad_() for x in inputs]
-
-    def twin(y, v, start, gate):
-        return (exclusive(y, v) * (0.5 * start @ gate.T).sigmoid()[:, :, None]).flatten(1)
-
-    out, wanted = torch.compile(load_exclude_gate(), dynamic=False)(*ours, 0.5), twin(*exact)
-    grad = draw(tokens, heads * width)
-    out.backward(grad)
-    wanted.backward(grad.float())
-    for a, b in zip((out, *(x.grad for x in ours)), (wanted, *(x.grad for x in exact))):
-        assert a.shape == b.shape and error(a, b) < 6e-3
-
-
-@pytest.mark.gpu
-@gpu
 @pytest.mark.parametrize("tokens, width, window", [(98304, 512, 12), (1001, 100, 7), (1, 16, 16), (7777, 48, 1)])
 @pytest.mark.parametrize("skip", [False, True])
 def test_mix_norm_is_its_plain_form(tokens, width, window, skip):
@@ -162,6 +140,7 @@ def test_mix_norm_is_its_plain_form(tokens, width, window, skip):
     (False, {"xsa_last_n": 0, "sparse_attn_gate_scale": 0.0})])
 def test_the_model_with_kernels_has_the_gradients_of_the_plain_one(looping, changes):
     """In bfloat16, against float32: no worse than bfloat16 is without kernels."""
+    torch._dynamo.reset()  # other cases' graphs count towards torch's limit
     config = Config(**changes)
     tokens = np.random.default_rng(0).integers(2, config.vocab_size, 8193)
     tokens[::300] = BOS
@@ -224,14 +203,14 @@ def test_a_cpu_uses_plain_torch(changes):
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize("changes, names", [
-    ({}, "torch+rotate_heads+exclude_gate+mix_norm+leaky2"), ({"fused_kernels": False}, "torch"),
-    ({"attn_gate": "dense"}, "torch+rotate_heads+mix_norm+leaky2"),
-    ({"value_residual": True}, "torch+mix_norm+leaky2"),
-    ({"mlp_activation": "swiglu"}, "torch+rotate_heads+exclude_gate+mix_norm"),
-    ({"mlp_hidden": 40}, "torch+rotate_heads+exclude_gate+mix_norm"),
-    ({"projection_norm": True}, "torch+rotate_heads+exclude_gate+mix_norm"),
-    ({"model_dim": 192, "num_heads": 4, "mlp_mult": 2.0}, "torch+mix_norm+leaky2"),
-    ({"fp8_matmul": True, "num_kv_heads": 2}, "fp8+rotate_heads+exclude_gate+mix_norm")])
+    ({}, "torch+leaky2+rotate_heads+mix_norm"), ({"fused_kernels": False}, "torch"),
+    ({"attn_gate": "dense"}, "torch+leaky2+rotate_heads+mix_norm"),
+    ({"value_residual": True}, "torch+leaky2+mix_norm"),
+    ({"mlp_activation": "swiglu"}, "torch+rotate_heads+mix_norm"),
+    ({"mlp_hidden": 40}, "torch+rotate_heads+mix_norm"),
+    ({"projection_norm": True}, "torch+rotate_heads+mix_norm"),
+    ({"model_dim": 192, "num_heads": 4, "mlp_mult": 2.0}, "torch+leaky2+mix_norm"),
+    ({"fp8_matmul": True, "num_kv_heads": 2}, "fp8+rotate_heads+mix_norm")])
 def test_settings_choose_the_kernels(changes, names):
     assert choose_kernels(tiny_config(**changes), torch.device("cuda")).names == names
 
