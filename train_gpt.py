@@ -136,7 +136,7 @@ class Config:
     embed_dim: int = 0  # width of embedding and head, with projections to D and back; 0 = D
     vocab_bias: bool = False  # learned bias of each token's logit
     logit_softcap: Positive = 30.0  # logits = cap x tanh(logits / cap)
-    softcap_type: Literal["tanh", "poly5", "two_sided"] = "tanh"  # two_sided: learned caps above and below 0
+    softcap_type: Literal["tanh", "poly5", "two_sided"] = "two_sided"  # learned caps above and below 0
     rope_base: Positive = 10000.0  # of the rotation frequencies
     rope_dims: int = 16  # channels per head that rotate; 0 = no positions
     rope_scaling: Literal["none", "ntk", "yarn"] = "none"  # for longer contexts than TRAIN_SEQ_LEN
@@ -216,7 +216,7 @@ class Config:
     # --- evaluation
     eval_seq_len: Count = 2048  # tokens of the longest context
     eval_stride: Count = 64  # tokens between sliding windows
-    eval_mode: Literal["packed", "sliding", "adapted"] = "sliding"  # what the score is; packed: each token once, cheap
+    eval_mode: Literal["packed", "sliding", "adapted"] = "adapted"  # the score; packed: each token once, cheap
     eval_only: str = ""  # artifact to score; nothing is trained
     eval_budget_seconds: Positive = 590.0  # of evaluation: adaptation stops where more would be needed, scoring never
     ngram_order: int = 16  # n-gram smoothing: what followed the same tokens before, up to n - 1, gets a share; 0 = off
@@ -321,7 +321,7 @@ class Config:
         yield all(chunk.is_integer() and chunk >= 1 <= longest for chunk, longest in parse_schedule(
             self.ttt_chunk_schedule, "TTT_CHUNK_SCHEDULE")), "{ttt_chunk_schedule}: needs whole tokens, as 8@256"
         yield (self.eval_mode, self.ttt_strategy, self.smear_gate) != ("adapted", "documents", "mean"), \
-            "{eval_mode} {smear_gate}: chunks know no mean of all tokens before; use TTT_STRATEGY=stream"
+            "{eval_mode} {smear_gate}: chunks know no mean of all before; EVAL_MODE=sliding or TTT_STRATEGY=stream"
         yield self.ttt_freeze_blocks <= self.num_layers, "{ttt_freeze_blocks}: there are {num_layers}"
         yield self.ttt_strategy == "stream" or self.global_ttt_chunk_tokens > 0 == self.ttt_unsafe_multi_epoch, \
             "{global_ttt_chunk_tokens} {ttt_unsafe_multi_epoch}: 0 and more than 0 are for TTT_STRATEGY=stream"
@@ -2791,7 +2791,7 @@ def unpack_artifact(data: bytes, where: str) -> tuple[dict[str, Any], dict[str, 
 
 def artifact_config(header: Mapping[str, Any], config: Config | None = None) -> Config:
     """`config` with the model of an artifact."""
-    return replace(config or Config(), **header["model"])
+    return replace(config or Config(eval_mode="packed"), **header["model"])
 
 
 def read_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

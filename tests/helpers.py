@@ -13,7 +13,7 @@ def tiny_config(**changes) -> Config:
     base = {"vocab_size": 64, "num_layers": 4, "model_dim": 32, "num_heads": 2, "num_kv_heads": 1, "mlp_mult": 2.0,
             "rope_dims": 8, "xsa_last_n": 2, "parallel_start_layer": 3, "loop_start": 1, "loop_end": 1, "num_loops": 1,
             "train_seq_len": 64, "train_batch_tokens": 512, "micro_batch_tokens": 128, "eval_seq_len": 64,
-            "eval_stride": 16, "ngram_order": 0}
+            "eval_stride": 16, "ngram_order": 0, "eval_mode": "sliding", "softcap_type": "tanh"}
     return Config(**(base | changes))
 
 

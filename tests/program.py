@@ -21,7 +21,7 @@ SETTINGS = {  # a whole run takes less than a second after the imports
     "ROPE_DIMS": 8, "XSA_LAST_N": 2, "PARALLEL_START_LAYER": 3, "LOOP_START": 1, "LOOP_END": 1, "NUM_LOOPS": 1,
     "TRAIN_SEQ_LEN": 64, "TRAIN_BATCH_TOKENS": 512, "MICRO_BATCH_TOKENS": 128, "EVAL_SEQ_LEN": 64, "EVAL_STRIDE": 16,
     "ITERATIONS": 8, "MAX_WALLCLOCK_SECONDS": 0, "TRAIN_LOG_EVERY": 1, "DEVICE": "cpu", "COMPRESSOR": "zstd",
-    "NGRAM_ORDER": 0}
+    "NGRAM_ORDER": 0, "EVAL_MODE": "sliding"}
 
 
 def make_tokens(seed: int, count: int) -> np.ndarray:

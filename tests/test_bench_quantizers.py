@@ -142,7 +142,7 @@ def test_one_multiplier_of_the_steps_sets_the_size(name, monkeypatch):
                for key, shape in train_gpt.param_shapes(config).items()}
     lines: list[str] = []
     data = train_gpt.fit_artifact(config, weights, {}, {}, 0, lines.append)
-    assert 0.98 * 16_000 < len(data) <= 16_000, lines  # so small a file changes by 2 % when rows change their class
+    assert 0.97 * 16_000 < len(data) <= 16_000, lines  # so small a file changes by 2 % when rows change their class
     sizes = [len(train_gpt.pack_artifact(config, train_gpt.quantize(config, weights, {}, 2 ** power), {}))
              for power in (-0.5, 0.5, 1.0, 2.0)]
     assert sizes == sorted(sizes, reverse=True), sizes

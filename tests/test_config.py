@@ -30,7 +30,8 @@ OTHER = {"device": "cpu", "compile": "0", "attention": "sdpa", "muon_coefficient
          "attn_gate": "dense", "smear_gate": "static", "bigram_hash": "31", "depth_lora_rank": "8",
          "swa_start_frac": "0.2", "late_qat_threshold": "0.15", "ttt_strategy": "stream", "ttt_order": "length",
          "ttt_chunk_schedule": "8@256,24@2000", "ttt_targets": "q,head", "ttt_optimizer": "sgd", "ngram_order": "8"}
-NEEDED = {"ttt_unsafe_multi_epoch": {"TTT_STRATEGY": "stream"}, "ttt_order": {"NGRAM_ORDER": "0"}}  # set with them
+NEEDED = {"ttt_unsafe_multi_epoch": {"TTT_STRATEGY": "stream"}, "ttt_order": {"NGRAM_ORDER": "0"},
+          "smear_gate": {"EVAL_MODE": "sliding"}}  # set with them
 
 
 def other_text(name: str) -> str:
