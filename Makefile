@@ -15,11 +15,12 @@ SEEDS ?= 42 314 999
 PRESET ?= presets/laptop.env
 RUNS ?= $(basename $(notdir $(PRESET)))
 LAUNCH ?= $(BIN)/python
+PROGRAM ?= train_gpt.py
 SETTINGS ?=
 NAME ?= $(RUNS)
 TRACK ?= non_record_16mb
 OPTIONS ?=
-unexport SEEDS PRESET RUNS LAUNCH SETTINGS NAME TRACK OPTIONS  # the program takes its settings from the environment
+unexport SEEDS PRESET RUNS LAUNCH PROGRAM SETTINGS NAME TRACK OPTIONS  # the program takes its settings from the environment
 
 .PHONY: help venv data demo seeds record pack size leaderboard test lint check clean
 
@@ -43,11 +44,12 @@ demo: data
 	$(BIN)/python tools/sample.py logs/$(RUN_ID).artifact --tokenizer data/tokenizers/stdlib.model --prompt 'def ' --tokens 80
 	$(BIN)/python tools/plot_runs.py logs/$(RUN_ID).txt
 
-# LAUNCH=".venv/bin/torchrun --standalone --nproc_per_node=8" uses eight GPUs; SETTINGS="NAME=value ..." goes over the preset
+# LAUNCH=".venv/bin/torchrun --standalone --nproc_per_node=8" uses eight GPUs; SETTINGS="NAME=value ..." goes over the preset;
+# PROGRAM=build/train_gpt.py runs what make pack made, and counts its bytes
 seeds: $(if $(findstring laptop,$(PRESET)),data,venv)
 	for seed in $(SEEDS); do \
 	  (set -a && . $(PRESET) && set +a && \
-	   env $(SETTINGS) SEED=$$seed RUN_ID=$(RUNS)_seed$$seed $(LAUNCH) train_gpt.py) || exit; \
+	   env $(SETTINGS) SEED=$$seed RUN_ID=$(RUNS)_seed$$seed $(LAUNCH) $(PROGRAM)) || exit; \
 	done
 	$(BIN)/python tools/compare_runs.py $(foreach seed,$(SEEDS),logs/$(RUNS)_seed$(seed).txt) --out logs/$(RUNS).png
 

@@ -275,11 +275,13 @@ def test_what_the_packer_does_not_know_is_refused(source, complaint):
 
 
 def test_strings_that_look_like_code_stay_as_they_are():
-    source = r"""a = '# no  comment', "it's", 'say "x = 1"', '''two
-  lines''', f"{a['b'] + 1:>{w + 2}} ' + {{ x }} {x!r}", rb'\d + ', '\t tab', f'{x:%H : %M}', 'caf\xe9 \u20ac', f"\n{x}"
+    source = r"""a = (f'it"s  {a["b"] + 1} ', f'{", ".join(c)} {{}} {a["b"]}', '# no  comment', "it's",
+    'say "x = 1"', '''two
+  lines''', f"{a['b'] + 1:>{w + 2}} ' + {{ x }} {x!r}", rb'\d + ', '\t tab', f'{x:%H : %M}', 'caf\xe9 \u20ac', f"\n{x}")
 """
     text = pack.minify(source.encode())
     assert ast.dump(ast.parse(text)) == ast.dump(ast.parse(source)) and text.count("\n") == 0
+    assert text.startswith("a=(f") and """,f"{', '.join(c)} {{}} {a['b']}",'# no  comment',""" in text
 
 
 # --- the coder
