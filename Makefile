@@ -2,6 +2,7 @@
 # make test   the test suite; make check = lint + types + tests
 # make seeds  SEEDS="42 314 999" PRESET=presets/laptop.env RUNS=laptop   one run per seed, then means and spreads
 # make record NAME=Demo TRACK=non_record_16mb RUNS=laptop OPTIONS="--notes my.md"   their logs -> a folder in records/
+# make pack   build/train_gpt.py, the program as it is counted, shipped and run; make size: its bytes by section
 # make leaderboard   the README's table of records, from records/*/*/submission.json
 PYTHON ?= python3
 SHELL := /bin/bash
@@ -14,13 +15,14 @@ SEEDS ?= 42 314 999
 PRESET ?= presets/laptop.env
 RUNS ?= $(basename $(notdir $(PRESET)))
 LAUNCH ?= $(BIN)/python
+PROGRAM ?= train_gpt.py
 SETTINGS ?=
 NAME ?= $(RUNS)
 TRACK ?= non_record_16mb
 OPTIONS ?=
-unexport SEEDS PRESET RUNS LAUNCH SETTINGS NAME TRACK OPTIONS  # the program takes its settings from the environment
+unexport SEEDS PRESET RUNS LAUNCH PROGRAM SETTINGS NAME TRACK OPTIONS  # the program takes its settings from the environment
 
-.PHONY: help venv data demo seeds record leaderboard test lint check clean
+.PHONY: help venv data demo seeds record pack size leaderboard test lint check clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -42,17 +44,24 @@ demo: data
 	$(BIN)/python tools/sample.py logs/$(RUN_ID).artifact --tokenizer data/tokenizers/stdlib.model --prompt 'def ' --tokens 80
 	$(BIN)/python tools/plot_runs.py logs/$(RUN_ID).txt
 
-# LAUNCH=".venv/bin/torchrun --standalone --nproc_per_node=8" uses eight GPUs; SETTINGS="NAME=value ..." goes over the preset
+# LAUNCH=".venv/bin/torchrun --standalone --nproc_per_node=8" uses eight GPUs; SETTINGS="NAME=value ..." goes over the preset;
+# PROGRAM=build/train_gpt.py runs what make pack made, and counts its bytes
 seeds: $(if $(findstring laptop,$(PRESET)),data,venv)
 	for seed in $(SEEDS); do \
 	  (set -a && . $(PRESET) && set +a && \
-	   env $(SETTINGS) SEED=$$seed RUN_ID=$(RUNS)_seed$$seed $(LAUNCH) train_gpt.py) || exit; \
+	   env $(SETTINGS) SEED=$$seed RUN_ID=$(RUNS)_seed$$seed $(LAUNCH) $(PROGRAM)) || exit; \
 	done
 	$(BIN)/python tools/compare_runs.py $(foreach seed,$(SEEDS),logs/$(RUNS)_seed$(seed).txt) --out logs/$(RUNS).png
 
 record: venv
 	$(BIN)/python tools/make_record.py $(foreach seed,$(SEEDS),logs/$(RUNS)_seed$(seed).txt) \
 	  --name $(NAME) --track $(TRACK) --base $(PRESET) $(OPTIONS)
+
+pack: venv
+	$(BIN)/python tools/pack.py train_gpt.py -o build/train_gpt.py
+
+size: venv
+	$(BIN)/python tools/pack.py train_gpt.py --size
 
 leaderboard: venv
 	$(BIN)/python tools/leaderboard.py README.md
@@ -68,4 +77,4 @@ lint: venv
 check: lint test
 
 clean:
-	rm -rf $(VENV) logs data/datasets data/tokenizers
+	rm -rf $(VENV) build logs data/datasets data/tokenizers

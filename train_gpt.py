@@ -18,7 +18,7 @@ Shapes: T tokens of a packed micro-batch, D model width, H query heads, K key/va
 V vocabulary, L layers. A batch is one row of T tokens that holds many documents: a segment is a piece of one document,
 at most TRAIN_SEQ_LEN tokens long, and attention never leaves a segment.
 """
-import ast, contextlib, difflib, fnmatch, functools, hashlib, io, json, lzma, math, os, re, signal, struct, sys, time
+import contextlib, difflib, fnmatch, functools, hashlib, io, json, lzma, math, os, re, signal, struct, sys, time
 import gc, inspect, shutil, warnings, zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -2641,7 +2641,7 @@ def predicted_bytes(config: Config) -> int:
 
 
 # ====================================================================================================================
-# 10. compress: arrays -> one artifact file, and the program's own source -> the packed file that is counted with it.
+# 10. compress: arrays -> one artifact file.
 #     Layout: magic, header length (uint32 little-endian), zlib-compressed JSON header, streams, sha256 of all before.
 # ====================================================================================================================
 
@@ -2797,30 +2797,6 @@ def artifact_config(header: Mapping[str, Any], config: Config | None = None) -> 
 def read_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Artifact file -> (header, {name: float32 weights})."""
     with naming_path(path, "ARTIFACT_PATH"): return unpack_artifact(path.read_bytes(), str(path))
-
-
-PACKED_START = b"#coding:latin1\nimport lzma,linecache\n"
-
-
-def pack_source(source: bytes) -> bytes:
-    """A Python file -> a smaller one that does the same: comments and docstrings go, the rest is compressed.
-
-    It needs the standard library only; inspect.getsource and the traceback module see the unpacked source, the
-    interpreter's own tracebacks from Python 3.13 on. Packed stays as it is.
-    """
-    if source.startswith(PACKED_START): return source
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
-            node.body = node.body[1:] or [ast.Pass()]
-    filters = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": 3, "lp": 0, "pb": 0}]
-    data = lzma.compress(ast.unparse(tree).encode(), lzma.FORMAT_ALONE, filters=filters)
-    for byte, escape in ((rb"\\", rb"\\"), (rb"\0(?=[0-9])", rb"\x00"), (rb"\0", rb"\0"), (rb"\n", rb"\n"),
-                         (rb"\r", rb"\r"), (rb"'", rb"\'")):  # \0 before a digit would be another octal escape
-        data = re.sub(byte, lambda _, escape=escape: escape, data)
-    return (PACKED_START + b"s=lzma.decompress('" + data + b"'.encode('latin1')).decode()\n"
-            b"f=__file__+'[unpacked]'\nlinecache.cache[f]=len(s),None,s.splitlines(True),f\n"
-            b"exec(compile(s,f,'exec'))\n")
 
 
 # ====================================================================================================================
@@ -3356,13 +3332,20 @@ def audit(config: Config, evaluator: Evaluator, make: Callable[[], GPT]) -> dict
 # ====================================================================================================================
 
 
-def write_run_header(log: Log, config: Config, world: World, source: bytes) -> None:
-    """Source, versions, device and settings at the start of the log file; a summary of them on the terminal."""
-    log(source.decode("latin1" if source.startswith(PACKED_START) else "utf8"), to_terminal=False)
+def write_run_header(log: Log, config: Config, world: World, source: bytes) -> int:
+    """Source, versions, device and settings at the start of the log file; a summary of them on the terminal.
+
+    -> the bytes of code to count: of this file if tools/pack.py made it, else some that the packed file stays below.
+    """
+    packed = source.startswith(b"#coding:latin1\n")
+    code_bytes = len(source if packed else lzma.compress(source))
+    log(source.decode("latin1" if packed else "utf8"), to_terminal=False)
     log("\n".join(["=" * 100, *(f"{f.name}:{getattr(config, f.name)}" for f in fields(config))]), to_terminal=False)
     log(f"train_gpt:{VERSION} python:{sys.version.split()[0]} torch:{torch.__version__} numpy:{np.__version__} "
         f"source_sha256:{hashlib.sha256(source).hexdigest()[:16]}")
     log(f"run_id:{config.run_id} device:{world.describe()} world_size:{world.size} dtype:{str(world.dtype)[6:]}")
+    log(f"code_bytes:{code_bytes} {'packed' if packed else 'upper bound: run what tools/pack.py makes of this file'}")
+    return code_bytes
 
 
 def describe_dataset(log: Log, dataset: Dataset, notes: Sequence[str]) -> None:
@@ -3404,8 +3387,7 @@ def preflight(config: Config, log: Log, trainer: Trainer, code_bytes: int) -> No
 
 def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequest) -> int:
     """Config -> trained weights -> artifact on disk -> model rebuilt from those bytes -> score -> exit code."""
-    code_bytes = len(pack_source(source := Path(__file__).read_bytes()))
-    write_run_header(log, config, world, source)
+    code_bytes = write_run_header(log, config, world, source := Path(__file__).read_bytes())
     attention_name, attention = choose_attention(config.attention, world.device)
     compiled = use_compile(config, world, attention_name)
     artifact_path = Path(config.eval_only or config.artifact_path or Path(config.log_dir) / f"{config.run_id}.artifact")

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import packers
 import quantizers
+from pack import pack
 from speed import with_settings
 from summary import table
 
@@ -248,7 +249,7 @@ def first_window(config: Config, world: World, dataset: Dataset) -> Batch:
 
 def predict(config: Config) -> None:
     """Prints the bytes of these settings, and the largest MLP_HIDDEN and NUM_LAYERS that fit at the steps they give."""
-    code = len(train_gpt.pack_source(Path(train_gpt.__file__).read_bytes()))
+    code = len(pack(Path(train_gpt.__file__).read_bytes()))
     limit = (config.target_bytes or train_gpt.SIZE_LIMIT_BYTES) - code
     print(f"predicted_artifact_bytes:{train_gpt.predicted_bytes(config)} code_bytes:{code} limit_bytes:{limit + code}")
     for name, first, step in (("mlp_hidden", 16, 16), ("num_layers", max(config.parallel_start_layer + 1, 2), 1)):

@@ -1,4 +1,5 @@
-"""Paths, one thread, and the marks of all tests."""
+"""Paths, one thread, the packed program, and the marks of all tests."""
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT, ROOT / "tools", ROOT / "data"):
     sys.path.insert(0, str(folder))
 torch.set_num_threads(1)  # the tests themselves run side by side
+import pack  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
@@ -25,6 +27,21 @@ def no_waiting_for_the_disk():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
         yield
+
+
+@pytest.fixture(scope="session")
+def packed_program(tmp_path_factory) -> Path:
+    """The packed train_gpt.py, alone in its folder: packed once, by the first of the processes that run tests."""
+    source = (ROOT / "train_gpt.py").read_bytes()
+    base = tmp_path_factory.getbasetemp()
+    folder = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    path = folder / f"packed_{hashlib.sha256(source).hexdigest()[:16]}" / "train_gpt.py"
+    if not path.is_file():
+        part = tmp_path_factory.mktemp("packed") / "part"
+        part.write_bytes(pack.pack(source))
+        path.parent.mkdir(exist_ok=True)
+        os.replace(part, path)
+    return path
 
 
 @pytest.fixture

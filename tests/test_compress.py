@@ -1,23 +1,15 @@
-"""Section 10, compress: codecs, the artifact's round trip and refusals, and the packed source."""
-import ast
-import importlib.util
-import inspect
+"""Section 10, compress: codecs, the artifact's round trip and refusals. The packed program: test_pack.py."""
 import json
 import math
-import os
-import signal
 import struct
-import subprocess
-import sys
 import zlib
-from base64 import b85encode
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
@@ -25,13 +17,11 @@ from train_gpt import (
     ARTIFACT_MAGIC,
     CODECS,
     MODEL_FIELDS,
-    PACKED_START,
     QUANTIZERS,
     Config,
     UserError,
     artifact_config,
     pack_artifact,
-    pack_source,
     param_shapes,
     quantize,
     read_artifact,
@@ -170,176 +160,6 @@ def test_refusals_name_their_reason(artifact, tmp_path):
     for path in (missing, tmp_path):
         with pytest.raises(UserError, match=path.name + ".*set ARTIFACT_PATH"):
             read_artifact(path)
-
-
-# --- packed source
-SAMPLE = '''"""Module docstring: goes."""
-# comment: goes
-import inspect
-import sys
-from dataclasses import dataclass
-
-
-@dataclass
-class Point:
-    """Class docstring: goes."""
-
-    x: int = 1  # comment
-    name: str = "a # no comment"
-
-
-class Empty:
-    """Only a docstring."""
-
-
-def silent():
-    """Only a docstring."""
-
-
-def add(a, b=2, *rest, **named):
-    """Docstring.
-
-    Two paragraphs.
-    """
-    assert a != 13, "unlucky"
-    return a + b  # sum
-
-
-async def later():
-    """Docstring."""
-    return 5
-
-
-TEXT = "\\0 \\r \\n \\07 \\0008 \\\\0 \\\\07 ' \\" \\x1a \\u20ac \\U0001f600 \\\\"
-RAW = r"\\07\\n'"
-BYTES = b"\\x00\\xff\\r\\n0123456789'\\""
-"""A string that is no docstring."""
-print(repr(TEXT), repr(RAW), BYTES, Point(), Empty.__name__, silent(), add(1), f"{add(2, b=3)!r:>4}{'q'}")
-print(len(sys.argv), __name__)
-print(inspect.getsource(add))
-try:
-    add(13)
-except AssertionError as error:
-    print("asserted", error)
-if __name__ == "__main__":
-    print("main")
-'''
-
-
-def run_file(path: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, path, *arguments], check=False, capture_output=True, text=True, timeout=60)
-
-
-def unpacked(packed: bytes) -> str:
-    """Packed file -> the source in it, by Python's own parser and without running it."""
-    literal = next(node for node in ast.walk(ast.parse(packed))
-                   if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) > 50)
-    return train_gpt.lzma.decompress(literal.value.encode("latin1")).decode()
-
-
-def test_packed_script_does_the_same(tmp_path):
-    plain, packed = tmp_path / "plain.py", tmp_path / "packed.py"
-    plain.write_text(SAMPLE)
-    packed.write_bytes(pack_source(SAMPLE.encode()))
-    expected, result = run_file(plain, "a"), run_file(packed, "a")
-    assert expected.returncode == result.returncode == 0, result.stderr
-    source = expected.stdout[expected.stdout.index("def add"):expected.stdout.index("\n\nasserted")]
-    assert "return a + b" in source and "main" in expected.stdout
-    start = result.stdout.index("def add")
-    inside = result.stdout[start:result.stdout.index("\n\nasserted")]
-    assert inside.startswith("def add(a, b=2, *rest, **named):\n") and "return a + b" in inside
-    assert result.stdout.replace(inside, source) == expected.stdout
-
-
-def test_packed_traceback_shows_the_source(tmp_path):
-    path = tmp_path / "fails.py"
-    path.write_bytes(pack_source(b"import traceback\ndef fail():\n    '''Docstring.'''\n    return 1 / 0\n"
-                                 b"try:\n    fail()\nexcept ZeroDivisionError:\n    print(traceback.format_exc())\n"
-                                 b"fail()\n"))
-    result = run_file(path)
-    assert result.returncode == 1 and "return 1 / 0" in result.stdout
-    assert 'fails.py[unpacked]", line 4, in fail' in result.stderr and "ZeroDivisionError" in result.stderr
-
-
-def test_packing_twice_is_packing_once():
-    packed = pack_source(SAMPLE.encode())
-    assert packed.startswith(PACKED_START) and pack_source(packed) == packed == pack_source(SAMPLE.encode())
-
-
-def test_comments_and_docstrings_go_and_nothing_else():
-    source = unpacked(pack_source(SAMPLE.encode()))
-    assert "goes" not in source and "Two paragraphs" not in source and "Only a docstring" not in source
-    tree = ast.parse(SAMPLE)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
-            node.body = body[1:] or [ast.Pass()]
-    assert ast.dump(ast.parse(source)) == ast.dump(ast.parse(ast.unparse(tree)))
-
-
-@settings(deadline=None, max_examples=300)
-@given(st.lists(st.sampled_from(b"\\0789\0\r\n'\"\xff\x85\x1ax"), max_size=12).map(bytes))
-@example(b"\\07\0007\08")
-def test_any_compressed_bytes_survive_the_literal(payload):
-    """Whatever bytes the compressor gives, Python reads them back from the string literal."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_gpt.lzma, "compress", lambda *_, **__: payload)
-        packed = pack_source(b"x = 1\n")
-    call = next(node for node in ast.walk(ast.parse(packed)) if isinstance(node, ast.Call)
-                and isinstance(node.func, ast.Attribute) and node.func.attr == "encode"
-                and isinstance(node.func.value, ast.Constant))
-    assert call.func.value.value.encode("latin1") == payload
-
-
-@pytest.fixture(scope="module")
-def packed_program(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("packed") / "train_gpt.py"
-    path.write_bytes(pack_source(SCRIPT.read_bytes()))
-    return path
-
-
-def test_packed_program_is_small(packed_program):
-    size = packed_program.stat().st_size
-    source = unpacked(packed_program.read_bytes()).encode()
-    assert size < 45_000
-    assert size < len(b85encode(train_gpt.lzma.compress(source, preset=9)))
-    assert size < len(b85encode(train_gpt.lzma.compress(SCRIPT.read_bytes(), preset=9)))
-
-
-def test_packed_program_helps(packed_program):
-    result = run_file(packed_program, "--help")
-    assert result.returncode == 0, result.stderr
-    lines = [line.split("=")[0].strip() for line in result.stdout.splitlines()]
-    assert set(lines) >= {f.name.upper() for f in fields(Config)}
-    assert list(packed_program.parent.iterdir()) == [packed_program]
-
-
-def test_packed_program_refuses_like_the_plain_one(packed_program):
-    result = subprocess.run([sys.executable, packed_program], check=False, capture_output=True, text=True, timeout=60,
-                            env={"NUM_LAYERS": "x", "PATH": ""})
-    assert result.returncode == 2 and result.stderr.strip() == "error: NUM_LAYERS=x: must be a whole number"
-
-
-def test_importing_the_packed_program_has_no_side_effects(packed_program, monkeypatch, capfd):
-    """It brings the same names, prints nothing, makes no file, and leaves the environment and signals alone."""
-    before = dict(os.environ), signal.getsignal(signal.SIGINT), torch.initial_seed()
-    spec = importlib.util.spec_from_file_location("packed_train_gpt", packed_program)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "packed_train_gpt", module)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    spec.loader.exec_module(module)
-    assert before == (dict(os.environ), signal.getsignal(signal.SIGINT), torch.initial_seed())
-    assert capfd.readouterr() == ("", "")
-    assert [p for p in packed_program.parent.iterdir() if p.name != "__pycache__"] == [packed_program]
-    public = {name for name in vars(train_gpt) if not name.startswith("__")}
-    assert public <= set(vars(module)) and module.Config().__dict__ == Config().__dict__
-    assert "stride" in inspect.getsource(module.windows) and '"""' not in inspect.getsource(module.windows)
-    config = small_config()
-    weights = random_weights(config)
-    theirs = module.Config(**config.__dict__)
-    packed = module.pack_artifact(theirs, module.quantize(theirs, weights), {})
-    assert packed == pack_artifact(config, quantize(config, weights), {})
 
 
 # --- the entropy coder

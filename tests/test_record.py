@@ -9,6 +9,7 @@ from pathlib import Path
 
 import fake_logs
 import make_record
+import pack
 import program
 import pytest
 import record
@@ -22,6 +23,7 @@ import train_gpt
 
 SCORES = {42: 1.0500, 314: 1.0512, 999: 1.0495}
 DATE = "2026-05-01"
+SOURCE = fake_logs.PROGRAM.encode()
 PUBLISHED_KEYS = {  # of the folders of PRs #1855 and #2135, and others' that tools read
     "author", "github_id", "name", "blurb", "date", "track", "val_loss", "val_bpb", "val_loss_std", "val_bpb_std",
     "seeds", "seed_results", "comparison_baseline_bpb", "delta_vs_leaderboard_bpb", "delta_vs_leaderboard_nats",
@@ -224,8 +226,7 @@ def test_edited_logs_are_refused_by_name(name, clone, tmp_path, capsys):
     assert edited != path.read_text()
     path.write_text(edited)
     with pytest.raises(run_log.ToolError, match=re.escape(complaint)) as caught:
-        source = fake_logs.PROGRAM.encode()
-        make_record.read_logs([path], make_record.Program(source, b"#packed\n" + source, fake_logs.SETTINGS))
+        make_record.read_logs([path], make_record.Program(SOURCE, pack.pack(SOURCE), fake_logs.SETTINGS))
     assert str(path) in str(caught.value)
 
 
@@ -244,9 +245,15 @@ def test_refuses_and_leaves_nothing(root, tmp_path, capsys):
     assert "of another script" in complaint(foreign, *options)
     assert "No such file" in complaint(tmp_path / "absent.txt", *options)
     large = fake_logs.write_logs(tmp_path, {9: 1.05}, "large", result={
-        "artifact_bytes": 16_000_000, "submission_bytes": 16_000_000 + len(fake_logs.PROGRAM) + 8, "fits": False,
-        "headroom_bytes": -len(fake_logs.PROGRAM) - 8, "legal": False})
-    assert "over the limit of 16,000,000" in complaint(*large, *options)
+        "artifact_bytes": 16_000_000, "submission_bytes": 16_000_000 + fake_logs.CODE_BYTES, "fits": False,
+        "headroom_bytes": -fake_logs.CODE_BYTES, "legal": False})
+    size = len(pack.pack(SOURCE))
+    assert f"{16_000_000 + size:,} bytes are {size:,} over the limit of 16,000,000" in complaint(*large, *options)
+    for count in (size - 1, 0):
+        small = fake_logs.write_logs(tmp_path, {9: 1.05}, "small", result={
+            "artifact_bytes": 15_000_000, "code_bytes": count, "submission_bytes": 15_000_000 + count,
+            "headroom_bytes": 1_000_000 - count})
+        assert f"counted {count} bytes of program, train_gpt.py has {size}" in complaint(*small, *options)
     slow = fake_logs.write_logs(tmp_path, SCORES, "slow", steps=110)
     assert "in_time: the lines say False" in complaint(*slow, *options), "649 seconds that call themselves in time"
     record_track = "--root", root, "--name", "New"
@@ -347,7 +354,8 @@ HIDDEN = {  # a change with new hashes: file, what, and what the report says all
     "title": ("PR.md", r"1\.05023", "1.04023", "PR.md line 1"),
     "command": ("run.sh", r"MATRIX_LR=0.03", "MATRIX_LR=0.04", "run.sh line"),
     "packages": ("requirements.txt", r"torch==2.11", "torch==2.12", "does not ask for torch==2.11.0"),
-    "packed": ("train_gpt.py", r"vocab_size: int = 8192", "vocab_size: int = 8193", "is not what train_gpt_readable"),
+    "packed": ("train_gpt.py", r"(?s)(d=iter.{1500}).", r"\1!", "is not what train_gpt_readable.py packs to"),
+    "unpacker": ("train_gpt.py", r"exec\(compile", "print(compile", "packs to: not packed by this tools/pack.py"),
     "readable": ("train_gpt_readable.py", r'"""Settings', '"""Setting', "its source is neither"),
     "plot": ("runs.png", r"PNG", "PNX", "runs.png is no PNG"),
     "log": ("train_seed314.log", r'("nats": 2)', r"\g<1>1", "is not what its sums give"),
@@ -367,13 +375,84 @@ def test_a_change_with_new_hashes_fails_too(change, folder, capsys):
     assert complaint in fails(capsys, folder)
 
 
-def test_another_python_cannot_tell_how_the_program_was_packed(folder, capsys):
+def repacked(folder: Path, text: str) -> None:
+    """Has a folder's packed program hold this text. The sizes in the folder's pages may be others then."""
+    model = pack.make_model(pack.dedented(text))
+    (folder / "train_gpt.py").write_bytes(pack.packed_file(model, pack.coded(model)))
+    resign(folder)
+
+
+def program_check(capsys, folder: Path) -> str:
+    """Validates a folder -> what it says about the program."""
+    return " ".join(line for line in call(validate_record, capsys, folder)[1].splitlines() if " program " in line)
+
+
+def test_the_packed_program_may_be_in_other_words_but_the_same(folder, capsys):
+    """As another Python writes it."""
+    text = pack.minify(SOURCE)
+    repacked(folder, text.replace("8192", "(8192)"))
+    assert program_check(capsys, folder).startswith("pass ")
+    repacked(folder, text.replace("8192", "8193"))
+    assert "train_gpt.py is not what train_gpt_readable.py packs to" in program_check(capsys, folder)
+
+
+def test_what_this_python_cannot_read_is_unknown(folder, capsys):
+    repacked(folder, pack.minify(SOURCE).replace("import json", "import json json"))
+    assert "is not what train_gpt_readable.py packs to" in program_check(capsys, folder)
     for path in folder.glob("*.log"):
         path.write_text(re.sub(r" python:\S+", " python:3.1.4", path.read_text()))
-    (folder / "train_gpt.py").write_bytes((folder / "train_gpt.py").read_bytes().replace(b"8192", b"8193"))
     resign(folder)
-    code, out, _ = call(validate_record, capsys, folder)
-    assert code == 0 and re.search(r"unknown program +is train_gpt.py .* Python 3\.1 packed it", out), out
+    assert "packed? Python 3.1 packed it; it can tell" in program_check(capsys, folder)
+
+
+def test_another_unpacker_is_unknown(folder, capsys, monkeypatch):
+    own = pack.unpacker()
+    with monkeypatch.context() as patch:
+        patch.setattr(pack, "unpacker", lambda: own + "\n0")
+        repacked(folder, pack.minify(SOURCE))
+    commit = json.loads((folder / "submission.json").read_text())["commit"]
+    assert f"has another unpacker than this tools/pack.py writes; that of commit {commit[:12]} can tell" in \
+        program_check(capsys, folder)
+
+
+def test_programs_that_pack_themselves_are_asked(root, capsys):
+    """As they were before tools/pack.py; a run of one counted exactly what it packs to."""
+    source = fake_logs.PROGRAM.replace("\n\nif __name__", (
+        '\n\ndef pack_source(source):\n    """-> the packed program."""\n    return b"#packed\\n" + source'
+        '\n\n\nif __name__'))
+    (root / "train_gpt.py").write_text(source)
+    git(root, "commit", "-qam", "old")
+    options = "--track", "non_record_16mb"
+    logs = fake_logs.write_logs(root / "logs", SCORES, source=source)
+    assert "counted 5000 bytes" in refused(make_record, capsys, *logs, "--root", root, "--name", "New", *options)
+    size = len(source) + 8
+    for seed, path in zip(SCORES, logs):
+        counted = {"code_bytes": size, "submission_bytes": 15_900_000 + seed + size,
+                   "headroom_bytes": 100_000 - seed - size}
+        path.write_text(fake_logs.our_log(seed, SCORES[seed], source=source, result=counted))
+    made = make(capsys, root, logs, *options)
+    assert (made / "train_gpt.py").read_text() == f"#packed\n{source}"
+    assert call(validate_record, capsys, made)[0] == 0
+    (made / "train_gpt.py").write_text(f"#packed\n{source}".replace("8192", "8193"))
+    resign(made)
+    assert "train_gpt.py is not what train_gpt_readable.py packs to" in program_check(capsys, made)
+    for path in made.glob("*.log"):
+        path.write_text(re.sub(r" python:\S+", " python:3.1.4", path.read_text()))
+    resign(made)
+    assert "packed? Python 3.1 packed it; it can tell" in program_check(capsys, made)
+
+
+def test_runs_of_the_packed_program_count_its_bytes(root, capsys):
+    packed = pack.pack(SOURCE)
+    logs = fake_logs.write_logs(root / "logs", SCORES, source=packed.decode("latin1"))
+    made = make(capsys, root, logs, "--track", "non_record_16mb")
+    facts = json.loads((made / "submission.json").read_text())
+    assert facts["bytes_code"] == len(packed) and facts["bytes_total"] == 15_900_999 + len(packed)
+    assert (made / "train_gpt.py").read_bytes() == packed and (made / "train_gpt_readable.py").read_bytes() == SOURCE
+    assert call(validate_record, capsys, made)[0] == 0
+    logs = fake_logs.write_logs(root / "logs", SCORES, source=packed.decode("latin1"), result={
+        "code_bytes": 5000, "artifact_bytes": 15_000_000, "submission_bytes": 15_005_000, "headroom_bytes": 995_000})
+    assert "counted 5000 bytes of program" in refused(make_record, capsys, *logs, "--root", root, "--name", "Other")
 
 
 def test_missing_and_extra_files_fail(folder, capsys):
@@ -485,8 +564,10 @@ def test_a_record_of_the_real_program(tmp_path, capsys):
     result = program.result_of(capsys.readouterr().out)
     made = make(capsys, root, [root / "logs/run.txt"], "--track", "non_record_16mb")
     facts = json.loads((made / "submission.json").read_text())
-    assert facts["val_bpb"] == round(result["val_bpb"], 8) and facts["bytes_total"] == result["submission_bytes"]
-    assert (made / "train_gpt.py").stat().st_size == result["code_bytes"] and len(facts["attribution"]) > 10
+    assert facts["val_bpb"] == round(result["val_bpb"], 8) and len(facts["attribution"]) > 10
+    size = (made / "train_gpt.py").stat().st_size
+    assert facts["bytes_code"] == size < result["code_bytes"]
+    assert facts["bytes_total"] == result["artifact_bytes"] + size
 
 
 def test_toy_settings_keep_heads_and_layers():

@@ -276,7 +276,7 @@ def test_summary_without_text(log: Path, capsys: pytest.CaptureFixture) -> None:
     rows = cells(out)
     assert code == 0 and rows["model, raw"] == ["1.2500", "1.5"]
     assert rows["model, sliding, the score"] == ["1.1250", "1.5"]
-    assert rows["artifact bytes"] == ["20,000"] and rows["code bytes"] == ["5,000"]
+    assert rows["artifact bytes"] == ["20,000"] and rows["code bytes, at most"] == ["5,000"]
     assert rows["submission bytes"] == ["25,000"] and rows["limit bytes"] == ["16,000,000"]
     assert rows["training seconds"] == ["2.5"] and rows["steps"] == ["5"] and rows["parameters"] == ["12,345"]
     assert "zlib" not in out and len({len(line) for line in out.split("\n\n")[1].splitlines()}) == 1

@@ -37,12 +37,15 @@ from record import (
     SIZE_LIMIT_BYTES,
     SUBMISSION,
     ask_program,
+    code_faults,
     compare_with,
+    config_defaults,
     derive,
     last_run,
     log_faults,
     log_name,
     non_record_reasons,
+    packed_form,
     read_json,
     settings_faults,
     sha256,
@@ -93,7 +96,7 @@ def read_program(root: Path) -> Program:
         source = (root / PACKED).read_bytes()
     except OSError as error:
         raise ToolError(f"{root / PACKED}: {error.strerror}; --root names the clone that ran") from None
-    return Program(source, *ask_program(root / PACKED, {}))
+    return Program(source, packed_form(root / PACKED), config_defaults(source.decode()))
 
 
 def read_logs(paths: Sequence[Path], program: Program) -> list[Outcome]:
@@ -112,9 +115,8 @@ def read_logs(paths: Sequence[Path], program: Program) -> list[Outcome]:
                             "out the commit that it was run from")
         for fault in settings_faults(outcome, program.defaults):
             raise ToolError(f"{outcome.path}: {fault}; give the log as the program wrote it")
-        if outcome.code_bytes != len(program.packed):
-            raise ToolError(f"{outcome.path}: counted {outcome.code_bytes} bytes of program, it packs to "
-                            f"{len(program.packed)} here; make the record with the Python that ran")
+        for fault in code_faults(outcome, program.source, program.packed):
+            raise ToolError(f"{outcome.path}: {fault}; make the record with the Python that packed")
     check_group(outcomes)
     return sorted(outcomes, key=lambda outcome: outcome.seed or 0)
 
@@ -179,9 +181,9 @@ def describe(facts: Mapping[str, Any]) -> str:
 
 def gather(outcomes: Sequence[Outcome], program: Program, config: argparse.Namespace, commit: str) -> dict[str, Any]:
     """Runs and options -> submission.json, but for the files' hashes. ToolError for what breaks the track's limits."""
-    root, facts = config.root, derive(outcomes)
+    root, facts = config.root, derive(outcomes, len(program.packed))
     for outcome in outcomes:
-        size = outcome.submission_bytes or 0
+        size = (outcome.model_bytes or 0) + len(program.packed)
         if size > SIZE_LIMIT_BYTES:
             raise ToolError(f"{outcome.path}: {size:,} bytes are {size - SIZE_LIMIT_BYTES:,} over the limit of "
                             f"{SIZE_LIMIT_BYTES:,}; lower TARGET_BYTES or make the model smaller")

@@ -1,4 +1,4 @@
-"""Reads the log files of train_gpt.py, and gives the tools one way to report mistakes. Imported by the other tools.
+"""Reads the log files of train_gpt.py; one way to report mistakes, and to print a table. Imported by the other tools.
 
     from run_log import parse_log
     run = parse_log(Path("logs/demo.txt"))
@@ -13,7 +13,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,6 +129,15 @@ def parse_log(path: Path) -> Run:
     if run is None:
         raise ToolError(f"{path}: no log of train_gpt.py (no line of 100 '='); give a LOG_DIR/RUN_ID.txt")
     return run if run.steps or run.stages else earlier
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells -> a Markdown table, padded so that it can be read as it is; all columns but the first are numbers."""
+    widths = [max(3, *(len(row[i]) for row in [header, *rows])) for i in range(len(header))]
+    lines = [[cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))]
+             for row in [header, *rows]]
+    lines.insert(1, ["-" * (width - 1) + ":" if i else "-" * width for i, width in enumerate(widths)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def load_program() -> Any:

@@ -4,10 +4,11 @@
     python tools/validate_record.py records/track_10min_16mb/2026-05-01_MyRecord --smoke
 
 Folders of the challenge's repository work too; what their scripts do not log is listed as unknown, not as a failure.
-Exit code: 0 pass, 1 fail, 2 no folder. Without --smoke nothing of the folder runs but train_gpt_readable.py's own
-pack_source, in a process of its own, to see that the packed program is made of it.
+Exit code: 0 pass, 1 fail, 2 no folder. Without --smoke nothing of the folder runs, unless train_gpt_readable.py has a
+pack_source of its own, as it had before tools/pack.py: that one runs in a process of its own.
 """
 import argparse
+import ast
 import hashlib
 import math
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from outcomes import Outcome, check_group, read_outcome
+from pack import OtherUnpacker, minify, unpacked
 from record import (
     CLUTTER,
     FIXED_FILES,
@@ -35,14 +37,17 @@ from record import (
     RUN,
     SIZE_LIMIT_BYTES,
     SUBMISSION,
-    ask_program,
+    code_faults,
     compare_with,
+    config_defaults,
     derive,
     encode_source,
     events,
     log_faults,
     log_name,
     non_record_reasons,
+    packed_form,
+    packs_itself,
     read_json,
     settings_faults,
     sha256,
@@ -187,29 +192,49 @@ def group_faults(outcomes: Sequence[Outcome]) -> list[str]:
     return []
 
 
-def other_python(outcomes: Sequence[Outcome]) -> str:
-    """The Python that ran, where this is another one: packing writes the program anew, each version in its own way."""
-    ran = events(outcomes[0])["version"][1].split(".")[:2]
-    return "" if ran == [str(part) for part in sys.version_info[:2]] else ".".join(ran)
+def packing(source: bytes, packed: bytes, again: bytes, given: Mapping[str, Any],
+            outcomes: Sequence[Outcome]) -> tuple[list[str], str]:
+    """Is the packed program made of the readable one, which packs to `again` here? -> (faults, what cannot be told).
 
-
-def check_program(folder: Path, outcomes: Sequence[Outcome]) -> list[str]:
-    """Is the packed program made of the readable one, and did the logged runs run one of both?"""
-    readable, packed = folder / READABLE, (folder / PACKED).read_bytes()
+    Each version of Python writes the minified program in its own way; what it says must be the same.
+    """
+    faults = [] if again == packed else [f"{PACKED} is not what {READABLE} packs to"]
+    ran, here = events(outcomes[0])["version"][1].split(".")[:2], [str(part) for part in sys.version_info[:2]]
+    other = f"Python {'.'.join(ran)} packed it; it can tell" if ran != here else ""
+    if faults and packs_itself(source):
+        return ([], other) if other else (faults, "")
     try:
-        again, defaults = ask_program(readable, {})
+        if faults and ast.dump(ast.parse(unpacked(packed))) == ast.dump(ast.parse(minify(source))):
+            faults = []
+    except OtherUnpacker as error:
+        return [], f"{PACKED} {error}; that of commit {given['commit'][:12]} can tell"
     except ToolError as error:
-        return [str(error)]
-    faults = [] if again == packed or other_python(outcomes) else [f"{PACKED} is not what {READABLE} packs to"]
-    digests = {sha256(readable): READABLE, hashlib.sha256(packed).hexdigest(): PACKED}
+        faults = [f"{faults[0]}: {error}"]
+    except (SyntaxError, ValueError):  # as a newer Python nests quotes
+        return ([], other) if other else (faults, "")
+    return faults, ""
+
+
+def check_program(folder: Path, given: Mapping[str, Any], outcomes: Sequence[Outcome], report: Report) -> None:
+    """Is the packed program made of the readable one, and did the logged runs run one of both?"""
+    source, packed = (folder / READABLE).read_bytes(), (folder / PACKED).read_bytes()
+    try:
+        (faults, unknown), defaults = packing(source, packed, packed_form(folder / READABLE), given, outcomes), \
+            config_defaults(source.decode())
+    except ToolError as error:
+        report.add("program", [str(error)])
+        return
+    digests = {hashlib.sha256(form).hexdigest() for form in (source, packed)}
     for outcome in outcomes:
         name = outcome.path.name
         if hashlib.sha256(encode_source(outcome.run.source)).hexdigest() not in digests:
             faults.append(f"{name}: its source is neither {READABLE} nor {PACKED}")
-        if outcome.code_bytes != len(packed):
-            faults.append(f"{name}: counted {outcome.code_bytes} bytes of program, {PACKED} has {len(packed)}")
-        faults += [f"{name}: {fault}" for fault in settings_faults(outcome, defaults)]
-    return faults
+        faults += [f"{name}: {fault}" for fault in (*code_faults(outcome, source, packed),
+                                                    *settings_faults(outcome, defaults))]
+    report.add("program", faults, f"{len(packed):,} bytes; the logs are of it" if unknown else
+               f"{PACKED} is {READABLE}, packed, {len(packed):,} bytes; the logs are of it")
+    if unknown:
+        report.unknown("program", f"is {PACKED} {READABLE}, packed? {unknown}")
 
 
 def limit_faults(given: Mapping[str, Any], sizes: Mapping[str, int]) -> list[str]:
@@ -240,13 +265,10 @@ def check_ours(folder: Path, given: dict[str, Any], report: Report) -> None:
     if not sound or not all((folder / name).is_file() for name in FIXED_FILES):
         report.unknown("the rest", "cannot be computed from these files")
         return
-    size, other = (folder / PACKED).stat().st_size, other_python(outcomes)
-    report.add("program", check_program(folder, outcomes), f"{size:,} bytes; the logs are of it" if other else
-               f"{PACKED} is {READABLE}, packed, {size:,} bytes; the logs are of it")
-    if other:
-        report.unknown("program", f"is {PACKED} {READABLE}, packed? Python {other} packed it; it can tell")
-    facts = derive(outcomes) | compare_with(outcomes, given["comparison"])
-    sizes = {outcome.path.name: outcome.submission_bytes or 0 for outcome in outcomes}
+    check_program(folder, given, outcomes, report)
+    size = (folder / PACKED).stat().st_size
+    facts = derive(outcomes, size) | compare_with(outcomes, given["comparison"])
+    sizes = {outcome.path.name: (outcome.model_bytes or 0) + size for outcome in outcomes}
     report.add("score", list(differences(facts, {key: given.get(key) for key in facts})),
                f"{facts['val_bpb']:.8f} bits per byte, {len(facts)} numbers of {SUBMISSION} computed again")
     report.add("limits", limit_faults({**given, **facts}, sizes),
