@@ -57,7 +57,7 @@ def model_of(config: Config, looping: bool = False, seed: int = 0) -> GPT:
 
 # --- counts and plans
 @pytest.mark.parametrize("config, count", [
-    (preset("r0427.env"), 35_945_671 - 8 * (4 + 2)),  # the published model has lane parameters in 8 layers that use none
+    (preset("r0427.env"), 35_945_671 - 8 * (4 + 2)),  # published: lane parameters in 8 layers that use none
     (preset("naive_baseline.env"), 17_059_912)])
 def test_parameter_counts_of_the_published_models(config, count):
     assert sum(math.prod(shape) for shape in param_shapes(config).values()) == count
