@@ -87,7 +87,7 @@ def test_compression_compares_quantizers_at_equal_bytes(tmp_path):
     settings = program.settings(data, tmp_path / "logs", MODEL_DIM=64, GATE_WINDOW=8)
     program.run(settings)
     done = subprocess.run([sys.executable, program.ROOT / "bench/compression.py", tmp_path / "logs/run.checkpoint",
-                           "--eval"], env=settings, check=False, capture_output=True, text=True, timeout=120)
+                           "--eval"], env=settings, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and [line.split(":")[0] for line in done.stderr.splitlines()] == [*compression.METHODS]
     lines = done.stdout.splitlines()
     assert "bits per byte before quantization" in lines[0]
