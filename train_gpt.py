@@ -1506,7 +1506,7 @@ FakeQuantize = Callable[[str, int, Tensor], Tensor]  # (parameter, layer or -1, 
 
 
 class GPT(nn.Module):
-    """The model of PR #1855 (R0427) at the default settings. `looping` chooses between its two plans."""
+    """The model of PR #1855 (R0427) with learned caps, at the default settings. `looping` chooses between two plans."""
 
     ln_scale: Tensor  # (L,)
     embedding: nn.Parameter
@@ -3007,6 +3007,11 @@ class Evaluator:
 # ====================================================================================================================
 
 
+def small_group(config: Config) -> int:
+    """Documents of a group of long ones; other groups have TTT_BATCH_SIZE."""
+    return max(config.ttt_batch_size // 8, 1)
+
+
 def plan_groups(config: Config, lengths: np.ndarray, documents: Sequence[int], world: World) -> list[list[int]]:
     """Lengths of all documents, those to score -> this rank's groups of documents to score side by side.
 
@@ -3016,8 +3021,9 @@ def plan_groups(config: Config, lengths: np.ndarray, documents: Sequence[int], w
     in_a_row, groups = config.ttt_warm_start_a and config.ttt_order == "stream", []
     order = list(documents) if in_a_row else sorted(documents, key=lambda i: (-int(lengths[i]), i))
     while order:
-        size = config.ttt_batch_size // (8 if not in_a_row and lengths[order[0]] > 2 * config.eval_seq_len else 1)
-        groups, order = [*groups, order[:max(size, 1)]], order[max(size, 1):]
+        is_long = not in_a_row and lengths[order[0]] > 2 * config.eval_seq_len
+        size = small_group(config) if is_long else config.ttt_batch_size
+        groups, order = [*groups, order[:size]], order[size:]
     return groups[world.rank::world.size]
 
 
@@ -3193,8 +3199,8 @@ class TestTimeTrainer:
 
     def score_group(self, group: Sequence[int]) -> None:
         """score, then adapt, chunk by chunk, as long as there is time; what is left is scored without adapters."""
-        size, few = chunk_size(self.config, longest := int(self.lengths[group].max())), self.config.ttt_batch_size // 8
-        slots = self.slots_for(max(few, 1) if len(group) <= max(few, 1) else self.config.ttt_batch_size, size)
+        size, few = chunk_size(self.config, longest := int(self.lengths[group].max())), small_group(self.config)
+        slots = self.slots_for(few if len(group) <= few else self.config.ttt_batch_size, size)
         slots.start()
         for start, place, scores in plan_chunks(longest, size, self.config.eval_seq_len):
             begin = time.perf_counter()
@@ -3412,7 +3418,7 @@ def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequ
     model, header, artifact_bytes = reload(config, world, artifact_path, attention)
     require(header["tokenizer_sha256"] == dataset.tokenizer_sha256, f"{artifact_path}: was made with tokenizer "
             f"{header['tokenizer_sha256'][:12]}, TOKENIZER_PATH is {dataset.tokenizer_sha256[:12]}: set the right one")
-    if config.eval_mode == "adapted":  # nothing to compile: the kernels do most of it, and adapters come in many shapes
+    if config.eval_mode == "adapted":  # nothing to compile: kernels and CUDA graphs do most of it
         evaluator.compiled, model.fused = False, True
     compile_model(model, evaluator.compiled)
     evaluator.keep("quantized", evaluator.score(model, config.eval_seq_len))

@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import packers
 import quantizers
 from pack import pack
+from run_log import table
 from speed import with_settings
-from summary import table
 
 import train_gpt
 from train_gpt import CODECS, GPT, Arrays, Batch, Config, Dataset, Guide, UserError, World

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import speed
-from summary import table
+from run_log import table
 
 import train_gpt
 from train_gpt import Config, TokenStream, TrainLoader, World

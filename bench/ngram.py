@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from summary import table
+from run_log import table
 
 import train_gpt
 from train_gpt import NGRAM_ORDERS, UserError, ngram_counts, smoothed

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from packers import canonical_codes, code_lengths
 from quantizers import Histogram, first_levels, k_means
-from summary import table
+from run_log import table
 
 from train_gpt import UserError
 

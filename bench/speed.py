@@ -1,6 +1,6 @@
 """Measures a training step: every stage's micro-batch, the optimizer, the loader, memory, compile time. One table.
 
-    python bench/speed.py                                   the defaults (R0427's model) on this machine's device
+    python bench/speed.py                                   the defaults (R0427's, learned caps) on this device
     set -a; . presets/laptop.env; set +a; python bench/speed.py
     torchrun --standalone --nproc_per_node=2 bench/speed.py two devices; tokens/s of both together
 
@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from summary import table
+from run_log import table
 
 import train_gpt
 from train_gpt import Batch, Config, Dataset, Stage, TokenStream, Trainer, UserError, World

@@ -18,7 +18,7 @@ import numpy as np
 import prepare
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
-from summary import table
+from run_log import table
 
 WORD = re.compile(r"\S+")
 MAX_WORDS = 100_000  # different ones that are counted, the most frequent

@@ -23,7 +23,8 @@ IDEMPOTENT = ["gptq_plain", "act_order", "awq_lite", "fp8", "pruned", "stepped"]
 FIXED_SIZE = ["codebook48", "codebook64", "codebook80", "codebook48_linear", "codebook64_linear", "codebook80_linear",
               "codebook64_rows", "int6", "fp8"]
 SMALL = Config(num_layers=2, model_dim=64, num_heads=4, num_kv_heads=2, mlp_mult=2.0, vocab_size=64, rope_dims=4,
-               xsa_last_n=0, parallel_start_layer=0, num_loops=0, gate_window=8, compressor="zstd")
+               xsa_last_n=0, parallel_start_layer=0, num_loops=0, gate_window=8, compressor="zstd",
+               softcap_type="tanh")
 
 
 def normal(*shape: int, seed: int = 0, spread: float = 1.0) -> torch.Tensor:
@@ -142,7 +143,7 @@ def test_one_multiplier_of_the_steps_sets_the_size(name, monkeypatch):
                for key, shape in train_gpt.param_shapes(config).items()}
     lines: list[str] = []
     data = train_gpt.fit_artifact(config, weights, {}, {}, 0, lines.append)
-    assert 0.97 * 16_000 < len(data) <= 16_000, lines  # so small a file changes by 2 % when rows change their class
+    assert 0.98 * 16_000 < len(data) <= 16_000, lines  # so small a file changes by 2 % when rows change their class
     sizes = [len(train_gpt.pack_artifact(config, train_gpt.quantize(config, weights, {}, 2 ** power), {}))
              for power in (-0.5, 0.5, 1.0, 2.0)]
     assert sizes == sorted(sizes, reverse=True), sizes

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 
 from outcomes import Outcome, check_group, differing_settings, read_outcome
 from plot_runs import COLORS, DPI
-from run_log import Point, ToolError, exit_code
-from summary import table
+from run_log import Point, ToolError, exit_code, table
 
 WIN_NATS, WIN_P = 0.005, 0.01  # the challenge's rule for a new record
 CONFIDENCE = 0.95  # of intervals and bands

@@ -32,9 +32,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from run_log import ToolError, exit_code, table
+from run_log import PACKED_FIRST_LINE, ToolError, exit_code, table
 
-START = b"#coding:latin1\nimport lzma,linecache\n"  # of a packed file
+START = PACKED_FIRST_LINE.encode() + b"import lzma,linecache\n"  # of a packed file
 
 
 class OtherUnpacker(ToolError):

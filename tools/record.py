@@ -20,7 +20,7 @@ from typing import Any
 from compare_runs import WIN_NATS, WIN_P, against, mean, spread, welch
 from outcomes import Outcome
 from pack import pack
-from run_log import SEPARATOR, ToolError
+from run_log import PACKED_FIRST_LINE, SEPARATOR, ToolError
 
 SIZE_LIMIT_BYTES = 16_000_000  # model and program
 LIMIT_SECONDS = 600  # of training with calibration, and again of evaluation
@@ -62,7 +62,7 @@ def sha256(path: Path) -> str:
 
 def encode_source(text: str) -> bytes:
     """The program's text in a log -> its bytes; packed programs are Latin-1."""
-    return text.encode("latin1" if text.startswith("#coding:latin1\n") else "utf8", "replace")
+    return text.encode("latin1" if text.startswith(PACKED_FIRST_LINE) else "utf8", "replace")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from record import (
     environment_text,
     non_record_reasons,
 )
-from summary import table
+from run_log import table
 
 NOTES_START, NOTES_END = "\n## Notes\n\n", "\n\n## Settings\n"
 SHOWN_STAGES = "bits per byte after each stage"

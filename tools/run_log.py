@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+PACKED_FIRST_LINE = "#coding:latin1\n"  # of a program that tools/pack.py, or an older one itself, has packed
 SEPARATOR = "=" * 100
 SETTING = re.compile(r"([a-z]\w*):(.*)")
 STEP = re.compile(r"step:(\d+)/\d+ train_loss:(\d+\.\d+) train_time:(\d+)ms ")

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from run_log import Run, ToolError, exit_code, load_program, parse_log, table
+from run_log import PACKED_FIRST_LINE, Run, ToolError, exit_code, load_program, parse_log, table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 import caseops
@@ -97,7 +97,7 @@ def summarize(log: Path, tokenizer: Path | None, folder: Path | None) -> str:
         if transformed:
             notes.append(f"The compressors read the text as the tokenizer's transform left it: {len(text):,} bytes.")
     limit = run.fact("submission_bytes") + run.fact("headroom_bytes")
-    packed = run.source.startswith("#coding:latin1\n")  # else an upper bound was counted
+    packed = run.source.startswith(PACKED_FIRST_LINE)  # else an upper bound was counted
     facts = [["artifact bytes", f"{run.fact('artifact_bytes'):,}"],
              ["code bytes" + ", at most" * (not packed), f"{run.fact('code_bytes'):,}"],
              ["submission bytes", f"{run.fact('submission_bytes'):,}"], ["limit bytes", f"{limit:,}"],

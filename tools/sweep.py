@@ -30,8 +30,7 @@ from typing import Any, NamedTuple
 
 from plot_runs import COLORS, DPI
 from record import config_defaults
-from run_log import VALIDATION, ToolError, exit_code, read_text
-from summary import table
+from run_log import VALIDATION, ToolError, exit_code, read_text, table
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = re.compile(r"RANK|LOCAL_RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)|(GROUP|ROLE|TORCHELASTIC)_\w+")
