@@ -98,6 +98,7 @@ class Config:
     attention: Literal["auto", "fa3", "fa4", "varlen", "sdpa"] = "auto"  # auto = the first that is there
     fused_kernels: bool = True  # Triton kernels in training, where they are faster; 0 = what torch makes
     fp8_matmul: bool = False  # blocks multiply in 8-bit floats, forward, in training
+    deterministic: bool = False  # equal runs give equal numbers on a GPU too, at some cost in speed
     allow_oversize: bool = False  # a submission above 16,000,000 bytes is no error
     # --- data
     data_dir: str = "./data"  # holds datasets/ and tokenizers/
@@ -469,6 +470,10 @@ class World:
         if "RANK" in environ and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
         torch.set_float32_matmul_precision("high")
+        # what equal runs need, here or in the audit: cuBLAS and inductor read their variables later
+        torch.use_deterministic_algorithms(config.deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": f"{config.deterministic:d}"}
         return cls(rank, size, device, torch.bfloat16 if half else torch.float32)
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -1361,7 +1366,8 @@ def load_fa3() -> Attention:
     from flash_attn_interface import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
     def attention(q: Tensor, k: Tensor, v: Tensor, s: Segments) -> Tensor:
-        y = flash_attn_varlen_func(q, k, v, s.boundaries, s.boundaries, s.max_length, s.max_length, causal=True)
+        y = flash_attn_varlen_func(q, k, v, s.boundaries, s.boundaries, s.max_length, s.max_length, causal=True,
+                                   deterministic=torch.are_deterministic_algorithms_enabled())
         return y[0] if isinstance(y, tuple) else y
     return attention
 
@@ -1383,7 +1389,8 @@ def load_fa4() -> Attention:
     def backward(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, y: Tensor, lse: Tensor, dy: Tensor, _: Any,
                  max_length: int) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = _flash_attn_bwd(q, k, v, y, dy, lse, q.size(-1) ** -0.5, True, cu_seqlens_q=boundaries,
-                                     cu_seqlens_k=boundaries, max_seqlen_q=max_length, max_seqlen_k=max_length)[:3]
+                                     cu_seqlens_k=boundaries, max_seqlen_q=max_length, max_seqlen_k=max_length,
+                                     deterministic=torch.are_deterministic_algorithms_enabled())[:3]
         return dq, dk, dv
 
     operator = differentiable(
@@ -3065,11 +3072,11 @@ class Slots:
         self.memory = torch.zeros(2, visits, count, row, *kv, dtype=model.dtype, device=device)  # keys, values
         sizes = {"k": (visits, width, math.prod(kv)), "v": (visits, width, math.prod(kv)),
                  "head": (1, config.embed_dim or width, config.vocab_size)}
-        generator, self.first, self.recorded = torch.Generator(device).manual_seed(config.seed), dict[str, Tensor](), ()
+        generator, self.first, self.recorded = torch.Generator().manual_seed(config.seed), dict[str, Tensor](), ()
         for target in config.ttt_targets.split(","):
             layers, inputs, outputs = sizes.get(target, (visits, width, width))
-            inner = torch.empty(layers, config.ttt_lora_rank, inputs, device=device)
-            inner.uniform_(-(inputs ** -0.5), inputs ** -0.5, generator=generator)
+            inner = torch.empty(layers, config.ttt_lora_rank, inputs)  # drawn on the CPU: the same on all devices
+            inner = inner.uniform_(-(inputs ** -0.5), inputs ** -0.5, generator=generator).to(device)
             outer = inner.new_zeros(layers, outputs, config.ttt_lora_rank)
             self.first |= {f"{target}_document_in": inner, f"{target}_document_out": outer}
         self.adapters = self.leaves = {name: x.repeat(count, 1, 1, 1) for name, x in self.first.items()}
@@ -3427,6 +3434,7 @@ def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequ
     measured = {**facts, "eval_seconds": round(time.perf_counter() - start, 3), "artifact_bytes": artifact_bytes,
                 "code_bytes": code_bytes, "submission_bytes": artifact_bytes + code_bytes,
                 "source_sha256": hashlib.sha256(source).hexdigest()}
+    torch.use_deterministic_algorithms(config.deterministic or config.audit)  # no clock runs any more
     found = audit(config, evaluator, lambda: reload(config, world, artifact_path, attention)[0]) if config.audit else {}
     return report_result(config, world, log, dataset, evaluator.stages, measured, found)
 

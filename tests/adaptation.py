@@ -55,9 +55,9 @@ def perturbed(text: Dataset, place: int) -> Dataset:
     return replace(text, val_tokens=tokens)
 
 
-def make_model(config: Config, seed: int = 3) -> GPT:
+def make_model(config: Config, seed: int = 3, dtype: torch.dtype = torch.float32) -> GPT:
     """With loops, if it has any, and no weight that is zero."""
-    model = GPT(config)
+    model = GPT(config, dtype)
     model.init_weights(0)
     randomize(model, seed)
     model.looping = bool(config.num_loops)

@@ -3,6 +3,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import shutil
 import signal
 import threading
@@ -241,6 +242,26 @@ def test_first_adapters_are_those_of_every_document(changes):
 
 
 # --- the loop of a document
+@pytest.fixture
+def equal_runs(monkeypatch):
+    """DETERMINISTIC=1 in a test does not outlive it."""
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_DETERMINISTIC"):
+        monkeypatch.setenv(name, "")  # and so remembered
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision("highest")
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+def test_equal_runs_are_a_setting(equal_runs):
+    for on in (True, False):
+        World.start(adapt_config(deterministic=on, device="cpu", train_batch_tokens=768), {})
+        assert torch.are_deterministic_algorithms_enabled() == on
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert os.environ["TORCHINDUCTOR_DETERMINISTIC"] == f"{on:d}"
+
+
 def texts_of(text, config: Config) -> list[torch.Tensor]:
     """Every document's tokens and the one behind it."""
     tokens = torch.from_numpy(text.val_tokens.astype(np.int64))
@@ -282,6 +303,21 @@ def test_documents_are_scored_and_learned_as_one_at_a_time(changes):
     first = [b for a, b in bounds_of(text) if b - a <= config.ttt_chunk_size]  # learn nothing in their only chunk
     assert np.array_equal(nats[first[0] - 1:first[0]], without[first[0] - 1:first[0]])
     assert np.abs(nats - without).max() > 0.05 and np.median(np.abs(nats - expected)) < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{}, *RUNS.values()], ids=str)
+def test_a_gpu_adapts_as_a_cpu_does(changes, equal_runs):
+    """Its CUDA graphs give what it gives without them; equal runs, equal numbers."""
+    config, text = adapt_config(**changes), make_text()
+    world, expected = World.start(replace(config, device="cuda", deterministic=True), {}), adapted_nats(config, text)
+    torch.set_float32_matmul_precision("highest")  # what is normalized by AdamW makes much of little
+    found = [adapted_nats(replace(config, cuda_graphs=graphs), text, world=replace(world, dtype=torch.float32),
+                          model=make_model(config).cuda()) for graphs in (True, True, False)]
+    assert np.array_equal(found[0], found[1]) and np.allclose(found[0], found[2], rtol=1e-5, atol=1e-5)
+    assert np.median(np.abs(found[0] - expected)) < 1e-3 and np.allclose(found[0], expected, rtol=0.02, atol=0.02)
+    half = adapted_nats(config, text, world=world, model=make_model(config, dtype=world.dtype).cuda())
+    assert abs(half.mean() / expected.mean() - 1) < 0.02
 
 
 def test_alpha_is_the_strength_of_adapters():

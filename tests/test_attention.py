@@ -91,8 +91,8 @@ def segment_starts(boundaries: torch.Tensor) -> list[int]:
 
 @pytest.mark.parametrize("as_tuple", [False, True])
 def test_fa3_call(monkeypatch, as_tuple):
-    def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, causal=False):
-        assert causal and cu_q is cu_k and max_q == max_k == 8
+    def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, causal=False, deterministic=None):
+        assert causal and cu_q is cu_k and max_q == max_k == 8 and deterministic is False
         y = reference.attention(q, k, v, segment_starts(cu_q))
         return (y, None) if as_tuple else y
     module = types.ModuleType("flash_attn_interface")
@@ -138,8 +138,10 @@ def fake_fa4(calls: list[str]) -> types.ModuleType:
         calls.append("forward")
         return reference.attention(q, k, v, segment_starts(cu_seqlens_q)), q.new_zeros(q.size(1), q.size(0)), None
 
-    def bwd(q, k, v, y, dy, lse, softmax_scale, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+    def bwd(q, k, v, y, dy, lse, softmax_scale, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+            deterministic):
         assert causal and softmax_scale == q.size(-1) ** -0.5 and lse.shape == (q.size(1), q.size(0))
+        assert deterministic == torch.are_deterministic_algorithms_enabled()
         assert dy.is_contiguous(), "the kernels want it so"
         assert max_seqlen_q == max_seqlen_k == 8, "the longest length must reach the backward pass"
         calls.append("backward")

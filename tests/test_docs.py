@@ -18,7 +18,7 @@ SOURCE = (ROOT / "train_gpt.py").read_bytes()
 FIELDS = {f.name.upper() for f in fields(Config)}
 PLUMBING = {  # where things are, how the program runs, what it prints: no technique
     "RUN_ID", "SEED", "LOG_DIR", "ARTIFACT_PATH", "RESUME", "PREFLIGHT", "CHECKPOINT_EVERY_SECONDS", "DEVICE",
-    "COMPILE", "ATTENTION", "ALLOW_OVERSIZE", "DATA_DIR", "DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE",
+    "COMPILE", "ATTENTION", "DETERMINISTIC", "ALLOW_OVERSIZE", "DATA_DIR", "DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE",
     "MAX_LEAKED_DOCUMENTS", "FORCE_STOP_STEP", "EVAL_ONLY", "AUDIT", "VAL_BATCH_TOKENS", "VAL_DOCS", "VAL_LOSS_EVERY",
     "TRAIN_LOG_EVERY"}
 

@@ -164,7 +164,8 @@ def test_the_model_with_kernels_has_the_gradients_of_the_plain_one(looping, chan
     for name, exact in grads["exact"].items():
         plain, fused = (error(grads[form][name], exact) for form in ("plain", "fused"))
         print(f"{name:14} plain {plain:.2e} fused {fused:.2e}")
-        assert fused < 1.2 * plain + 1e-3, (name, plain, fused)
+        chance = 1e-3 if exact.numel() > 99 else 4e-3  # few numbers: nothing averages their roundings
+        assert fused < 1.2 * plain + chance, (name, plain, fused)
 
 
 def test_an_output_that_nobody_differentiates_has_no_gradient():
