@@ -2867,11 +2867,15 @@ def batch_windows(rows: np.ndarray, tokens: int) -> list[np.ndarray]:
 NGRAM_ORDERS = (4, 5, 6, 8, 12, 16)
 
 
-def runs(group: Tensor) -> tuple[Tensor, Tensor]:
-    """group (m,) -> order that sorts it and keeps equal ones in theirs; for each place there, where its run starts."""
-    order = group.sort(stable=True).indices
-    place, ordered = torch.arange(len(group), device=group.device), group[order]
-    return order, torch.where(ordered != ordered.roll(1), place, 0).cummax(0).values if len(group) else place
+def grouped(key: Tensor) -> tuple[Tensor, Tensor]:
+    """key (m,) int -> order that sorts it and keeps equal ones in theirs; whether each there equals the one before."""
+    key, order = key.sort(stable=True)
+    return order, key.diff(prepend=~key[:1]) == 0
+
+
+def starts(again: Tensor, place: Tensor) -> Tensor:
+    """again (m,): whether a row is of the group of the row before; place (m or more,) 0, 1, .. -> its group's start."""
+    return (place[:len(again)] * ~again).cummax(0).values
 
 
 def ngram_counts(tokens: Tensor, orders: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
@@ -2879,28 +2883,33 @@ def ngram_counts(tokens: Tensor, orders: Sequence[int]) -> Iterator[tuple[int, T
 
     Of the tokens before a place, the last order - 1 are its context. seen: how often that occurred before, with a token
     behind it; hits: how often that was the one at this place; kinds: how many different ones there were. Places with a
-    context that occurs once in the text are left out. Contexts are compared token by token: a group is numbered by the
-    group of a token less, and the token.
+    context that occurs once in the text are left out. All are int32; places stand by context, then as in the text.
+
+    Contexts are compared token by token. Rows, one a place, stand in groups of a context. Those of a group with the
+    same token are, a place on, the group of a context of a token more: each length takes one sort, in blocks that fit
+    a cache. A block is whole groups; all but its first start in its last 2^16 rows, so 16 bits tell them apart.
     """
-    at = torch.arange(len(tokens), device=tokens.device)[1:]
-    group, length = torch.zeros_like(at), 0
-    for order in orders:
-        whole = at >= order - 1  # places with so many tokens before them
-        at, group = at[whole], group[whole]
-        for back in range(length + 1, order):
-            group = group << 16 | tokens[at - back]
-            if (back - length) % 2 == 0: group = group.unique(return_inverse=True)[1]  # it and two tokens have 64 bits
-        _, group, size = group.unique(return_inverse=True, return_counts=True)
-        again = size[group] > 1
-        at, group, length = at[again], group[again], order - 1
-        (by_context, start), (by_pair, pair_start) = runs(group), runs(group << 16 | tokens[at])
-        seen, hits, kinds = (torch.empty_like(at) for _ in range(3))
-        place = torch.arange(len(at), device=at.device)
-        seen[by_context], hits[by_pair] = place - start, place - pair_start
-        new = (hits[by_context] == 0).long()
-        before = new.cumsum(0) - new
-        kinds[by_context] = before - before[start]
-        yield order, at, seen, hits, kinds
+    text, length, block = tokens.short(), min(orders[0] - 1, 3) - 1, 1 << 16
+    place = torch.arange(len(text), dtype=torch.int32, device=text.device)
+    by, again = grouped(sum((text[i:i - length].int() << 16 * i for i in range(length)), 0 * place[length:]))
+    at, start = place[length:].index_select(0, by), starts(again, place)
+    for order in range(length + 1, orders[-1] + 1):
+        (hits, kinds), longer, size = at.new_empty(2, len(at)), at.new_empty(2, len(at)), 0
+        ends = [*start[::block].unique_consecutive().tolist(), len(at)]
+        for a, b in zip(ends, ends[1:]):
+            by, again = grouped((start[a:b].clamp(min=b - block) << 16) + text.index_select(0, at[a:b]))
+            if order in orders:
+                hits[a:b].scatter_(0, by, place[:b - a] - starts(again, place))
+                found = (hits[a:b] == 0).cumsum(0, dtype=torch.int32)
+                kinds[a:b] = found - found.index_select(0, start[a:b] - a) + (hits[a:b] > 0)
+            rows = at[a:b].index_select(0, by) + 1
+            again &= rows < len(text)
+            kept = again | again.roll(-1)
+            rows, again = rows.masked_select(kept), again.masked_select(kept)
+            longer[:, size:size + len(rows)] = torch.stack((rows, starts(again, place) + size))
+            size += len(rows)
+        if order in orders: yield order, at, place[:len(at)] - start, hits, kinds
+        at, start = longer[:, :size]
 
 
 def smoothed(nats: Tensor, order: int, seen: Tensor, hits: Tensor, kinds: Tensor) -> Tensor:

@@ -71,6 +71,14 @@ def test_counts_of_50000_tokens(kind):
         assert (counts[0] > 0).any() == (kind != "random")
 
 
+def test_counts_where_one_context_has_almost_a_block_of_rows():
+    """With this seed a group starts 2^16 rows behind that context's, and the token behind both is the same."""
+    random = np.random.default_rng(9)
+    tokens = np.concatenate([random.integers(0, 2, 5_000), np.full(63_000, 5), random.integers(5, 10, 9_000)])
+    for order, counts in counts_of(tokens.astype(np.uint16), (2, *NGRAM_ORDERS)).items():
+        assert np.array_equal(counts, expected(tokens, order))
+
+
 def test_counts_of_real_text(corpus_dir):
     data = lzma.decompress((corpus_dir / "fineweb_val_000000.bin.xz").read_bytes())
     tokens = np.frombuffer(data, "<u2", offset=1024)[:100_000]
