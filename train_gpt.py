@@ -195,7 +195,6 @@ class Config:
     swa_every: Count = 50  # steps between snapshots (of the EMA where EMA_DECAY is on)
     warmdown_frac: Fraction = 0.85  # fraction at the end over which the learning rates fall
     warmdown_iters: int = 0  # the same in steps; 0 = by WARMDOWN_FRAC
-    warmdown_power: Positive = 1.0  # of the fall: 1 = linear
     min_lr: Fraction = 0.1  # floor of the learning rate multiplier
     qat_start: Fraction = 0.0  # fraction from which matrices are trained through the quantizer; 0 = off
     late_qat_threshold: Fraction = 0.0  # the same by the learning rate multiplier: from below this; 0 = off
@@ -217,6 +216,7 @@ class Config:
     # --- evaluation
     eval_seq_len: Count = 2048  # tokens of the longest context
     eval_stride: Count = 64  # tokens between sliding windows
+    eval_temperature: float = 1.0  # logits are divided by it; 0 = the one that suits training text no step saw
     eval_mode: Literal["packed", "sliding", "adapted"] = "adapted"  # the score; packed: each token once, cheap
     eval_only: str = ""  # artifact to score; nothing is trained
     eval_budget_seconds: Positive = 590.0  # of evaluation: adaptation stops where more would be needed, scoring never
@@ -312,6 +312,7 @@ class Config:
         yield self.train_order == "sequential" or self.micro_batch_tokens % self.train_seq_len == 0, \
             "{micro_batch_tokens} is no whole number of rows of {train_seq_len}, as {train_order} needs: change one"
         yield self.eval_stride <= self.eval_seq_len, "{eval_stride}: must be at most {eval_seq_len}"
+        yield 0.5 <= (self.eval_temperature or 1) <= 2, "{eval_temperature}: must be 0.5 to 2, or 0 = fitted"
         yield not 0 < self.max_wallclock_seconds <= self.gptq_reserve_seconds, \
             "{gptq_reserve_seconds}: leaves nothing of {max_wallclock_seconds}"
         for bits, quantizer in (("matrix_bits", "matrix_quantizer"), ("embed_bits", "embed_quantizer")):
@@ -472,7 +473,7 @@ class World:
         torch.set_float32_matmul_precision("high")
         # what equal runs need, here or in the audit: cuBLAS and inductor read their variables later
         torch.use_deterministic_algorithms(config.deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
         os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": f"{config.deterministic:d}"}
         return cls(rank, size, device, torch.bfloat16 if half else torch.float32)
 
@@ -562,9 +563,6 @@ class StopRequest:
     def __init__(self):
         self.deferred, self.received, self.received_at, self.ending = False, False, 0.0, False
 
-    def install(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, self.handle)
-
     def handle(self, number: int, frame: Any) -> None:
         if self.deferred and not self.received: self.received, self.received_at = True, time.monotonic()
         elif not self.received or time.monotonic() - self.received_at > 2:
@@ -618,8 +616,7 @@ class TokenStream:
         parts, start = [], start % len(self)
         while count > 0:
             shard = int(np.searchsorted(self.offsets, start, "right")) - 1
-            part = self.shards[shard][start - self.offsets[shard]:][:count]
-            parts.append(part)
+            parts.append(part := self.shards[shard][start - self.offsets[shard]:][:count])
             count, start = count - len(part), (start + len(part)) % len(self)
         return np.concatenate(parts)
 
@@ -889,9 +886,8 @@ def read_sidecar(val: TokenStream, paths: Sequence[Path], tokenizer: Any) -> np.
     letters of others, so one piece in a thousand may differ.
     """
     for shard, path in zip(val.shards, paths):
-        sidecar = read_shard(path)
-        if len(sidecar) != len(shard):
-            raise UserError(f"{path}: {len(sidecar)} counts for {len(shard)} tokens: fetch or make it again")
+        require((count := len(read_shard(path))) == len(shard),
+                f"{path}: {count} counts for {len(shard)} tokens: fetch or make it again")
     counts, tokens = TokenStream(paths).slice(0, len(val)).astype(np.int64), val.slice(0, len(val))
     require(not counts[tokens == BOS].any(), f"{paths[0]}: counts bytes for BOS; it is not the sidecar of these shards")
     if tokenizer is not None:
@@ -1526,7 +1522,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.dtype, self.attention, self.kernels = config, dtype, attention, kernels
         self.plans = (visit_plan(config, False), visit_plan(config, True))
-        self.looping, self.fused = False, False
+        self.looping, self.fused, self.temperature = False, False, 1.0
         self.fake_quantize: FakeQuantize | None = None  # in training; set by the trainer when QAT starts
         for name, shape in param_shapes(config).items(): self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         for training in (False, True):
@@ -1708,8 +1704,8 @@ class GPT(nn.Module):
         if self.config.vocab_bias: logits = logits + self.vocab_bias
         if kind == "two_sided":  # learned on a log scale, so that a step of the optimizer is a share of the cap
             cap = torch.where(logits >= 0, *(cap * self.softcap_scale.clamp(max=0.6).exp()))  # above 0, below
-        if kind == "poly5": return cap * poly5(logits / cap)
-        return cap * (2 * (logits * (2 / cap)).sigmoid() - 1)  # tanh, of cheaper instructions
+        squashed = poly5(logits / cap) if kind == "poly5" else 2 * (logits * (2 / cap)).sigmoid() - 1  # = tanh
+        return (cap if self.training else cap / self.temperature) * squashed
 
     def forward(self, ids: Tensor, targets: Tensor, segments: Segments, adapters: Mapping[str, Tensor] = EMPTY,
                 rows: Tensor | None = None) -> Tensor:
@@ -1971,7 +1967,7 @@ def warmdown(config: Config, progress: float, step: int) -> float:
     """
     window = config.warmdown_frac
     if config.warmdown_iters: window = min(config.warmdown_iters * progress / step, 1.0) if step and progress else 0.0
-    return max(((1 - progress) / window) ** config.warmdown_power, config.min_lr) if 1 - progress < window else 1.0
+    return max((1 - progress) / window, config.min_lr) if 1 - progress < window else 1.0
 
 
 def lr_multiplier(config: Config, progress: float, step: int) -> float:
@@ -2235,8 +2231,7 @@ class Trainer:
         self.model.eval()
         score = validate()
         self.model.train()
-        paused = time.perf_counter() - before
-        self.start += paused
+        self.start += (paused := time.perf_counter() - before)
         self.log(f"step:{self.step}/{self.config.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
                  f"train_time:{seconds * 1000:.0f}ms paused_seconds:{paused:.1f}")
 
@@ -2830,9 +2825,6 @@ class Score:
         """Bits per byte of text."""
         return self.nats / math.log(2) / max(self.bytes, 1)
 
-    def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "val_loss": self.val_loss, "val_bpb": self.val_bpb, "seconds": round(self.seconds, 3)}
-
 
 def windows(length: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
     """Windows over `length` tokens -> (start, end, first scored): the scored ranges cover every token exactly once.
@@ -3370,15 +3362,6 @@ def write_run_header(log: Log, config: Config, world: World, source: bytes) -> i
     return code_bytes
 
 
-def describe_dataset(log: Log, dataset: Dataset, notes: Sequence[str]) -> None:
-    """What was read, and its fingerprint."""
-    for note in notes: log(f"warning: {note}")
-    log(f"train_shards:{len(dataset.train.shards)} train_tokens:{len(dataset.train)} "
-        f"val_documents:{len(document_bounds(dataset.val_tokens[:-1])) - 1} val_tokens:{len(dataset.val_tokens)} "
-        f"val_bytes:{int(dataset.val_bytes.sum())} leaked_documents:{dataset.leaked_documents}")
-    log(f"data_fingerprint:{dataset.fingerprint}")
-
-
 def check_disk(config: Config, trainer: Trainer, artifact_path: Path) -> None:
     """Tries out, before anything costs time, whether checkpoints and the artifact can be written. UserError if not."""
     needed = 8 * 4 * trainer.num_params + predicted_bytes(config)  # weights, averages, moments, in two checkpoints
@@ -3386,9 +3369,8 @@ def check_disk(config: Config, trainer: Trainer, artifact_path: Path) -> None:
         probe = path.with_name(f".{path.name}.probe")
         write_atomic(probe, lambda file: file.write(b"probe"), variable)
         probe.unlink()
-        free = shutil.disk_usage(path.parent).free
-        require(free >= needed and not path.is_dir(), f"{variable}: {path} is a folder, or its disk is full ({free:,} "
-                f"bytes free, {needed:,} needed); free some or set {variable}")
+        require((free := shutil.disk_usage(path.parent).free) >= needed and not path.is_dir(), f"{variable}: {path} is "
+                f"a folder, or its disk is full ({free:,} bytes free, {needed:,} needed); free some or set {variable}")
 
 
 def preflight(config: Config, log: Log, trainer: Trainer, code_bytes: int) -> None:
@@ -3416,7 +3398,11 @@ def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequ
     if config.eval_only:
         config = replace(config, **model_fields(reload(config, world, artifact_path, attention)[0].config))
     dataset = open_dataset(config, world)
-    describe_dataset(log, dataset, notes)
+    for note in notes: log(f"warning: {note}")
+    log(f"train_shards:{len(dataset.train.shards)} train_tokens:{len(dataset.train)} "
+        f"val_documents:{len(document_bounds(dataset.val_tokens[:-1])) - 1} val_tokens:{len(dataset.val_tokens)} "
+        f"val_bytes:{int(dataset.val_bytes.sum())} leaked_documents:{dataset.leaked_documents}\n"
+        f"data_fingerprint:{dataset.fingerprint}")
     evaluator = Evaluator(config, world, log, dataset, compiled)
     facts = {"steps": 0, "train_tokens": 0, "train_seconds": 0.0, "compile_seconds": 0.0, "calibration_seconds": 0.0,
              "num_params": sum(map(math.prod, param_shapes(config).values()))}
@@ -3468,7 +3454,8 @@ def make_artifact(config: Config, trainer: Trainer, evaluator: Evaluator, stop: 
     evaluator.keep("averaged", evaluator.score(trainer.forward, config.eval_seq_len))
     guides, calibration_seconds = calibrate_on_training_text(config, trainer, evaluator.dataset)
     if world.rank == 0:
-        info = {"looping": trainer.model.looping, "tokenizer_sha256": evaluator.dataset.tokenizer_sha256}
+        info = {"looping": trainer.model.looping, "temperature": trainer.model.temperature,
+                "tokenizer_sha256": evaluator.dataset.tokenizer_sha256}
         data = fit_artifact(config, trainer.params, guides, info, code_bytes, trainer.log)
         write_atomic(path, lambda file: file.write(data), "ARTIFACT_PATH")
     return {"steps": trainer.step, "train_tokens": trainer.tokens, "train_seconds": round(trainer.elapsed_seconds, 3),
@@ -3477,9 +3464,10 @@ def make_artifact(config: Config, trainer: Trainer, evaluator: Evaluator, stop: 
 
 def calibrate_on_training_text(config: Config, trainer: Trainer, dataset: Dataset) -> tuple[dict[str, Guide], float]:
     """-> (guides for the quantizers that take them, seconds). All ranks take part; the pieces come from all over."""
-    if not re.search("gptq|tcq", f"{config.matrix_quantizer} {config.embed_quantizer} {config.quant_overrides}"):
-        return {}, 0.0
     start, world, stream = time.perf_counter(), trainer.world, dataset.train
+    temperature = trainer.model.temperature = fit_temperature(config, trainer)
+    if not re.search("gptq|tcq", f"{config.matrix_quantizer} {config.embed_quantizer} {config.quant_overrides}"):
+        return {}, time.perf_counter() - start
     tokens = min(config.micro_batch_tokens, 16384)  # without compilation more would not fit
     count = max(config.gptq_calibration_batches * config.micro_batch_tokens // (world.size * tokens), 1)
 
@@ -3489,8 +3477,25 @@ def calibrate_on_training_text(config: Config, trainer: Trainer, dataset: Datase
     guides = calibrate(config, world, trainer.model, map(piece, range(count)))
     world.synchronize()
     seconds = max(world.gather(time.perf_counter() - start))
-    trainer.log(f"calibration tokens:{count * world.size * tokens} seconds:{seconds:.3f}")
+    trainer.log(f"calibration tokens:{count * world.size * tokens} temperature:{temperature} seconds:{seconds:.3f}")
     return guides, seconds
+
+
+@torch.no_grad()
+def fit_temperature(config: Config, trainer: Trainer) -> float:
+    """EVAL_TEMPERATURE; where that is 0, of 0.90 to 1.10 the one that suits the training text behind the last step's.
+
+    1 where all text was read: what a model knows by heart wants another one than what is new to it.
+    """
+    world, loader, part = trainer.world, trainer.loader, config.micro_batch_tokens * trainer.world.size
+    if config.eval_temperature or trainer.tokens + part > len(loader.stream): return config.eval_temperature or 1.0
+    batch = to_device(loader.build(trainer.tokens // part, config.train_seq_len), world.device)
+    model = GPT(config, world.dtype, trainer.model.attention).to(world.device).eval()
+    model.load_state_dict(trainer.params, assign=True)
+    model.looping, grid, nats = trainer.model.looping, np.linspace(0.9, 1.1, 21).round(2).tolist(), []
+    features = model.features(batch.ids, batch.segments)
+    for model.temperature in grid: nats.append(model.nats(features, batch.targets[0]).sum().item())
+    return grid[int(np.argmin(world.sum(nats)))]
 
 
 def reload(config: Config, world: World, path: Path, attention: Attention) -> tuple[GPT, dict[str, Any], int]:
@@ -3507,7 +3512,7 @@ def reload(config: Config, world: World, path: Path, attention: Attention) -> tu
     config = artifact_config(header, config)
     kernels = choose_kernels(replace(config, fp8_matmul=False), world.device)
     model = GPT(config, world.dtype, attention, kernels).to(world.device).eval()
-    model.looping = header["looping"]
+    model.looping, model.temperature = header["looping"], header.get("temperature", 1.0)
     if world.rank == 0: model.load_state_dict(weights)
     for parameter in model.parameters() if world.size > 1 else (): dist.broadcast(parameter.detach(), 0)
     return model, header, size
@@ -3527,8 +3532,7 @@ def report_result(config: Config, world: World, log: Log, dataset: Dataset, stag
     """Logs sizes and the result line -> exit code: 3 where the submission is too large, else 0."""
     submission = measured["submission_bytes"]
     official, fits = [*stages][-1], submission <= SIZE_LIMIT_BYTES  # the last one is the score
-    score = stages[official]
-    training = measured["train_seconds"] + measured["calibration_seconds"]
+    score, training = stages[official], measured["train_seconds"] + measured["calibration_seconds"]
     in_time = max(measured["eval_seconds"], training) <= LIMIT_SECONDS
     log(f"artifact_bytes:{measured['artifact_bytes']} code_bytes:{measured['code_bytes']} "
         f"submission_bytes:{submission} limit_bytes:{SIZE_LIMIT_BYTES} fits:{int(fits)}")
@@ -3538,7 +3542,8 @@ def report_result(config: Config, world: World, log: Log, dataset: Dataset, stag
         "version": VERSION, "run_id": config.run_id, "seed": config.seed, "world_size": world.size,
         "device": world.describe(), "torch": torch.__version__, "data_fingerprint": dataset.fingerprint,
         "overrides": config.overrides(), "peak_memory_bytes": max(world.gather(world.peak_memory_bytes())),
-        "stages": {name: stage.as_dict() for name, stage in stages.items()}, "official_stage": official,
+        "stages": {name: {**vars(x), "val_loss": x.val_loss, "val_bpb": x.val_bpb, "seconds": round(x.seconds, 3)}
+                   for name, x in stages.items()}, "official_stage": official,
         "val_loss": score.val_loss, "val_bpb": score.val_bpb, **measured,
         "headroom_bytes": SIZE_LIMIT_BYTES - submission, "fits": fits,
         "legal": fits and in_time and not (dataset.leaked_documents or config.ttt_unsafe_multi_epoch or config.val_docs)
@@ -3558,7 +3563,7 @@ def main(environ: Mapping[str, str], arguments: Sequence[str] = ()) -> int:
     try:
         require(tuple(map(int, torch.__version__.split(".")[:2])) >= MIN_TORCH,
                 f"torch {torch.__version__} is too old: {MIN_TORCH[0]}.{MIN_TORCH[1]} or newer is needed")
-        stop.install()
+        for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, stop.handle)
         config, notes = Config.from_env(environ)
         world = World.start(config, environ)
         config = replace(config, run_id=config.run_id or world.gather(time.strftime("%Y%m%d-%H%M%S"))[0])
@@ -3575,8 +3580,7 @@ def main(environ: Mapping[str, str], arguments: Sequence[str] = ()) -> int:
             message, code = f"error: another process is gone ({first_line(error):.200})", 2
         else: raise
     if log: log(message, to_terminal=False)
-    prefix = f"rank {rank}: " if rank.isdigit() and rank != "0" else ""
-    print(prefix + message, file=sys.stderr, flush=True)
+    print((f"rank {rank}: " if rank.isdigit() and rank != "0" else "") + message, file=sys.stderr, flush=True)
     return code
 
 

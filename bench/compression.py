@@ -163,7 +163,9 @@ class Comparison:
         self.model = GPT(self.config, world.dtype, attention).to(world.device).eval()
         self.model.looping = looping
         self.model.load_state_dict(self.weights)
-        trainer: Any = SimpleNamespace(params=self.weights, model=self.model, world=world, log=lambda text: None)
+        nothing = SimpleNamespace(stream=())  # to fit a temperature to
+        trainer: Any = SimpleNamespace(params=self.weights, model=self.model, world=world, log=lambda text: None,
+                                       loader=nothing, tokens=0)
         self.guides, self.seconds = train_gpt.calibrate_on_training_text(self.config, trainer, self.dataset)
         self.count = sum(self.weights[name].numel() for name in self.guides)
         plain = replace(self.config, **METHODS["rtn"], target_bytes=0)

@@ -49,7 +49,7 @@ H100 = "NVIDIA H100 80GB HBM3 (compute capability (9, 0))"
 
 
 def stage_sums(bpb: float, tokens: int = TOKENS, count_bytes: int = BYTES) -> dict:
-    """A stage of the result as Score.as_dict gives it."""
+    """A stage of the result as report_result writes it."""
     nats = bpb * math.log(2) * count_bytes
     return {"nats": nats, "tokens": tokens, "bytes": count_bytes, "seconds": 12.5, "val_loss": nats / tokens,
             "val_bpb": nats / math.log(2) / count_bytes}
@@ -95,7 +95,7 @@ def our_log(seed: int, bpb: float = 1.06, source: str = PROGRAM, settings: dict 
                   "in_time": True}} | (result or {})
     stage_lines = [f"final_{name}_exact val_loss:{s['val_loss']:.8f} val_bpb:{s['val_bpb']:.8f} eval_time:12500ms"
                    for name, s in facts["stages"].items()]
-    lines += [*stage_lines[:2], f"calibration tokens:131072 seconds:{facts['calibration_seconds']:.3f}",
+    lines += [*stage_lines[:2], f"calibration tokens:131072 temperature:1.0 seconds:{facts['calibration_seconds']:.3f}",
               *stage_lines[2:],
               f"artifact_bytes:{facts['artifact_bytes']} code_bytes:{facts['code_bytes']} "
               f"submission_bytes:{facts['submission_bytes']} limit_bytes:16000000 fits:{int(facts['fits'])}",

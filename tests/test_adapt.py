@@ -1369,6 +1369,7 @@ def scored(trained, tmp_path, capsys):
 
     yield call
     torch.set_float32_matmul_precision(precision)
+    torch.use_deterministic_algorithms(False)
     for number, handler in handlers:
         signal.signal(number, handler)
 

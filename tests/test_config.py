@@ -168,6 +168,8 @@ CROSS_CHECKS = [  # environment, what the complaint says
     ({"TRAIN_ORDER": "strided", "TRAIN_SEQ_LEN": "1000"},
      ("MICRO_BATCH_TOKENS=98304", "TRAIN_SEQ_LEN=1000", "TRAIN_ORDER=strided", "change one")),
     ({"EVAL_STRIDE": "2049"}, ("EVAL_STRIDE=2049", "at most EVAL_SEQ_LEN=2048")),
+    ({"EVAL_TEMPERATURE": "0.49"}, ("EVAL_TEMPERATURE=0.49", "0.5 to 2", "0 = fitted")),
+    ({"EVAL_TEMPERATURE": "2.01"}, ("EVAL_TEMPERATURE=2.01", "0.5 to 2", "0 = fitted")),
     ({"EVAL_SEQ_LEN": "32"}, ("EVAL_STRIDE=64", "EVAL_SEQ_LEN=32")),
     ({"MAX_WALLCLOCK_SECONDS": "8"}, ("GPTQ_RESERVE_SECONDS=8.0", "MAX_WALLCLOCK_SECONDS=8.0")),
     ({"MATRIX_BITS": "9"}, ("MATRIX_BITS=9", "2 to 8")), ({"MATRIX_BITS": "1"}, ("MATRIX_BITS=1", "2 to 8")),

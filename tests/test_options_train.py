@@ -1,6 +1,7 @@
 """Sections 7 to 9, options of the training: SWA, quantization-aware training, schedules, resuming."""
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -316,7 +317,7 @@ ALL_AT_ONCE = {
     **MANY["many"], "train_seq_len": 64, "eval_seq_len": 96, "train_seq_schedule": "16@0.2,32@0.7,64@1",
     "batch_schedule": "0.5@0.4,1@1", "late_qat_threshold": 0.4,
     "qat_embedding": True, "swa_start_frac": 0.5, "swa_every": 1, "ema_decay": 0.9, "warmdown_iters": 8,
-    "warmdown_power": 1.5, "wd_taper_start_frac": 0.3, "normuon_beta2": 0.95,
+    "wd_taper_start_frac": 0.3, "normuon_beta2": 0.95,
     "muon_wd_after": True, "train_order": "strided"}
 
 
@@ -351,3 +352,72 @@ def test_the_program_runs_with_many_options_at_once(data, tmp_path, capsys):
     assert code == 0 and not step_losses(again)
     for stage, score in result_of(again)["stages"].items():
         assert score["nats"] == stages[stage]["nats"]
+
+
+# --- the temperature of evaluation
+@pytest.mark.parametrize("changes", [{}, {"softcap_type": "poly5"}, {"softcap_type": "two_sided", "vocab_bias": True}])
+def test_a_temperature_divides_the_logits_of_evaluation_alone(changes):
+    model = GPT(tiny_config(**changes))
+    model.init_weights(0)
+    randomize(model, 1)
+    ids, targets, segments = random_batch(0, 64, 16)
+    with torch.no_grad():
+        model.temperature = 1.3
+        features = model.features(ids, segments)
+        training, warm = model.train().logits(features), model.eval().logits(features)
+        nats = model(ids, targets, segments)
+        model.temperature = 1.0
+        plain = model.logits(features)
+    assert torch.equal(training, plain) and (plain - warm).abs().max() > 0.1
+    torch.testing.assert_close(warm, plain / 1.3)
+    torch.testing.assert_close(nats, -(plain / 1.3).log_softmax(-1).gather(1, targets.T)[:, 0], rtol=1e-4, atol=1e-4)
+
+
+def unread_nats(trainer, first: int, temperature: float) -> float:
+    """Of the micro-batch of the stream that begins at token `first`."""
+    config, model = trainer.config, trainer.model
+    window = trainer.dataset.train.slice(first, config.micro_batch_tokens + 1)
+    ids, targets, segments = train_gpt.window_batch(config, window, config.train_seq_len)
+    with torch.no_grad():
+        logits = model.eval().logits(model.features(ids, segments)) * model.temperature
+    model.train()
+    return float(-(logits / temperature).log_softmax(-1).gather(1, targets.T).sum())
+
+
+@pytest.mark.parametrize("scale", [1.3, 1.4, 1.5])
+def test_the_fitted_temperature_is_the_best_one_for_text_that_no_step_saw(make, scale):
+    """A model whose head is scaled, so that it is neither too sure of itself nor too little."""
+    trainer = train(make(eval_temperature=0.0, softcap_type="tanh", logit_softcap=1000.0, matrix_lr=0.05))
+    with torch.no_grad():
+        trainer.model.embedding.mul_(scale)  # features do not change: they are normalized
+    grid = [round(0.9 + 0.01 * i, 2) for i in range(21)]
+    nats = [unread_nats(trainer, trainer.tokens, t) for t in grid]
+    found = train_gpt.fit_temperature(trainer.config, trainer)
+    assert found == grid[nats.index(min(nats))] and 0.9 < found < 1.1
+    assert trainer.model.training and trainer.model.temperature == 1.0  # not changed by trying
+
+
+def test_a_temperature_is_not_fitted_to_text_that_was_read(make):
+    trainer = make(eval_temperature=0.0, softcap_type="tanh")
+    part, total = trainer.config.micro_batch_tokens, len(trainer.dataset.train)
+    trainer.tokens = total // part * part
+    assert train_gpt.fit_temperature(trainer.config, trainer) == 1.0
+    for given in (0.7, 1.0):
+        assert train_gpt.fit_temperature(replace(trainer.config, eval_temperature=given), trainer) == given
+
+
+def test_the_artifact_keeps_its_temperature(data, capsys):
+    """A later score is that of the artifact, whatever the setting says then."""
+    def score(**changes) -> dict:
+        variables = tiny_environment(data, EVAL_MODE="packed", MATRIX_QUANTIZER="fp16", EMBED_QUANTIZER="fp16",
+                                     TARGET_BYTES=0, **changes)
+        assert train_gpt.main(variables) == 0
+        return result_of(capsys.readouterr().out)["stages"]
+    found = {t: score(EVAL_TEMPERATURE=t, RUN_ID=f"t{t}") for t in (1, 1.2)}
+    assert found[1]["averaged"] == found[1.2]["averaged"] | {"seconds": found[1]["averaged"]["seconds"]}
+    assert found[1.2]["quantized"]["nats"] != found[1]["quantized"]["nats"]
+    path = Path(tiny_environment(data)["LOG_DIR"]) / "t1.2.artifact"
+    assert train_gpt.read_artifact(path)[0]["temperature"] == 1.2
+    for given in (0, 1, 1.1):
+        again = score(EVAL_ONLY=path, EVAL_TEMPERATURE=given, RUN_ID=f"again{given}")
+        assert again["quantized"]["nats"] == found[1.2]["quantized"]["nats"]

@@ -49,7 +49,7 @@ EVENTS = {  # lines of a sound log
     "trained": r"peak_memory:\d+MiB steps:(\d+) train_seconds:(\d+\.\d+)",
     "bytes": r"artifact_bytes:(\d+) code_bytes:(\d+) submission_bytes:(\d+) limit_bytes:(\d+) fits:([01])$",
 }
-CALIBRATION = re.compile(r"calibration tokens:\d+ seconds:(\d+\.\d+)")
+CALIBRATION = re.compile(r"calibration tokens:\d+ (?:temperature:\d+\.\d+ )?seconds:(\d+\.\d+)")
 
 
 def log_name(seed: int) -> str:

@@ -80,7 +80,7 @@ class Sampler:
         half = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0)
         self.model = self.program.GPT(model_config, torch.bfloat16 if half else torch.float32)
         self.model.load_state_dict(weights)
-        self.model.to(self.device).looping = header["looping"]
+        self.model.to(self.device).looping, self.model.temperature = header["looping"], header.get("temperature", 1.0)
 
     def default_tokenizer(self, model_config: Any) -> Path:
         """Where train_gpt.py looks, too."""
