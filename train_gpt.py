@@ -226,7 +226,7 @@ class Config:
     ttt_strategy: Literal["documents", "stream"] = "documents"  # adapters for each document, or all weights in a row
     ttt_order: Literal["stream", "length"] = "stream"  # of the documents: the text's own, or longest first
     ttt_batch_size: Count = 64  # documents side by side
-    ttt_chunk_size: Count = 48  # tokens that are scored before the adapters learn from them
+    ttt_chunk_size: Count = 24  # tokens that are scored before the adapters learn from them
     ttt_chunk_schedule: str = ""  # the same for documents up to some length, as 8@256,24@2000
     ttt_back_tokens: int = 48  # before a chunk: they go through the model again, so that adapters learn from them too
     ttt_targets: str = "q,k,v,out,mlp,head"  # what has adapters
@@ -238,7 +238,7 @@ class Config:
     ttt_beta1: Decay = 0.0  # of adamw
     ttt_beta2: Decay = 0.99  # of adamw
     ttt_warm_start_a: bool = False  # the inner matrices of adapters go on to the next documents in their place
-    phased_ttt_num_phases: int = 1  # times that all weights learn from the scored prefix; 0 = never
+    phased_ttt_num_phases: int = 3  # times that all weights learn from the scored prefix; 0 = never
     phased_ttt_prefix_docs: int = 2500  # documents of the prefix
     global_ttt_lr: float = 0.001  # of the weights
     global_ttt_momentum: Decay = 0.9  # of sgd
