@@ -205,7 +205,7 @@ class Config:
     embed_quantizer: Literal["tcq", "gptq", "rtn", "fp16"] = "tcq"  # of embedding and head
     quant_overrides: str = ""  # for some matrices, as k_proj:-[12]=fp16,*:[3-7]=tcq/5,up_proj:loop=gptq/7/13
     quant_sensitivity: Fraction = 0.5  # how far steps follow what a row's errors cost, instead of its size
-    gptq_calibration_batches: Count = 16  # micro-batches of training text for gptq and tcq, over all ranks
+    gptq_calibration_batches: Count = 16  # micro-batches of training text for calibration, over all ranks
     target_bytes: int = 15990000  # of artifact and code: all steps grow or shrink to it; 0 = steps as MATRIX_BITS says
     matrix_bits: int = 6  # per weight of the banks, where its step is made of them; 2 = ternary, 1 = binary (rtn)
     embed_bits: int = 7  # the same for the embedding
@@ -2412,8 +2412,7 @@ def search_encode(states: int, weight: Tensor, steps: Tensor, levels: int, guide
     finer = (finer - finer.mean(1, keepdim=True)).round().clamp(-32, 32)
     scale = 2 ** (finer / 3)[:, None]
     weight, steps = weight * scale, steps.view(*weight.shape[:2], 1)
-    if guide:  # no row is clipped
-        steps = steps.maximum(weight.abs().amax(-1, keepdim=True) / 120)
+    if guide: steps = steps.maximum(weight.abs().amax(-1, keepdim=True) / 120)  # no row is clipped
     steps = round_steps(steps)
     return coded(search_codes(weight / steps, levels, feedback * scale, states), steps, finer)
 
@@ -3420,8 +3419,7 @@ def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequ
     model, header, artifact_bytes = reload(config, world, artifact_path, attention)
     require(header["tokenizer_sha256"] == dataset.tokenizer_sha256, f"{artifact_path}: was made with tokenizer "
             f"{header['tokenizer_sha256'][:12]}, TOKENIZER_PATH is {dataset.tokenizer_sha256[:12]}: set the right one")
-    if config.eval_mode == "adapted":  # nothing to compile: kernels and CUDA graphs do most of it
-        evaluator.compiled, model.fused = False, True
+    if config.eval_mode == "adapted": evaluator.compiled, model.fused = False, True  # CUDA graphs do most of it
     compile_model(model, evaluator.compiled)
     evaluator.keep("quantized", evaluator.score(model, config.eval_seq_len))
     if (official := "smoothed" if config.ngram_order else config.eval_mode) != "packed":
@@ -3485,17 +3483,19 @@ def calibrate_on_training_text(config: Config, trainer: Trainer, dataset: Datase
 def fit_temperature(config: Config, trainer: Trainer) -> float:
     """EVAL_TEMPERATURE; where that is 0, of 0.90 to 1.10 the one that suits the training text behind the last step's.
 
-    1 where all text was read: what a model knows by heart wants another one than what is new to it.
+    It takes GPTQ_CALIBRATION_BATCHES. 1 where they were read: what a model knows by heart wants another one.
     """
     world, loader, part = trainer.world, trainer.loader, config.micro_batch_tokens * trainer.world.size
-    if config.eval_temperature or trainer.tokens + part > len(loader.stream): return config.eval_temperature or 1.0
-    batch = to_device(loader.build(trainer.tokens // part, config.train_seq_len), world.device)
+    first, count = trainer.tokens // part, -(-config.gptq_calibration_batches // world.size)
+    if config.eval_temperature or (first + count) * part > len(loader.stream): return config.eval_temperature or 1.0
     model = GPT(config, world.dtype, trainer.model.attention).to(world.device).eval()
     model.load_state_dict(trainer.params, assign=True)
-    model.looping, grid, nats = trainer.model.looping, np.linspace(0.9, 1.1, 21).round(2).tolist(), []
-    features = model.features(batch.ids, batch.segments)
-    for model.temperature in grid: nats.append(model.nats(features, batch.targets[0]).sum().item())
-    return grid[int(np.argmin(world.sum(nats)))]
+    model.looping, grid, nats = trainer.model.looping, np.linspace(0.9, 1.1, 21).round(2).tolist(), np.zeros(21)
+    for i in range(first, first + count):
+        batch = to_device(loader.build(i, config.train_seq_len), world.device)
+        features = model.features(batch.ids, batch.segments)
+        for j, model.temperature in enumerate(grid): nats[j] += model.nats(features, batch.targets[0]).sum().item()
+    return grid[int(np.argmin(world.sum(nats.tolist())))]
 
 
 def reload(config: Config, world: World, path: Path, attention: Attention) -> tuple[GPT, dict[str, Any], int]:
