@@ -19,12 +19,12 @@ sys.path.insert(0, str(program.ROOT / "bench"))
 import ngram as bench
 
 
-def counts_of(tokens: np.ndarray, orders) -> dict[int, np.ndarray]:
+def counts_of(tokens: np.ndarray, orders, device: str = "cpu") -> dict[int, np.ndarray]:
     """Order -> (3, n - 1) seen, hits and kinds of each target; 0 where nothing was seen."""
     result = {}
-    for order, at, *counts in ngram_counts(torch.from_numpy(tokens.astype(np.int64)), orders):
+    for order, at, *counts in ngram_counts(torch.from_numpy(tokens.astype(np.int64)).to(device), orders):
         out = np.zeros((3, max(len(tokens) - 1, 0)), np.int64)
-        out[:, at.numpy() - 1] = torch.stack(counts).numpy()
+        out[:, at.cpu().numpy() - 1] = torch.stack(counts).cpu().numpy()
         result[order] = out
     return result
 
@@ -77,6 +77,14 @@ def test_counts_where_one_context_has_almost_a_block_of_rows():
     tokens = np.concatenate([random.integers(0, 2, 5_000), np.full(63_000, 5), random.integers(5, 10, 9_000)])
     for order, counts in counts_of(tokens.astype(np.uint16), (2, *NGRAM_ORDERS)).items():
         assert np.array_equal(counts, expected(tokens, order))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [0, 1, 5, 300_000])
+def test_a_gpu_counts_as_a_cpu_does(length):
+    text = zipf_text(np.random.default_rng(0), 300_000, 500)[:length]
+    found, wanted = (counts_of(text, NGRAM_ORDERS, device) for device in ("cuda", "cpu"))
+    assert found.keys() == wanted.keys() and all(np.array_equal(found[order], wanted[order]) for order in wanted)
 
 
 def test_counts_of_real_text(corpus_dir):
