@@ -422,8 +422,7 @@ def resolve(variable: str, text: str) -> tuple[str, Any]:
     """A variable of NAMES -> (our field or "" for no effect, value). UserError for a value that it cannot have."""
     meaning = NAMES[variable]
     if isinstance(meaning, str): return meaning, parse_value(variable, text, KINDS[meaning])
-    if text.lower() not in meaning:
-        raise UserError(f"{variable}={text}: is not supported here; leave it out or set it to {' or '.join(meaning)}")
+    require(text.lower() in meaning, f"{variable}={text}: is not supported here; drop it or set {' or '.join(meaning)}")
     return meaning[text.lower()] or ("", None)
 
 
@@ -594,9 +593,8 @@ def read_shard(path: Path) -> np.ndarray:
         size, header = path.stat().st_size, np.fromfile(path, "<i4", SHARD_HEADER_INTS)
     if len(header) < SHARD_HEADER_INTS or header[0] != SHARD_MAGIC or header[1] != 1:
         raise UserError(f"{path}: no token shard (its header does not start with {SHARD_MAGIC}, 1); {PREPARE_HINT}")
-    expected = 4 * SHARD_HEADER_INTS + 2 * int(header[2])
-    if size != expected:
-        raise UserError(f"{path}: {size} bytes, its header promises {expected}: truncated or altered; make it again")
+    require(size == (expected := 4 * SHARD_HEADER_INTS + 2 * int(header[2])),
+            f"{path}: {size} bytes, its header promises {expected}: truncated or altered; make it again")
     require(header[2], f"{path}: holds no tokens; remove it or make it again")
     return np.memmap(path, "<u2", "r", offset=4 * SHARD_HEADER_INTS)
 
@@ -2610,8 +2608,7 @@ def quantize(config: Config, weights: Mapping[str, Tensor], guides: Mapping[str,
     """{name: weights} -> {piece: (quantizer, arrays)}, all steps times the multiplier. UserError for NaN, infinity."""
     pieces, known, result = {}, {}, {}
     for name, weight in weights.items():
-        if not weight.isfinite().all():
-            raise UserError(f"{name}: holds NaN or infinity, so there is nothing to quantize; lower the learning rates")
+        require(weight.isfinite().all(), f"{name}: holds NaN or infinity, nothing to quantize; lower learning rates")
         for piece, layers in cut_bank(config, name, weight.shape).items():
             pieces[piece] = weight.detach()[layers]
             if guides and name in guides: known[piece] = Guide(*(part[layers] for part in guides[name]))
@@ -3173,6 +3170,9 @@ class TestTimeTrainer:
         for i, part in enumerate(parts):
             (self.score_windows if streams else self.score_documents)(part)
             self.unscored -= int(self.lengths[part].sum())
+            share, seconds = 1 - self.unscored / self.bounds[-1], time.perf_counter() - self.ledger.start
+            (self.evaluator.log.progress if streams else self.evaluator.log)(
+                f"adapted share:{share:.3f} seconds:{seconds:.0f} projected_seconds:{seconds / share:.0f}")
             if i + 1 < len(parts) and not config.ttt_unsafe_multi_epoch:
                 if streams: self.learn_from(part, optimizer, i / (len(parts) - 1), 0.0)
                 else: self.learn_from(np.concatenate(parts[:i + 1]), self.weight_optimizer(), 0.0, 1.0)

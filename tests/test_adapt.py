@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import threading
@@ -1080,7 +1081,7 @@ def test_targets_that_adapters_give_no_number_are_scored_without():
     plain = make_learner(config, text)
     plain.evaluator.score_rows(plain.model, plain.windows_of([3]), plain.ledger)
     assert np.allclose(nats[a + 16:b], plain.ledger.nats[a + 16:b], rtol=1e-5)
-    assert learner.evaluator.log.lines[:-1] == [
+    assert learner.evaluator.log.lines[:-2] == [
         f"adaptation: {b - a - 16} targets were scored without adapters"]
     # and that depends on what comes before each target only
     place = a + 25
@@ -1392,6 +1393,10 @@ def test_the_program_adapts(trained):
     assert list(values) == ["scored_chunks", "learned_chunks", "skipped", "legal"]
     assert int(values["scored_chunks"]) > int(values["learned_chunks"]) > 0
     assert (values["skipped"], values["legal"]) == ("0", "1")
+    shares = [[float(x) for x in re.findall(r"[a-z]:([0-9.]+)", line)] for line in done.stdout.splitlines()
+              if line.startswith("adapted share:")]
+    assert len(shares) == 4 and all(share[2] >= share[1] for share in shares)  # three phases, and what is behind them
+    assert 0 < shares[0][0] < shares[1][0] < shares[2][0] < shares[3][0] == 1 and shares[3][1] == shares[3][2]
     assert f"final_adapted_exact val_loss:{found['val_loss']:.8f}" in done.stdout
     assert found["seconds"] <= result["eval_seconds"] < 100
     assert audit["causal"] is True and audit["noise_nats"] == audit["change_before_nats"] == 0

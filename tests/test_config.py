@@ -353,7 +353,7 @@ def test_translated_values(variable, text):
     assert Config.from_env({variable: text, name.upper(): str(value)}) == (config, [])
     assert f"{variable}={text} contradicts {name.upper()}={other}" in refusal(**{variable: text, name.upper(): other})
     accepted = " or ".join(ALIASES[variable])
-    assert refusal(**{variable: "2"}).endswith(f"leave it out or set it to {accepted}")
+    assert refusal(**{variable: "2"}).endswith(f"drop it or set {accepted}")
 
 
 def test_aliases_that_ask_for_different_gates_contradict_each_other():
