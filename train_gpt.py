@@ -2861,7 +2861,7 @@ def grouped(key: Tensor) -> tuple[Tensor, Tensor]:
     return order, key.diff(prepend=~key[:1]) == 0
 
 
-def starts(again: Tensor, place: Tensor) -> Tensor:
+def group_starts(again: Tensor, place: Tensor) -> Tensor:
     """again (m,): whether a row is of the group of the row before; place (m or more,) 0, 1, .. -> its group's start."""
     return (place[:len(again)] * ~again).cummax(0).values
 
@@ -2880,21 +2880,21 @@ def ngram_counts(tokens: Tensor, orders: Sequence[int]) -> Iterator[tuple[int, T
     text, length, block = tokens.short(), min(orders[0] - 1, 3) - 1, 1 << 16
     place = torch.arange(len(text), dtype=torch.int32, device=text.device)
     by, again = grouped(sum((text[i:i - length].int() << 16 * i for i in range(length)), 0 * place[length:]))
-    at, start = place[length:].index_select(0, by), starts(again, place)
+    at, start = place[length:].index_select(0, by), group_starts(again, place)
     for order in range(length + 1, orders[-1] + 1):
         (hits, kinds), longer, size = at.new_empty(2, len(at)), at.new_empty(2, len(at)), 0
         ends = [*start[::block].unique_consecutive().tolist(), len(at)]
         for a, b in zip(ends, ends[1:]):
             by, again = grouped((start[a:b].clamp(min=b - block) << 16) + text.index_select(0, at[a:b]))
             if order in orders:
-                hits[a:b].scatter_(0, by, place[:b - a] - starts(again, place))
+                hits[a:b].scatter_(0, by, place[:b - a] - group_starts(again, place))
                 found = (hits[a:b] == 0).cumsum(0, dtype=torch.int32)
                 kinds[a:b] = found - found.index_select(0, start[a:b] - a) + (hits[a:b] > 0)
             rows = at[a:b].index_select(0, by) + 1
             again &= rows < len(text)
             kept = again | again.roll(-1)
             rows, again = rows.masked_select(kept), again.masked_select(kept)
-            longer[:, size:size + len(rows)] = torch.stack((rows, starts(again, place) + size))
+            longer[:, size:size + len(rows)] = torch.stack((rows, group_starts(again, place) + size))
             size += len(rows)
         if order in orders: yield order, at, place[:len(at)] - start, hits, kinds
         at, start = longer[:, :size]
@@ -3461,18 +3461,21 @@ def make_artifact(config: Config, trainer: Trainer, evaluator: Evaluator, stop: 
 
 
 def calibrate_on_training_text(config: Config, trainer: Trainer, dataset: Dataset) -> tuple[dict[str, Guide], float]:
-    """-> (guides for the quantizers that take them, seconds). All ranks take part; the pieces come from all over."""
+    """-> (guides for the quantizers that take them, seconds); sets the model's temperature. All ranks take part.
+
+    The guides' pieces come from all over the text.
+    """
     start, world, stream = time.perf_counter(), trainer.world, dataset.train
     temperature = trainer.model.temperature = fit_temperature(config, trainer)
-    if not re.search("gptq|tcq", f"{config.matrix_quantizer} {config.embed_quantizer} {config.quant_overrides}"):
-        return {}, time.perf_counter() - start
+    guided = re.search("gptq|tcq", f"{config.matrix_quantizer} {config.embed_quantizer} {config.quant_overrides}")
+    if not guided and config.eval_temperature: return {}, 0.0
     tokens = min(config.micro_batch_tokens, 16384)  # without compilation more would not fit
     count = max(config.gptq_calibration_batches * config.micro_batch_tokens // (world.size * tokens), 1)
 
     def piece(i: int) -> Batch:
         window = stream.slice((i * world.size + world.rank) * len(stream) // (count * world.size), tokens + 1)
         return to_device(window_batch(config, window, config.train_seq_len), world.device)
-    guides = calibrate(config, world, trainer.model, map(piece, range(count)))
+    guides = calibrate(config, world, trainer.model, map(piece, range(count))) if guided else {}
     world.synchronize()
     seconds = max(world.gather(time.perf_counter() - start))
     trainer.log(f"calibration tokens:{count * world.size * tokens} temperature:{temperature} seconds:{seconds:.3f}")

@@ -1,5 +1,6 @@
 """Sections 7 to 9, options of the training: SWA, quantization-aware training, schedules, resuming."""
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -411,6 +412,18 @@ def test_a_temperature_is_not_fitted_to_text_that_was_read(make):
     assert found[0] != found[1] == 1.0
     for given in (0.7, 1.0):
         assert train_gpt.fit_temperature(replace(trainer.config, eval_temperature=given), trainer) == given
+
+
+@pytest.mark.parametrize("temperature", [0, 1.1])
+def test_fitting_alone_counts_as_calibration(data, capsys, temperature):
+    """Without a quantizer that is guided: the line in the log has the result's seconds, where there are any."""
+    variables = tiny_environment(data, EVAL_MODE="packed", MATRIX_QUANTIZER="rtn", EMBED_QUANTIZER="rtn",
+                                 EVAL_TEMPERATURE=temperature, GPTQ_CALIBRATION_BATCHES=2, RUN_ID=f"rtn{temperature}")
+    assert train_gpt.main(variables) == 0
+    output = capsys.readouterr().out
+    seconds = re.findall(r"^calibration tokens:\d+ temperature:\d\.\d+ seconds:(\S+)$", output, re.MULTILINE)
+    found = result_of(output)["calibration_seconds"]
+    assert [float(x) for x in seconds] == ([found] if temperature == 0 else []) and (found > 0) == (temperature == 0)
 
 
 def test_the_artifact_keeps_its_temperature(data, capsys):

@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import lzma
+import math
 import re
 import shutil
 import signal
@@ -77,6 +78,8 @@ def test_the_result_line_is_complete(one, data):
     for stage in result["stages"].values():
         assert set(stage) == {"nats", "tokens", "bytes", "val_loss", "val_bpb", "seconds"}
         assert stage["tokens"] == 1499 and stage["val_loss"] == pytest.approx(stage["nats"] / 1499)
+        assert stage["val_bpb"] == stage["nats"] / math.log(2) / stage["bytes"]
+        assert stage["seconds"] == round(stage["seconds"], 3) > 0
         assert stage["bytes"] == result["stages"]["raw"]["bytes"] > 3000
         assert stage["val_bpb"] == pytest.approx(stage["nats"] / 0.6931471805599453 / stage["bytes"])
     assert result["val_bpb"] == result["stages"]["sliding"]["val_bpb"] < result["stages"]["quantized"]["val_bpb"]
