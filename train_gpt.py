@@ -329,6 +329,7 @@ class Config:
             "{global_ttt_chunk_tokens} {ttt_unsafe_multi_epoch}: 0 and more than 0 are for TTT_STRATEGY=stream"
         yield not self.ngram_order or (self.ngram_order > 3 and self.ttt_order == "stream"), \
             "{ngram_order} {ttt_order}: needs 4 or more, and its counts run in the order of the text; 0 = off"
+        yield self.target_bytes <= SIZE_LIMIT_BYTES or self.allow_oversize, "{target_bytes}: the limit is 16,000,000"
         most = len(NEWTON_SCHULZ[self.muon_coefficients])
         yield self.muon_backend_steps <= most, f"{{muon_backend_steps}}: at most {most}, {{muon_coefficients}}"
 
@@ -362,7 +363,7 @@ HINTS = get_type_hints(Config)
 CHOICES = {name: get_args(hint) for name, hint in HINTS.items() if get_args(hint)}
 KINDS = {name: str if name in CHOICES else hint for name, hint in HINTS.items()}  # bool, int, float or str
 FAMILY_WORDS = {"TTT", "EMA", "SWA", "GPTQ", "LQER", "MUON", "LOOP", "LOOPS", "LOOPING", "ROPE", "XSA", "QAT", "SMEAR",
-                "SMEARGATE", "LORA", "WARMDOWN", "BIGRAM", "SOFTCAP", "DOC", "PREQUANT"}
+                "SMEARGATE", "LORA", "WARMDOWN", "BIGRAM", "SOFTCAP", "DOC", "PREQUANT", "INT4", "CODEBOOK", "BITNET"}
 
 
 def parse_value(variable: str, text: str, kind: Any) -> Any:
@@ -395,7 +396,7 @@ ALIASES: dict[str, str | dict[str, tuple[str, Any] | None]] = {
     "USE_SMEARGATE": {"0": ("smear_gate", "off"), "1": ("smear_gate", "static")},
     "SPARSE_ATTN_GATE_ENABLED": {"0": ("sparse_attn_gate_scale", 0.0), "1": ("attn_gate", "sparse")},
     **{name: {"0": None, "1": ("attn_gate", "dense")} for name in ("GATED_ATTN_ENABLED", "GATED_ATTENTION")},
-    "ATTN_OUT_GATE_ENABLED": {"0": None, "1": ("attn_gate", "output")},
+    "ATTN_OUT_GATE_ENABLED": {"0": None, "1": ("attn_gate", "output")}, "SIZE_TARGET": "target_bytes",
     "EMA_ENABLED": {"0": ("ema_decay", 0.0), "1": None}, "SWA_ENABLED": {"0": ("swa_start_frac", 0.0), "1": None},
     "NGRAM_TILT_ENABLED": {"0": ("ngram_order", 0), "1": ("ngram_order", 16)},
     "LATE_QAT": {"0": ("late_qat_threshold", 0.0), "1": None}, "TTT_MLP_LORA": {"1": None}, "TTT_O_LORA": {"1": None},
@@ -405,13 +406,14 @@ ALIASES: dict[str, str | dict[str, tuple[str, Any] | None]] = {
     "TTT_MASK": {"no_qv": ("ttt_targets", "k,out,mlp,head"), "": None},
     "COMPRESSOR": {"pergroup": ("", "means rans"), **{name: ("compressor", name) for name in CHOICES["compressor"]}},
     **accepted("LQER_ENABLED=0,1 LQER_ASYM_ENABLED=0,1 LQER_RANK=2,4,6 LQER_TOP_K=1,3,4 LQER_FACTOR_BITS=4 "
-               "LQER_ASYM_GROUP=32,64", "is not needed here: tcq leaves less error than LQER at the same size"),
+               "LQER_ASYM_GROUP=32,64 AWQ_LITE_ENABLED=0,1", "is not needed: tcq leaves less error at the same size"),
     **accepted("SMEAR_GATE_BOS_FIX=0,1", "changes nothing here: no token is ever smeared into another document"),
     **accepted("ASYM_LOGIT_RESCALE=0,1", "changes nothing, as published; SOFTCAP_TYPE=two_sided trains its caps"),
     **accepted("TOKEN_THRESHOLD=0.8,0.800 TOKEN_BOOST=2.625", "is not needed: shares follow from counts"),
     **accepted("GATED_ATTN_QUANT_GATE=0,1", "changes nothing here: gates are kept in float16"),
-    **accepted("PARALLEL_FINAL_LANE=mean SPARSE_ATTN_GATE_INIT_STD=0,0.0 FUSED_CE_ENABLED=0,1 CASEOPS_ENABLED=0,1 "
-               "QAT_ENABLED=0 OPTROT_ENABLED=0 ROPE_YARN=0 MUON_HUBER_WD=0 TTT_UPDATE_EVERY=1 TTT_GRAD_STEPS=1 "
+    **accepted("CASEOPS_ENABLED=0,1", "chooses no data here: DATA_PATH and TOKENIZER_PATH do"),
+    **accepted("PARALLEL_FINAL_LANE=mean SPARSE_ATTN_GATE_INIT_STD=0,0.0 FUSED_CE_ENABLED=0,1 QAT_ENABLED=0 "
+               "OPTROT_ENABLED=0 ROPE_YARN=0 MUON_HUBER_WD=0 TTT_UPDATE_EVERY=1 TTT_GRAD_STEPS=1 "
                "GLOBAL_TTT_OPTIMIZER=sgd MATRIX_CLIP_SIGMAS=12.85 QK_GAIN_INIT_SCHEDULE= TTT_LORA_EMA_DECAY=0.0 "
                "NGRAM_HINT_PRECOMPUTE_OUTSIDE=0 WITHIN_TAU=99.0 WITHIN_BOOST=0.0 WORD_TAU=99.0 WORD_BOOST=0.0 "
                "AGREE_ADD_BOOST=0.0")}
@@ -861,8 +863,7 @@ def table_bytes(tokens: np.ndarray, tokenizer: Any) -> np.ndarray:
     spaced = next((i for i in np.flatnonzero(space) if count[i]), None)
     drops_space = spaced is not None and not tokenizer.decode([int(spaced)]).startswith(" ")
     previous, target = tokens[:-1], tokens[1:]
-    val_bytes = count[target] + (space[target] & ~(silent[previous] & drops_space))
-    bounds = document_bounds(tokens)
+    val_bytes, bounds = count[target] + (space[target] & ~(silent[previous] & drops_space)), document_bounds(tokens)
     documents, strange = len(bounds) - 1, 0  # strange: this tokenizer would have cut them differently
     sample = sorted({*range(min(8, documents)), *range(0, documents, max(documents // 24, 1))})
     for i in sample:
@@ -879,9 +880,9 @@ def table_bytes(tokens: np.ndarray, tokenizer: Any) -> np.ndarray:
 def read_sidecar(val: TokenStream, paths: Sequence[Path], tokenizer: Any) -> np.ndarray:
     """Byte sidecar -> bytes of each validation target (n - 1,) int64.
 
-    UserError where lengths differ, BOS has bytes, or, with the tokenizer, where plain ASCII pieces without a space do
-    not count their letters. CaseOps changes case and spaces only; but a normalizing tokenizer also makes a few ASCII
-    letters of others, so one piece in a thousand may differ.
+    UserError where lengths differ, BOS has bytes, or, with the tokenizer, where pieces of ASCII letters do not count
+    these and their space. CaseOps changes case and spaces only; but a normalizing tokenizer also makes a few ASCII
+    letters of others, and one space of many, so one piece in a hundred may differ.
     """
     for shard, path in zip(val.shards, paths):
         require((count := len(read_shard(path))) == len(shard),
@@ -889,11 +890,11 @@ def read_sidecar(val: TokenStream, paths: Sequence[Path], tokenizer: Any) -> np.
     counts, tokens = TokenStream(paths).slice(0, len(val)).astype(np.int64), val.slice(0, len(val))
     require(not counts[tokens == BOS].any(), f"{paths[0]}: counts bytes for BOS; it is not the sidecar of these shards")
     if tokenizer is not None:
-        pieces = [tokenizer.id_to_piece(i) for i in range(tokenizer.vocab_size())]
-        length = np.array([len(p) if p.isascii() and p.isalpha() else 0 for p in pieces], np.int64)[tokens]
+        pieces = [tokenizer.id_to_piece(i).replace(SPACE, " ") for i in range(tokenizer.vocab_size())]
+        length = np.array([len(p) if p.isascii() and p.strip().isalpha() else 0 for p in pieces], np.int64)[tokens]
         wrong = np.flatnonzero((length > 0) & (counts != length))
         place = next(iter(wrong.tolist()), 0)
-        require(1000 * len(wrong) <= np.count_nonzero(length), f"{paths[0]}: counts {counts[place]} bytes for token "
+        require(100 * len(wrong) <= np.count_nonzero(length), f"{paths[0]}: counts {counts[place]} bytes for token "
                 f"{place} = {pieces[tokens[place]]!r}; it, or TOKENIZER_PATH, does not belong to these shards")
     return counts[1:]
 
@@ -2308,8 +2309,12 @@ MIN_SCALE = 2.0 ** -24  # the smallest float16 above 0: no scale underflows
 
 
 def sigma_steps(weight: Tensor, bits: int, clip_sigmas: float) -> Tensor:
-    """weights (..., columns) -> (..., 1): steps with which clip_sigmas standard deviations reach the last level."""
-    return clip_sigmas * weight.float().std(dim=-1, keepdim=True) / max(2 ** (bits - 1) - 1, 1)
+    """weights (..., columns) -> (..., 1): steps with which clip_sigmas standard deviations reach the last level.
+
+    Of a single column it is the value itself that counts.
+    """
+    spread = weight.float().std(-1, keepdim=True) if weight.size(-1) > 1 else weight.float().abs()
+    return clip_sigmas * spread / max(2 ** (bits - 1) - 1, 1)
 
 
 def round_steps(steps: Tensor) -> Tensor:
@@ -2503,8 +2508,7 @@ def tied(hessian: Tensor, gain: Tensor, spread: Tensor, times: Tensor) -> tuple[
     As a head e costs gain x e H e^T in a row; where it is read, `times` times the gradient's mean square along e, which
     is e spread e^T over the number of tokens. The sum over the rows and, apart from that, over the columns is kept.
     """
-    both = hessian + spread / gain.sum()
-    reads = times * (spread.diagonal(dim1=1, dim2=2).sum() / times.sum())
+    both, reads = hessian + spread / gain.sum(), times * (spread.diagonal(dim1=1, dim2=2).sum() / times.sum())
     return both, (gain * hessian.diagonal(dim1=1, dim2=2).sum() + reads) / both.diagonal(dim1=1, dim2=2).sum()
 
 
@@ -2741,20 +2745,20 @@ def fit_artifact(config: Config, weights: Mapping[str, Tensor], guides: Mapping[
     """Quantizes and packs with the finest steps that fit: artifact and code have TARGET_BYTES. UserError if none do."""
     count = sum(value.numel() for name, value in weights.items() if quantizer_of(config, name)[0] != "fp16")
     target, best, slope = config.target_bytes - code_bytes, b"", max(count / 8, 1)  # at most a bit for each weight
-    power, last, data = (predicted_bytes(config) - 0.9995 * target) / slope, (math.inf, 0), b""
-    for _ in range(8):
-        power = min(max(power, FINEST), COARSEST) if config.target_bytes else 0.0
+    last, data, wanted = (0.0, predicted_bytes(config)), b"", 0.9995 * target  # last: log2 of the factor, bytes
+    for attempt in range(8):
+        power = min(max(last[0] + (last[1] - wanted) / slope, FINEST), COARSEST) if config.target_bytes else 0.0
         data = pack_artifact(config, quantize(config, weights, guides, 2 ** power), info)
-        log(f"quantize steps:x{2 ** power:.4f} artifact_bytes:{len(data)} target_bytes:{target}")
+        log(f"quantize steps:x{2 ** power:.4f} predicted_bytes:{last[1] - slope * (power - last[0]):.0f} "
+            f"artifact_bytes:{len(data)} target_bytes:{target}")
         if not config.target_bytes: return data
         best = max(best, data if len(data) <= target else b"", key=len)
-        if best and (power == FINEST or len(best) > 0.999 * target): break
-        if power != last[0] < math.inf:  # as measured: coarse steps save less
-            slope = min(max((last[1] - len(data)) / (power - last[0]), count / 400), count / 8)
+        if (best and (power == FINEST or len(best) > 0.999 * target)) or (attempt and power == last[0]): break
+        # as measured: coarse steps save less
+        if attempt: slope = min(max((last[1] - len(data)) / (power - last[0]), count / 400), count / 8)
         last = power, len(data)
-        power += (len(data) - 0.9995 * target) / slope
     require(best, f"TARGET_BYTES={config.target_bytes}: steps {2 ** last[0]:.3g} times those of MATRIX_BITS leave "
-            f"{len(data)} bytes, and the code has {code_bytes}; take a smaller model")
+            f"{len(data)} bytes, and the code has {code_bytes}; raise it or take a smaller model")
     return best
 
 
@@ -2794,7 +2798,8 @@ def artifact_config(header: Mapping[str, Any], config: Config | None = None) -> 
 
 def read_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Artifact file -> (header, {name: float32 weights})."""
-    with naming_path(path, "ARTIFACT_PATH"): return unpack_artifact(path.read_bytes(), str(path))
+    with naming_path(path, "ARTIFACT_PATH"), refusing((LookupError, TypeError), f"{path}: another program's ({{}})"):
+        return unpack_artifact(path.read_bytes(), str(path))
 
 
 # ====================================================================================================================
@@ -2987,8 +2992,7 @@ class Evaluator:
     def score_rows(self, forward: Forward, mine: np.ndarray, ledger: Ledger) -> None:
         """Scores windows (W, 3) into the ledger, as many at once as the memory holds."""
         while len(mine):
-            groups = batch_windows(mine, self.batch_tokens)
-            fillers = self.batch_tokens // self.config.eval_seq_len + 2
+            groups, fillers = batch_windows(mine, self.batch_tokens), self.batch_tokens // self.config.eval_seq_len + 2
             bound = -(-(max(map(len, groups)) + fillers) // 64) * 64 if self.compiled else 0
             try:
                 for group in groups:

@@ -35,6 +35,7 @@ CHUNK_TOKENS = 1 << 22  # of training that are hashed at a time
 BATCH_TOKENS = 1 << 16  # of documents per task of a worker
 MAX_WRONG_COUNTS = 0.001  # of a sidecar's counts may differ from the pieces: normalization makes letters of others
 MAX_STRANGE = 0.01  # of the documents may be encoded to other tokens after a normalizing tokenizer
+MAX_UNLIKE = 0.01  # of the bytes may be missing in what a normalizing tokenizer decodes: white space, mostly
 
 
 class Report:
@@ -279,6 +280,8 @@ def check_bytes(files: Files, data: train_gpt.Dataset, tokenizer: Any, sizes: ar
     if len(different) and files.lossless:
         i = int(different[0])
         report.fault(f"{files.sidecar[0]}: document {i} has {scored[i]:,} bytes, decoded {sizes[i]:,}; make it again")
+    elif abs(total - sum(sizes)) > MAX_UNLIKE * sum(sizes):
+        report.fault(f"{files.sidecar[0]}: counts {total:,} bytes, decoded {sum(sizes):,}; it is not of this text")
     elif len(different):
         report.say("bytes", f"{len(different):,} documents decode to other sizes, {sum(sizes):,} bytes in all: white "
                    "space and characters that the tokenizer normalizes")

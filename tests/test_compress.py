@@ -1,4 +1,5 @@
 """Section 10, compress: codecs, the artifact's round trip and refusals. The packed program: test_pack.py."""
+import hashlib
 import json
 import math
 import struct
@@ -150,6 +151,20 @@ def test_any_truncation_is_refused(artifact):
     for length in [*range(80), *range(80, len(artifact), 97), *range(len(artifact) - 40, len(artifact))]:
         refusal(artifact[:length])
     refusal(artifact + b"\0")
+
+
+@pytest.mark.parametrize("change", [{"codec": "nope"}, {"tensors": [["up_proj", "nope", {}]]}, {"model": {"wings": 2}},
+                                    {"tensors": [["wings", "rtn", {}]]}])
+def test_another_programs_artifact_is_refused(artifact, tmp_path, change):
+    """Sealed with the right sum, but of unknown codecs, quantizers, settings or tensors."""
+    start = len(ARTIFACT_MAGIC)
+    length = int.from_bytes(artifact[start:start + 4], "little")
+    header = json.loads(zlib.decompress(artifact[start + 4:start + 4 + length])) | change
+    packed = zlib.compress(json.dumps(header).encode())
+    data = artifact[:start] + len(packed).to_bytes(4, "little") + packed + artifact[start + 4 + length:-32]
+    (path := tmp_path / "other").write_bytes(data + hashlib.sha256(data).digest())
+    with pytest.raises(UserError, match=f"{path}: another program's"):
+        read_artifact(path)
 
 
 def test_refusals_name_their_reason(artifact, tmp_path):

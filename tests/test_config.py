@@ -170,6 +170,7 @@ CROSS_CHECKS = [  # environment, what the complaint says
     ({"EVAL_STRIDE": "2049"}, ("EVAL_STRIDE=2049", "at most EVAL_SEQ_LEN=2048")),
     ({"EVAL_TEMPERATURE": "0.49"}, ("EVAL_TEMPERATURE=0.49", "0.5 to 2", "0 = fitted")),
     ({"EVAL_TEMPERATURE": "2.01"}, ("EVAL_TEMPERATURE=2.01", "0.5 to 2", "0 = fitted")),
+    ({"TARGET_BYTES": "16000001"}, ("TARGET_BYTES=16000001", "the limit is 16,000,000")),
     ({"EVAL_SEQ_LEN": "32"}, ("EVAL_STRIDE=64", "EVAL_SEQ_LEN=32")),
     ({"MAX_WALLCLOCK_SECONDS": "8"}, ("GPTQ_RESERVE_SECONDS=8.0", "MAX_WALLCLOCK_SECONDS=8.0")),
     ({"MATRIX_BITS": "9"}, ("MATRIX_BITS=9", "2 to 8")), ({"MATRIX_BITS": "1"}, ("MATRIX_BITS=1", "2 to 8")),
@@ -271,7 +272,7 @@ def test_values_that_training_cannot_use_are_refused_at_the_start(variable):
 
 
 # --- other names
-RENAMED = {"TOKEN_ORDER": ("ngram_order", "12", 12),
+RENAMED = {"SIZE_TARGET": ("target_bytes", "15900000", 15_900_000), "TOKEN_ORDER": ("ngram_order", "12", 12),
            "MUON_WEIGHT_DECAY": ("muon_wd", "0.5", 0.5), "ADAM_WEIGHT_DECAY": ("adam_wd", "0.5", 0.5),
            "EMBED_WEIGHT_DECAY": ("embed_wd", "0.5", 0.5), "VAL_BATCH_SIZE": ("val_batch_tokens", "4096", 4096),
            "EMBEDDING_BITS": ("embed_bits", "5", 5), "TIED_EMBEDDING_LR": ("tied_embed_lr", "0.5", 0.5),
@@ -299,7 +300,7 @@ TRANSLATED = {  # (variable, text) -> (our field, value, another value of it tha
     ("TTT_MASK", "no_qv"): ("ttt_targets", "k,out,mlp,head", "q")}
 NUMBERS = (["0.0"], ["0.5", ""])
 INERT = {"ROPE_YARN": (["0"], ["1"]), "FUSED_CE_ENABLED": (["0", "1"], ["2"]),
-         "CASEOPS_ENABLED": (["0", "1"], ["yes"]), "PARALLEL_FINAL_LANE": (["mean", "MEAN"], ["attn"]),
+         "PARALLEL_FINAL_LANE": (["mean", "MEAN"], ["attn"]),
          "SPARSE_ATTN_GATE_INIT_STD": (["0", "0.0"], ["0.01"]),
          "ATTN_OUT_GATE_ENABLED": (["0"], ["2"]), "GATED_ATTN_ENABLED": (["0"], ["2"]),
          "GATED_ATTENTION": (["0"], [""]), "TTT_ENABLED": (["0"], ["yes"]), "QAT_ENABLED": (["0"], ["1"]),
@@ -314,6 +315,7 @@ INERT = {"ROPE_YARN": (["0"], ["1"]), "FUSED_CE_ENABLED": (["0", "1"], ["2"]),
          "WORD_BOOST": NUMBERS, "AGREE_ADD_BOOST": NUMBERS, "TTT_LORA_EMA_DECAY": NUMBERS}
 REPLACED = {  # of a published method that is not here: (values that pass, one that does not, what the log says)
     **{name: (["0", "1"], "2", "tcq leaves less error") for name in ("LQER_ENABLED", "LQER_ASYM_ENABLED")},
+    "AWQ_LITE_ENABLED": (["0", "1"], "2", "tcq"), "CASEOPS_ENABLED": (["0", "1"], "yes", "DATA_PATH"),
     "LQER_RANK": (["2", "4"], "0", "tcq"), "LQER_TOP_K": (["1", "3", "4"], "x", "tcq"),
     "LQER_FACTOR_BITS": (["4"], "5", "tcq"), "LQER_ASYM_GROUP": (["32", "64"], "0", "tcq"),
     "SMEAR_GATE_BOS_FIX": (["0", "1"], "2", "no token is ever smeared into another document"),
@@ -395,7 +397,8 @@ def test_near_misses_are_refused_with_a_guess(variable, guess):
 
 
 @pytest.mark.parametrize("variable", ["TTT_FOO", "GPTQ_BLOCK", "EMA_X", "SWA_SOMETIMES", "LQER_BITS", "LORA_RANK_XYZ",
-                                      "BIGRAM_ORDER", "MUON_EVERYTHING", "SOFTCAP", "QAT_BITS"])
+                                      "BIGRAM_ORDER", "MUON_EVERYTHING", "SOFTCAP", "QAT_BITS", "INT4_STEP",
+                                      "CODEBOOK_MLP", "BITNET_GROUP_SIZE"])
 def test_words_of_our_family_are_refused(variable):
     text = refusal(**{variable: "1"})
     assert text.startswith(f"{variable}: unknown setting; ") and "--help" in text

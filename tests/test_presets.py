@@ -243,8 +243,8 @@ def test_a_published_command_is_accepted_and_sets_what_it_says(name):
     assert {field: getattr(config, field) for field in expected[name]} == expected[name]
     replaced = {note.split("=")[0] for note in notes if "no effect of its own" not in note}
     assert replaced == {variable for variable in command(name) if variable.startswith("LQER_") or variable in (
-        "COMPRESSOR", "GATED_ATTN_QUANT_GATE", "ASYM_LOGIT_RESCALE", "SMEAR_GATE_BOS_FIX", "TOKEN_THRESHOLD",
-        "TOKEN_BOOST")}
+        "COMPRESSOR", "GATED_ATTN_QUANT_GATE", "ASYM_LOGIT_RESCALE", "SMEAR_GATE_BOS_FIX", "CASEOPS_ENABLED",
+        "TOKEN_THRESHOLD", "TOKEN_BOOST")}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -1,5 +1,6 @@
 """Section 9, quantize: bounds of the rounding error, hard inputs, the settings' choice, predicted size."""
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -77,6 +78,13 @@ def test_error_is_at_most_half_a_step_inside_the_clip(seed, bits, clip_sigmas, e
     wanted = clip_sigmas * exact.std(dim=1, keepdim=True) / levels
     fits = (wanted > 2.0 ** -14) & (wanted < HALF_MAX)  # else float16 has fewer bits
     assert ((scale / wanted - 1).abs() < 1e-3).logical_or(~fits).all()
+
+
+def test_a_single_column_has_no_deviation_and_is_kept():
+    """Adapters of rank 1, hash tables of one channel: the values themselves give the steps."""
+    weight = torch.tensor([[[0.5]], [[-3.0]], [[0.0]], [[1e-3]]])
+    _, decoded = round_trip(weight, 8, 2.0)
+    assert (decoded - weight).abs().max() <= 3.0 / 127 and decoded[2] == 0 and decoded.isfinite().all()
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -492,6 +500,8 @@ def test_the_artifact_has_the_wanted_size(quantizer, share):
     data = fit_artifact(replace(config, target_bytes=target), weights, {}, {}, 5000, lines.append)
     assert 0.99 * (target - 5000) < len(data) <= target - 5000 and len(lines) > 1
     assert f"artifact_bytes:{len(data)} target_bytes:{target - 5000}" in " ".join(lines)
+    predicted, real = (int(re.search(rf"{name}_bytes:(\d+)", lines[-1])[1]) for name in ("predicted", "artifact"))
+    assert abs(predicted / real - 1) < 0.1
     _, decoded = unpack_artifact(data, "here")
     errors = {name: float((decoded[name] - weights[name]).square().mean()) for name in ("up_proj", "embedding")}
     assert all(0 < error < 0.5 for error in errors.values())
@@ -501,8 +511,9 @@ def test_a_small_model_takes_the_finest_steps_and_a_large_one_is_refused():
     weights, lines = {name: normal(*shape, seed=1) for name, shape in param_shapes(FIT).items()}, []
     data = fit_artifact(FIT, weights, {}, {}, 30000, lines.append)
     assert len(lines) == 1 and "x0.5000" in lines[0] and len(data) < FIT.target_bytes
-    with pytest.raises(UserError, match=r"TARGET_BYTES=32000: steps 64 times .* take a smaller model"):
+    with pytest.raises(UserError, match=r"TARGET_BYTES=32000: steps 64 times .* raise it or take a smaller model"):
         fit_artifact(replace(FIT, target_bytes=32000), weights, {}, {}, 30000, lines.append)
+    assert sum("x64.0000" in line for line in lines) <= 2  # no steps are coarser: no further tries
 
 
 def test_no_row_is_clipped_whatever_its_outliers():

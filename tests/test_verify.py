@@ -215,8 +215,28 @@ def test_a_sidecar_that_counts_wrong(copy, full):
     assert "counts do not fit their pieces, first 2 bytes for token" in check(folder)[1]
 
 
+def test_a_sidecar_that_counts_spaces_twice(copy):
+    """PR #1719's fault. Words are judged by the trainer's check, what else begins with a space by the decoded text."""
+    folder = copy("caseops")
+    (folder / "manifest.json").unlink()  # as published: nothing says that the tokens give the text back
+    path, tokenizer = folder / "fineweb_val_bytes_000000.bin", tokenizer_of(folder)
+    counts, tokens = read_shard(path), read_shard(folder / "fineweb_val_000000.bin").tolist()
+    pieces = [tokenizer.id_to_piece(token) for token in tokens]
+    spaced = np.array([piece.startswith("\u2581") for piece in pieces])
+    word = np.array([piece[1:].isascii() and piece[1:].isalpha() for piece in pieces])
+    write_tokens(path, counts + (spaced & word))
+    assert "does not belong to these shards" in fault(folder, "--tokenizer", model_of(folder))
+    write_tokens(path, counts + 9 * (spaced & ~word))
+    assert check(folder, "--tokenizer", model_of(folder))[0] == 0
+    assert "it is not of this text" in fault(folder, "--tokenizer", model_of(folder), "--full")
+
+
+def model_of(folder: Path) -> Path:
+    return folder.parent.parent / "tokenizers" / "d.model"
+
+
 def tokenizer_of(folder: Path) -> sentencepiece.SentencePieceProcessor:
-    return sentencepiece.SentencePieceProcessor(model_file=str(folder.parent.parent / "tokenizers" / "d.model"))
+    return sentencepiece.SentencePieceProcessor(model_file=str(model_of(folder)))
 
 
 # --- split
