@@ -329,7 +329,7 @@ class Config:
             "{global_ttt_chunk_tokens} {ttt_unsafe_multi_epoch}: 0 and more than 0 are for TTT_STRATEGY=stream"
         yield not self.ngram_order or (self.ngram_order > 3 and self.ttt_order == "stream"), \
             "{ngram_order} {ttt_order}: needs 4 or more, and its counts run in the order of the text; 0 = off"
-        yield self.target_bytes <= SIZE_LIMIT_BYTES or self.allow_oversize, "{target_bytes}: the limit is 16,000,000"
+        yield self.target_bytes <= 16_000_000 or self.allow_oversize, "{target_bytes}: the limit is 16,000,000"
         most = len(NEWTON_SCHULZ[self.muon_coefficients])
         yield self.muon_backend_steps <= most, f"{{muon_backend_steps}}: at most {most}, {{muon_coefficients}}"
 
@@ -3404,8 +3404,8 @@ def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequ
     for note in notes: log(f"warning: {note}")
     log(f"train_shards:{len(dataset.train.shards)} train_tokens:{len(dataset.train)} "
         f"val_documents:{len(document_bounds(dataset.val_tokens[:-1])) - 1} val_tokens:{len(dataset.val_tokens)} "
-        f"val_bytes:{int(dataset.val_bytes.sum())} leaked_documents:{dataset.leaked_documents}\n"
-        f"data_fingerprint:{dataset.fingerprint}")
+        f"val_bytes:{int(dataset.val_bytes.sum())} leaked_documents:{dataset.leaked_documents}"
+        f"{'' if dataset.tokenizer_sha256 else ' bytes:unchecked'}\ndata_fingerprint:{dataset.fingerprint}")
     evaluator = Evaluator(config, world, log, dataset, compiled)
     facts = {"steps": 0, "train_tokens": 0, "train_seconds": 0.0, "compile_seconds": 0.0, "calibration_seconds": 0.0,
              "num_params": sum(map(math.prod, param_shapes(config).values()))}
