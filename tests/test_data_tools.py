@@ -119,10 +119,11 @@ def test_mistakes_are_told_in_one_line(arguments, words, tmp_path, monkeypatch):
 
 
 # --- bench/loader.py
-def test_the_loader_is_measured(tmp_path):
+@pytest.mark.parametrize("pause", ["0", "2"])
+def test_the_loader_is_measured(tmp_path, pause):
     program.write_data(tmp_path / "data")
-    done = subprocess.run([sys.executable, program.ROOT / "bench" / "loader.py", "--seconds", "0.1"], check=False,
-                          env=program.settings(tmp_path / "data", tmp_path / "logs"), capture_output=True, text=True,
+    done = subprocess.run([sys.executable, program.ROOT / "bench" / "loader.py", "--seconds", "0.1", "--step-ms", pause],
+                          check=False, env=program.settings(tmp_path / "data", tmp_path / "logs"), capture_output=True, text=True,
                           timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
