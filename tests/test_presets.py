@@ -271,6 +271,12 @@ def test_a_published_command_is_accepted_and_sets_what_it_says(name):
         "TOKEN_BOOST")}
 
 
+@pytest.mark.parametrize("name", [name for name in COMMANDS if "CASEOPS_ENABLED=1" in COMMANDS[name]])
+def test_presets_of_systems_with_caseops_read_such_data(name):
+    """Their published commands say CASEOPS_ENABLED=1, two of them without a DATA_PATH."""
+    assert "caseops" in variables(name).get("DATA_PATH", "")
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_published_command_over_its_preset_changes_nothing(name):
     """The published scripts had other defaults; the preset brings them, and agrees with the command."""
