@@ -267,6 +267,7 @@ def test_a_resumed_log_has_the_lines_behind_its_checkpoint(tmp_path):
         path.write_text(fake_logs.our_log(42, settings=schedule) + text)
         return record.log_faults(outcomes.read_outcome(path))
     assert faults(rest) == []
+    assert faults(re.sub(r"\n(step|stopping_early):.*", "", rest)) == [], "of a run that had ended training"
     assert "not those of every 10 steps" in faults(re.sub(r"\nstep:80/\d+ train.*", "", rest))[0]
     assert "39321600 to 78643200" in faults(rest.replace(f'tokens": {tokens}', f'tokens": {tokens // 2}'))[0]
 

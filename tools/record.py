@@ -427,7 +427,8 @@ def training_faults(outcome: Outcome, found: Mapping[str, tuple[str, ...]]) -> I
     if run.steps and run.steps[-1].seconds > seconds + CLOCK_SECONDS:
         yield f"train_seconds {seconds} is before its last progress line, {run.steps[-1].seconds}"
     every, logged = int(settings["train_log_every"]), [step for step, *_ in progress]
-    first = logged[0] if logged and resumed else every  # a resumed log goes on anywhere
+    # a resumed log goes on anywhere, or, where training had ended, not at all
+    first = (logged or [(steps // (every or 1) + 1) * every])[0] if resumed else every
     if every and (first % every or logged != list(range(first, steps + 1, every))):
         yield f"its progress lines are not those of every {every} steps to step {steps}"
     least, most = token_bounds(outcome)
