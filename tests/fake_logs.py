@@ -26,6 +26,14 @@ class Config:
     mlp_mult: float = 4.0
     iterations: int = 20000
     matrix_lr: float = 0.026
+    train_batch_tokens: int = 786432
+    train_log_every: int = 10
+    batch_schedule: str = ""
+    resume: str = ""
+    audit: bool = True
+    val_docs: int = 0
+    ngram_order: int = 0
+    ttt_unsafe_multi_epoch: int = 0
     xsa_last_n: int = 11
     tied: bool = True
 
@@ -42,9 +50,12 @@ if __name__ == "__main__":
 CODE_BYTES = 5000  # that a run of the readable program counts
 SETTINGS = {"run_id": "", "seed": 1337, "log_dir": "logs", "data_path": "", "tokenizer_path": "", "vocab_size": 8192,
             "model_dim": 512, "num_heads": 8, "mlp_mult": 4.0, "iterations": 20000, "matrix_lr": 0.026,
-            "xsa_last_n": 11, "tied": True}
-TOKENS, BYTES = 1_000_000, 3_000_000
+            "train_batch_tokens": 786432, "train_log_every": 10, "batch_schedule": "", "resume": "", "audit": True,
+            "val_docs": 0, "ngram_order": 0, "ttt_unsafe_multi_epoch": 0, "xsa_last_n": 11, "tied": True}
+TOKENS, BYTES = 50_360_000, 151_080_000  # of the validation text; about what the challenge's has
 PER_NAT = TOKENS / BYTES / math.log(2)
+AUDIT = {"scored_targets": TOKENS, "targets": TOKENS, "scored_bytes": BYTES, "leaked_documents": 0, "in_time": True,
+         "noise_nats": 0.0, "change_before_nats": 0.0, "causal": True, "probability_error": 1e-06}
 H100 = "NVIDIA H100 80GB HBM3 (compute capability (9, 0))"
 
 
@@ -56,10 +67,13 @@ def stage_sums(bpb: float, tokens: int = TOKENS, count_bytes: int = BYTES) -> di
 
 
 def our_log(seed: int, bpb: float = 1.06, source: str = PROGRAM, settings: dict | None = None, steps: int = 100,
-            result: dict | None = None) -> str:
-    """A log of train_gpt.py: source, readable or packed, settings, events, result; `result` replaces some of it."""
+            result: dict | None = None, text: tuple[int, int] = (TOKENS, BYTES)) -> str:
+    """A log of train_gpt.py: source, readable or packed, settings, events, result; `result` replaces some of it.
+
+    text: tokens and bytes of the validation text.
+    """
     settings = SETTINGS | {"run_id": f"new_seed{seed}", "seed": seed, "matrix_lr": 0.03} | (settings or {})
-    stages = {name: stage_sums(bpb + extra) for name, extra in
+    stages = {name: stage_sums(bpb + extra, *text) for name, extra in
               (("raw", 0.02), ("averaged", 0.01), ("quantized", 0.013), ("sliding", 0.0))}
     packed = source.startswith("#coding:latin1\n")
     sha256 = hashlib.sha256(source.encode("latin1" if packed else "utf8")).hexdigest()
@@ -68,9 +82,10 @@ def our_log(seed: int, bpb: float = 1.06, source: str = PROGRAM, settings: dict 
              f"train_gpt:0.1.0 python:{platform.python_version()} torch:2.11.0+cu130 numpy:2.0.0 "
              f"source_sha256:{sha256[:16]}",
              f"run_id:{settings['run_id']} device:{H100} world_size:8 dtype:bfloat16",
-             f"train_shards:80 train_tokens:8000000000 val_documents:50000 val_tokens:{TOKENS + 1} val_bytes:{BYTES} "
-             "leaked_documents:0", f"data_fingerprint:{'ab' * 32}",
-             "num_params:35945623 attention:fa4 compile:parts kernels:leaky2 accumulation_steps:1"]
+             f"train_shards:80 train_tokens:8000000000 val_documents:50000 val_tokens:{text[0] + 1} "
+             f"val_bytes:{text[1]} leaked_documents:0", f"data_fingerprint:{'ab' * 32}",
+             "num_params:35945623 attention:fa4 compile:parts kernels:leaky2 accumulation_steps:1",
+             "compile_warmup seconds:100.5"]
     for step in range(10, steps + 1, 10):
         loss, time = stages["raw"]["val_loss"] + 20 / step - 20 / steps, f"train_time:{step * 5900}ms"
         lines.append(f"step:{step}/20000 train_loss:{loss + seed % 7 / 10 / step:.4f} {time} step_avg:5900.00ms "
@@ -91,8 +106,7 @@ def our_log(seed: int, bpb: float = 1.06, source: str = PROGRAM, settings: dict 
         "calibration_seconds": 4.25, "eval_seconds": 300.5, "artifact_bytes": model, "code_bytes": code,
         "submission_bytes": model + code, "source_sha256": sha256, "headroom_bytes": 16_000_000 - model - code,
         "fits": model + code <= 16_000_000, "legal": True,
-        "audit": {"scored_targets": TOKENS, "targets": TOKENS, "scored_bytes": BYTES, "leaked_documents": 0,
-                  "in_time": True}} | (result or {})
+        "audit": AUDIT | {"scored_targets": text[0], "targets": text[0], "scored_bytes": text[1]}} | (result or {})
     stage_lines = [f"final_{name}_exact val_loss:{s['val_loss']:.8f} val_bpb:{s['val_bpb']:.8f} eval_time:12500ms"
                    for name, s in facts["stages"].items()]
     lines += [*stage_lines[:2], f"calibration tokens:131072 temperature:1.0 seconds:{facts['calibration_seconds']:.3f}",

@@ -130,6 +130,38 @@ def test_equal_steps_and_equal_time_are_those_all_runs_reached(tmp_path):
     assert rows["seconds 10.0 s"] == ["3.0000", "3.5000", "-0.5000", "-"], "b took five steps in ten seconds"
 
 
+class Drawn:
+    """A group of runs, each of these points of (step, seconds, loss)."""
+
+    def __init__(self, letter, *runs):
+        runs = [run_log.Run(Path(letter), steps=[run_log.Point(*point) for point in points]) for points in runs]
+        self.letter, self.name, self.bpb = letter, letter, [1.0]
+        self.outcomes = [type("Outcome", (), {"run": run}) for run in runs]
+
+
+LONG = (1, 1.0, 4.0), (10, 10.0, 3.0)
+
+
+@pytest.mark.parametrize(("runs", "sentences", "told"), [
+    ((((1, 1.0, 4.0), (9, 9.0, 3.0)),), ("", ""), ""),
+    ((LONG, ((10, 20.0, 4.0), (20, 40.0, 3.0))), ("No curves by step: a group's runs have only step 10 in common.",
+                                                 "No curves by seconds: a group's runs have no second in common."),
+     "No losses at equal seconds: the runs have no second in common.")])
+def test_a_panel_without_curves_says_why(runs, sentences, told, tmp_path, monkeypatch):
+    """Also: no loss is made up where a run has none."""
+    from matplotlib.figure import Figure
+    groups, drawn, save = [Drawn("A", LONG), Drawn("B", *runs)], [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *given, **named: (drawn.extend(figure.axes), save(
+        figure, *given, **named)))
+    compare_runs.plot(groups, None, None, tmp_path / "a.png")
+    assert len(drawn) == 3 and drawn[2].axison
+    for axes, sentence in zip(drawn, sentences):
+        assert [text.get_text() for text in axes.texts] == [sentence] * bool(sentence)
+        assert len(axes.lines) == 2 * (not sentence) and axes.axison == (not sentence)
+    text = compare_runs.describe_curves(*groups)
+    assert told in text and "| step " in text and ("| seconds " in text) == (not told)
+
+
 def test_published_logs_can_be_a_group(two_groups, tmp_path, capsys):
     seeds = {42: ("2.31944212", "1.05989454"), 0: ("2.32239991", "1.06124613"), 1234: ("2.32423994", "1.06208695")}
     paths = [tmp_path / f"train_seed{seed}.log" for seed in seeds]
@@ -155,6 +187,12 @@ def test_refuses(two_groups, tmp_path, capsys):
     other = {"audit": {"scored_targets": 1, "scored_bytes": 9}}
     text = fake_logs.write_logs(tmp_path, {42: 1.05}, "text", result=other)
     assert "different validation texts" in refused(compare_runs, capsys, *new, "--", *text)
+    copy = tmp_path / "copy.txt"
+    copy.write_text(new[1].read_text())
+    for other in (new[1], copy):
+        assert f"{other}: the same log as {new[1]}; give each run once" in refused(
+            compare_runs, capsys, *new, "--", other)
+    assert "the same log as" in refused(compare_runs, capsys, new[0], new[0])
     assert "exclude each other" in refused(compare_runs, capsys, *new, "--published", "1", "--", *old)
     assert "above 0" in refused(compare_runs, capsys, *new, "--published", "0")
     assert "PNG only" in refused(compare_runs, capsys, *new, "--out", tmp_path / "a.jpg")

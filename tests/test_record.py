@@ -9,6 +9,7 @@ from pathlib import Path
 
 import fake_logs
 import make_record
+import outcomes
 import pack
 import program
 import pytest
@@ -31,6 +32,9 @@ PUBLISHED_KEYS = {  # of the folders of PRs #1855 and #2135, and others' that to
     "hardware", "pytorch_version", "cuda_version", "flash_attn_version", "technique_summary", "compliance",
     "attribution", "pre_quant_val_bpb", "quantized_val_bpb", "train_wallclock_ms", "val_tokens", "target_tokens",
     "logs", "step_stop", "wallclock_seconds", "eval_time_seconds"}
+PUBLISHED_RULES = {  # their keys of `compliance`
+    "train_under_600s", "artifact_under_16mb", "eval_under_600s", "no_slot", "no_pre_quant_ttt", "no_etlb",
+    "no_ngram_cache", "score_first_ttt", "three_seeds"}
 TECHNIQUES = """| setting | technique | function | source | published | ours |
 |---|---|---|---|---|---|
 | `XSA_LAST_N` | exclusive self attention | `exclusive` | 2026-03-20 record | -0.002 | unmeasured |
@@ -107,7 +111,7 @@ def test_makes_a_whole_folder(made):
     assert {path.name for path in made.iterdir()} == {*record.FIXED_FILES, *map(record.log_name, SCORES)}
     assert [path.name for path in made.parent.iterdir()] == [made.name], "no temporary folder is left"
     facts = json.loads((made / "submission.json").read_text())
-    assert set(facts) >= PUBLISHED_KEYS
+    assert set(facts) >= PUBLISHED_KEYS and set(facts["compliance"]) >= PUBLISHED_RULES
     assert facts["val_bpb"] == pytest.approx(1.0502333, abs=1e-7)
     assert facts["val_bpb_std"] == pytest.approx(0.00087, abs=1e-5)
     assert facts["seeds"] == [42, 314, 999] and facts["author"] == "Ada" and facts["track"] == "10min_16mb"
@@ -119,6 +123,7 @@ def test_makes_a_whole_folder(made):
     assert facts["comparison_baseline_bpb"] == 1.0611 and facts["comparison_p_value"] < 0.01
     assert facts["delta_vs_leaderboard_bpb"] == pytest.approx(-0.0108667, abs=1e-6)
     assert facts["hardware"] == "8 x NVIDIA H100 80GB HBM3" and facts["cuda_version"] == "13.0"
+    assert facts["attention"] == "fa4" and facts["flash_attn_version"] is None
     assert all(facts["compliance"].values()) and facts["settings"] == {"MATRIX_LR": 0.03}
     assert facts["attribution"] == {"exclusive self attention": "2026-03-20 record",
                                     "tied embeddings": "naive baseline"}
@@ -136,7 +141,7 @@ def test_the_pages_say_what_the_logs_say(made):
     assert pull_request.startswith("Record: New - val_bpb 1.05023 (3-seed mean)\n") and "- [ ]" not in pull_request
     run = (made / "run.sh").read_text()
     assert "export MATRIX_LR=0.03\n" in run and "for seed in ${*:-42 314 999}; do" in run and 'NPROC:-8' in run
-    assert (made / "requirements.txt").read_text() == "torch==2.11.0\nnumpy\n"
+    assert (made / "requirements.txt").read_text() == "torch==2.11.0\nnumpy\nflash-attn-4\n"
     assert (made / "train_seed42.log").read_text().startswith('"""A program for tests')
 
 
@@ -152,7 +157,7 @@ def test_the_command_runs_every_seed(made, tmp_path):
 
 def test_a_made_folder_passes(made, capsys):
     code, out, _ = call(validate_record, capsys, made, "--smoke")
-    assert code == 0 and "PASS: 2026-05-01_New, 12 checks passed, 0 failed, 0 unknown" in out, out
+    assert code == 0 and "PASS: 2026-05-01_New, 13 checks passed, 0 failed, 0 unknown" in out, out
 
 
 def test_a_non_record_says_why(root, capsys):
@@ -214,6 +219,27 @@ EDITS = {  # in a log: what is changed, and what the refusal says
     "order": (r"\nstep:20/", "\nstep:5/", "out of order"),
     "legal": (r'"eval_seconds": 300', '"eval_seconds": 900', "in_time: the lines say False"),
     "leak": (r'"leaked_documents": 0', '"leaked_documents": 3', "leaked_documents: the lines say 0"),
+    "stage_seconds": (r"(final_sliding_exact .*eval_time:)12500", r"\g<1>2500", "says eval_time 2.500 seconds"),
+    "evaluated": (r'"eval_seconds": 300', '"eval_seconds": 7', "eval_seconds 7.5 is less than its stages took, 25.000"),
+    "official": (r'("official_stage": ")sliding', r"\g<1>averaged", "official_stage averaged is not its last stage"),
+    "stopped_time": (r"(wallclock_cap train_time:)590125", r"\g<1>490125", "says step 100 after 490125 ms"),
+    "stopped_step": (r"(wallclock_cap .* step:)100/", r"\g<1>110/", "stopping_early says step 110"),
+    "not_stopped": (r"\nstopping_early.*", "", "steps: 100 of 20000, and no line stopping_early"),
+    "compile": (r'"compile_seconds": 100.5', '"compile_seconds": 10.5', "compile_seconds 10.5: the lines say 100.5"),
+    "compile_line": (r"\ncompile_warmup.*", "", "compile_seconds 100.5: the lines say 0.0"),
+    "memory": (r'"peak_memory_bytes": 42', '"peak_memory_bytes": 22', "is less than the 40000 MiB of training"),
+    "tokens": (r'"train_tokens": 78643200', '"train_tokens": 44643200', "are not those of 100 steps"),
+    "average": (r"(step:50/.* step_avg:)5900", r"\g<1>4900", "step 50: step_avg:4900.0ms is not train_time / step"),
+    "step_line": (r"\nstep:50/\d+ train_loss.*", "", "not those of every 10 steps to step 100"),
+    "step_number": (r"\nstep:50/(.*) step_avg:5900.00ms", r"\nstep:51/\1 step_avg:5784.31ms", "not those of every 10"),
+    "late_line": (r"(\nstep:100/.* train_time:)590000ms step_avg:5900", r"\g<1>690000ms step_avg:6900",
+                  "train_seconds 590.125 is before its last progress line, 690.0"),
+    "causal": (r'"causal": true', '"causal": false', "causal is False, with a change of 0.0 nats before"),
+    "change": (r'"change_before_nats": 0.0', '"change_before_nats": 0.5', "causal is True, with a change of 0.5 nats"),
+    "probability": (r'"probability_error": 1e-06', '"probability_error": 0.11', "legal, against its probability_error"),
+    "audited": (r'(, "noise_nats".*?)\}', "}", "AUDIT=True, the result has none"),
+    "unsafe": (r"\nttt_unsafe_multi_epoch:0", "\nttt_unsafe_multi_epoch:3", "legal, against its TTT_UNSAFE"),
+    "subset": (r"\nval_docs:0", "\nval_docs:100", "val_documents: the lines say 50000, VAL_DOCS is 100"),
     "form": (r'"audit": \{.*?\}', '"audit": 5', "cannot be read"),
 }
 
@@ -230,6 +256,60 @@ def test_edited_logs_are_refused_by_name(name, clone, tmp_path, capsys):
     assert str(path) in str(caught.value)
 
 
+def test_a_resumed_log_has_the_lines_behind_its_checkpoint(tmp_path):
+    """What was before it is known by the steps alone, so the tokens of a schedule have bounds."""
+    schedule, tokens = {"batch_schedule": "0.5@0.65,1@1"}, 60 * 786432
+    whole = fake_logs.our_log(42, settings=schedule | {"resume": "a.checkpoint"}, result={"train_tokens": tokens})
+    rest = re.sub(r"\nstep:([1-4]?\d|50)/.*", "", whole)
+    rest = rest.replace("\nnum_params:", "\nresumed step:50 path:a\nnum_params:")
+    path = tmp_path / "a.txt"
+    def faults(text: str) -> list[str]:
+        path.write_text(fake_logs.our_log(42, settings=schedule) + text)
+        return record.log_faults(outcomes.read_outcome(path))
+    assert faults(rest) == []
+    assert faults(re.sub(r"\n(step|stopping_early):.*", "", rest)) == [], "of a run that had ended training"
+    assert "not those of every 10 steps" in faults(re.sub(r"\nstep:80/\d+ train.*", "", rest))[0]
+    assert "39321600 to 78643200" in faults(rest.replace(f'tokens": {tokens}', f'tokens": {tokens // 2}'))[0]
+
+
+def test_tokens_follow_the_schedule_of_batches(tmp_path):
+    tokens = (40 * 0.5 + 60) * 786432
+    text = fake_logs.our_log(42, settings={"batch_schedule": "0.5@0.65,1@1"}, result={"train_tokens": int(tokens)})
+    path = tmp_path / "a.txt"
+    for step, fault in ((40, []), (50, [f"train_tokens {tokens:.0f} are not those of 100 steps, {75 * 786432}"])):
+        path.write_text(text.replace("\nstep:40/", f"\nstage step:{step} looping:0 batch_share:1\nstep:40/", 1))
+        assert record.log_faults(outcomes.read_outcome(path)) == fault
+
+
+def test_the_challenges_text_is_known_by_its_bytes(tmp_path):
+    """Whoever writes 50,000 documents into a log has not scored them."""
+    logs = fake_logs.write_logs(tmp_path, SCORES, text=(986_378, 3_081_622))
+    facts = record.derive([outcomes.read_outcome(path) for path in logs], 1000)
+    assert facts["val_documents"] == 50_000 and not facts["compliance"]["full_validation"]
+    facts |= {"comparison": {}, "comparison_p_value": None}
+    assert "986,378 targets of 50,000 documents with 3,081,622 bytes, not the" in " ".join(
+        record.non_record_reasons(facts))
+
+
+def test_rules_follow_from_settings_and_audit(tmp_path):
+    def rules(name: str, **changes) -> dict[str, bool]:
+        logs = fake_logs.write_logs(tmp_path, SCORES, name, **changes)
+        return record.derive([outcomes.read_outcome(path) for path in logs], 1000)["compliance"]
+    assert all(rules("plain").values())
+    assert not rules("ngrams", settings={"ngram_order": 16})["no_ngram_cache"]
+    for changes in ({"settings": {"ttt_unsafe_multi_epoch": 3}},
+                    {"result": {"audit": fake_logs.AUDIT | {"causal": False}}}):
+        kept = rules("unsafe", **changes)
+        assert not kept["score_first_ttt"] and not kept["no_pre_quant_ttt"] and kept["no_slot"]
+
+
+def test_the_package_of_each_back_end_is_asked_for():
+    facts = {"pytorch_version": "2.11.0+cu130"}
+    for attention, lines in (("fa4", "flash-attn-4\n"), ("sdpa", ""), ("fa3", f"{record.ATTENTION_PACKAGES['fa3']}\n")):
+        page = record_pages.render_requirements("torch==2.13.0\nnumpy", facts | {"attention": attention})
+        assert page == f"torch==2.11.0\nnumpy\n{lines}"
+
+
 def test_refuses_and_leaves_nothing(root, tmp_path, capsys):
     logs = fake_logs.write_logs(root / "logs", SCORES)
     options = "--root", root, "--name", "New", "--date", DATE, "--track", "non_record_16mb"
@@ -237,6 +317,9 @@ def test_refuses_and_leaves_nothing(root, tmp_path, capsys):
         return refused(make_record, capsys, *arguments)
     other = fake_logs.write_logs(tmp_path, {7: 1.05}, "other", source=fake_logs.PROGRAM + "# edited\n")
     assert "of another program" in complaint(*logs, *other, *options)
+    fewer = fake_logs.write_logs(tmp_path, {7: 1.05}, "fewer")
+    fewer[0].write_text(fewer[0].read_text().replace("val_documents:50000", "val_documents:49999"))
+    assert "fewer_seed7.txt: its line 'data' says" in complaint(*logs, *fewer, *options)
     settings = fake_logs.write_logs(tmp_path, {8: 1.05}, "settings", settings={"matrix_lr": 0.02})
     assert "MATRIX_LR=0.02, but 0.03" in complaint(*logs, *settings, *options)
     assert "seed 42 again" in complaint(*logs, logs[0], *options)
@@ -284,8 +367,7 @@ def copied(root: Path, place: Path) -> Path:
 
 
 def test_logs_over_the_time_limit_are_for_the_other_track(root, tmp_path, capsys):
-    slow = {"legal": False, "audit": {"scored_targets": fake_logs.TOKENS, "targets": fake_logs.TOKENS,
-                                      "scored_bytes": fake_logs.BYTES, "leaked_documents": 0, "in_time": False}}
+    slow = {"legal": False, "audit": fake_logs.AUDIT | {"in_time": False}}
     logs = fake_logs.write_logs(root / "logs", SCORES, steps=110, result=slow)
     complaint = refused(make_record, capsys, *logs, "--root", root, "--name", "New")
     assert "took 653.4 seconds; the limit is 600" in complaint
@@ -354,11 +436,17 @@ HIDDEN = {  # a change with new hashes: file, what, and what the report says all
     "title": ("PR.md", r"1\.05023", "1.04023", "PR.md line 1"),
     "command": ("run.sh", r"MATRIX_LR=0.03", "MATRIX_LR=0.04", "run.sh line"),
     "packages": ("requirements.txt", r"torch==2.11", "torch==2.12", "does not ask for torch==2.11.0"),
+    "attention": ("requirements.txt", r"flash-attn-4\n", "", "does not ask for flash-attn-4, which ran"),
+    "earlier": ("submission.json", r'\n  "attention": "fa4",', "", "attention is None, the logs give fa4"),
     "packed": ("train_gpt.py", r"(?s)(d=iter.{1500}).", r"\1!", "is not what train_gpt_readable.py packs to"),
     "unpacker": ("train_gpt.py", r"exec\(compile", "print(compile", "packs to: not packed by this tools/pack.py"),
     "readable": ("train_gpt_readable.py", r'"""Settings', '"""Setting', "its source is neither"),
     "plot": ("runs.png", r"PNG", "PNX", "runs.png is no PNG"),
-    "log": ("train_seed314.log", r'("nats": 2)', r"\g<1>1", "is not what its sums give"),
+    "log": ("train_seed314.log", r'("nats": \d)', r"\g<1>1", "is not what its sums give"),
+    "causal": ("train_seed314.log", r'"causal": true', '"causal": false', "causal is False, with a change of 0.0 nats"),
+    "evaluated": ("train_seed314.log", r'"eval_seconds": 300', '"eval_seconds": 7', "is less than its stages took"),
+    "documents": ("train_seed314.log", r"val_documents:50000", "val_documents:50001", "its line 'data' says"),
+    "back_end": ("train_seed314.log", r"attention:fa4", "attention:fa3", "its line 'model' says"),
     "other_seed": ("train_seed314.log", r"seed:314\n", "seed:315\n", "seed: the lines say 315"),
     "one_setting": ("train_seed314.log", r"\nxsa_last_n:11", "\nxsa_last_n:10", "XSA_LAST_N=10, but 11"),
 }
@@ -461,6 +549,51 @@ def test_missing_and_extra_files_fail(folder, capsys):
     (folder / "__pycache__").mkdir()
     out = fails(capsys, folder)
     assert "run.sh is missing; helper.py does not belong here" in out and "pycache" not in out
+
+
+def audit_row(capsys, folder: Path) -> str:
+    return next(line for line in call(validate_record, capsys, folder)[1].splitlines() if " audit " in line)
+
+
+def test_the_audit_is_reported(root, capsys):
+    """Passed, not there, or not passed: the last two are no failure of a folder that does not hide them."""
+    options = "--track", "non_record_16mb"
+    made = make(capsys, root, fake_logs.write_logs(root / "logs", SCORES), *options)
+    assert audit_row(capsys, made).startswith("pass    audit          another token changes earlier scores by 0 nats")
+    without = {key: fake_logs.AUDIT[key] for key in [*fake_logs.AUDIT][:5]}
+    failed = {"audit": fake_logs.AUDIT | {"probability_error": 0.11}, "legal": False}
+    for changes, text in (({"settings": {"audit": False}, "result": {"audit": without}}, "AUDIT=1 was off in"),
+                          ({"result": failed}, "train_seed999.log: not passed, and not called legal")):
+        made = make(capsys, root, fake_logs.write_logs(root / "logs", SCORES, **changes), *options, "--revise", "x")
+        assert audit_row(capsys, made).startswith("unknown audit") and text in audit_row(capsys, made)
+        assert call(validate_record, capsys, made)[0] == 0
+    assert "* The program's own audit calls a run not legal." in (made / "README.md").read_text()
+
+
+def test_folders_of_the_first_form_pass_as_what_they_are(root, capsys, monkeypatch):
+    """Without the package of attention, with the back end's name for a version, with fewer rules; not as a record."""
+    logs = fake_logs.write_logs(root / "logs", SCORES, settings={"ngram_order": 16})
+    derive = record.derive
+    with monkeypatch.context() as patch:
+        patch.setattr(make_record, "derive", lambda *given: record.earlier_form(derive(*given)))
+        made = make(capsys, root, logs, "--track", "non_record_16mb")
+    facts = json.loads((made / "submission.json").read_text())
+    assert facts["flash_attn_version"] == "fa4" and "no_slot" not in facts["compliance"]
+    code, out, _ = call(validate_record, capsys, made)
+    assert code == 0 and "unknown form           of an earlier make_record.py" in out, out
+    assert (made / "requirements.txt").read_text() == "torch==2.11.0\nnumpy\n"
+    made = make(capsys, root, logs, "--track", "non_record_16mb", "--revise", "form")
+    code, out, _ = call(validate_record, capsys, made)
+    assert code == 0 and " form " not in out
+    assert "- [ ] no ngram cache: n-gram smoothing" in (made / "PR.md").read_text()
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent for path in program.ROOT.glob("records/*/*/submission.json")),
+                         ids=lambda path: path.name)
+def test_the_records_of_this_repository_pass(folder):
+    """What another Python packed may be unknown here; nothing may fail."""
+    _, report = validate_record.check(folder)
+    assert not report.failed and len(report.rows) > 10, str(report)
 
 
 def test_unreadable_folders(folder, tmp_path, capsys):

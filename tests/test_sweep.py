@@ -6,6 +6,7 @@ import sys
 import types
 from pathlib import Path
 
+import optuna
 import pytest
 import sweep
 from test_tools import call, cells, png_size, refused
@@ -112,12 +113,7 @@ def test_alive():
 
 
 # --- with Optuna
-@pytest.fixture
-def optuna():
-    return pytest.importorskip("optuna", reason="Optuna is optional")
-
-
-def test_searches_goes_on_and_stops_bad_trials_early(optuna, place, capsys):
+def test_searches_goes_on_and_stops_bad_trials_early(place, capsys):
     space = "MATRIX_LR=0.001:0.1:log", "NUM_LOOPS=0:2"
     code, out, err = call(sweep, capsys, *options(place, "--trials", "4"), *space)
     assert code == 0 and "sweep: 4 finished, 0 stopped early, 0 failed" in out, err
@@ -133,7 +129,7 @@ def test_searches_goes_on_and_stops_bad_trials_early(optuna, place, capsys):
     assert "other ranges" in refused(sweep, capsys, *options(place), "MATRIX_LR=0.001:0.2:log", "NUM_LOOPS=0:2")
 
 
-def test_failures_end_the_sweep(optuna, place, capsys):
+def test_failures_end_the_sweep(place, capsys):
     code, out, err = call(sweep, capsys, *options(place), "MATRIX_LR=0.01:0.05", "MODE=fail")
     assert code == 2 and out.count("failed: exit code 1: error: MODE=fail: no data") == 3
     assert "3 trials in a row failed, the last one: exit code 1" in err and "Traceback" not in err
@@ -142,7 +138,7 @@ def test_failures_end_the_sweep(optuna, place, capsys):
     assert code == 2 and "17,000,000 bytes do not fit" in out and "no trial came to a score" in err
 
 
-def test_trials_of_a_killed_worker_are_run_again(optuna, place, capsys):
+def test_trials_of_a_killed_worker_are_run_again(place, capsys):
     space = "MATRIX_LR=0.01:0.05"
     call(sweep, capsys, *options(place, "--trials", "1"), space)
     database = f"sqlite:///{place / 'logs/sweep/study.db'}"

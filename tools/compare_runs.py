@@ -8,6 +8,7 @@ A group is one experiment under several seeds. Logs of published scripts work to
 record: better by 0.005 nats per token or more, shown at p < 0.01. Differences are A - B: negative = A is better.
 """
 import argparse
+import hashlib
 import math
 import sys
 import warnings
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 from outcomes import Outcome, check_group, differing_settings, read_outcome
 from plot_runs import COLORS, DPI
-from run_log import Point, ToolError, exit_code, table
+from run_log import Point, ToolError, exit_code, read_text, table
 
 WIN_NATS, WIN_P = 0.005, 0.01  # the challenge's rule for a new record
 CONFIDENCE = 0.95  # of intervals and bands
@@ -191,29 +192,50 @@ def at(points: Sequence[Point], axis: str, places: Any) -> Any:
     return np.interp(places, [getattr(point, axis) for point in points], [point.loss for point in points])
 
 
+def common_range(runs: Sequence[Sequence[Point]], axis: str) -> tuple[float, float]:
+    """First and last step or second between which every run has losses; last < first: there are none."""
+    return max(getattr(points[0], axis) for points in runs), min(getattr(points[-1], axis) for points in runs)
+
+
+def no_curve(lines: Sequence[Sequence[Sequence[Point]]], axis: str) -> str:
+    """Why some group has no curve along an axis; "" = all have one."""
+    for first, last in (common_range(runs, axis) for runs in lines):
+        if first >= last:
+            found = f"only {axis} {last:,g}" if first == last else f"no {axis.removesuffix('s')}"
+            return f"No curves by {axis}: a group's runs have {found} in common."
+    return ""
+
+
 def describe_curves(a: Group, b: Group) -> str:
     """Table of the loss at the last step, and at the last second, that all runs reached."""
     which, lines = curves([a, b])
     if not all(points for group in lines for points in group):
         return "No losses in training in some log: no comparison at equal steps and equal time."
-    rows = []
+    rows, missing = [], []
     for axis, unit in (("step", ""), ("seconds", " s")):
-        place = min(getattr(points[-1], axis) for group in lines for points in group)
+        first, place = common_range([points for group in lines for points in group], axis)
+        if place < first:
+            missing.append(f"No losses at equal {axis}: the runs have no {axis.removesuffix('s')} in common.")
+            continue
         losses = [[float(at(points, axis, place)) for points in group] for group in lines]
         test = welch(losses[0], losses[1], 0.0)
         rows.append([f"{axis} {place:,.{0 if axis == 'step' else 1}f}{unit}", *(show(mean(x), 4) for x in losses),
                      show(test.difference, 4, "+"), show_p(test.two_sided)])
-    return table([f"{which} loss, nats, at", "A", "B", "A - B", "p, two-sided"], rows)
+    header = [f"{which} loss, nats, at", "A", "B", "A - B", "p, two-sided"]
+    return "\n\n".join([*([table(header, rows)] if rows else []), *missing])
 
 
 def draw_curves(axes: Any, groups: Sequence[Group], axis: str) -> None:
-    """Mean loss of each group and its confidence band."""
+    """Mean loss of each group and its confidence band, or why there is nothing to draw."""
     import numpy as np
     which, lines = curves(groups)
     late: list[float] = []
+    if missing := no_curve(lines, axis):
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, missing, ha="center", va="center", transform=axes.transAxes)
+        return
     for group, runs, color in zip(groups, lines, COLORS):
-        first, last = max(points[0][axis == "seconds"] for points in runs), min(getattr(p[-1], axis) for p in runs)
-        grid = np.linspace(first, last, GRID)
+        grid = np.linspace(*common_range(runs, axis), GRID)
         losses = np.stack([at(points, axis, grid) for points in runs])
         axes.plot(grid, losses.mean(0), color=color, linewidth=1.8, label=f"{group.letter} {group.name}")
         if len(runs) > 1:
@@ -258,7 +280,8 @@ def plot(groups: Sequence[Group], published: float | None, needed: float | None,
         if drawn:
             draw_curves(axes[0, 0], groups, "step")
             draw_curves(axes[0, 1], groups, "seconds")
-            axes[0, 0].legend(frameon=False)
+            for panel in [panel for panel in axes[0, :2] if panel.lines][:1]:
+                panel.legend(frameon=False)
         draw_scores(axes[0, -1], groups, published, needed)
         try:
             figure.savefig(out, dpi=DPI, format="png")
@@ -273,6 +296,7 @@ def compare(a_logs: Sequence[Path], b_logs: Sequence[Path], published: float | N
     """Prints the comparison, writes the plot."""
     if out and out.suffix.lower() != ".png":
         raise ToolError(f"--out {out}: writes PNG only; choose a name that ends with .png")
+    refuse_copies([*a_logs, *b_logs])
     a = Group("A", [read_outcome(path) for path in a_logs], stage)
     groups = [a, Group("B", [read_outcome(path) for path in b_logs], stage)] if b_logs else [a]
     parts, needed, per_nat = describe_groups(groups), None, groups[-1].bpb_per_nat
@@ -295,6 +319,16 @@ def compare(a_logs: Sequence[Path], b_logs: Sequence[Path], published: float | N
     if out:
         plot(groups, published, needed, out)
         print(f"\nwrote {out}")
+
+
+def refuse_copies(paths: Sequence[Path]) -> None:
+    """ToolError for a log that is given twice, also under another name: a run is no second sample of itself."""
+    seen: dict[str, Path] = {}
+    for path in paths:
+        digest = hashlib.sha256(read_text(path).encode()).hexdigest()
+        if digest in seen:
+            raise ToolError(f"{path}: the same log as {seen[digest]}; give each run once, in A or in B")
+        seen[digest] = path
 
 
 def check_text(a: Group, b: Group) -> None:

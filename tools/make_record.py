@@ -41,6 +41,7 @@ from record import (
     compare_with,
     config_defaults,
     derive,
+    differing_lines,
     last_run,
     log_faults,
     log_name,
@@ -118,6 +119,8 @@ def read_logs(paths: Sequence[Path], program: Program) -> list[Outcome]:
         for fault in code_faults(outcome, program.source, program.packed):
             raise ToolError(f"{outcome.path}: {fault}; make the record with the Python that packed")
     check_group(outcomes)
+    for fault in differing_lines(outcomes):
+        raise ToolError(f"{fault}; run all seeds alike")
     return sorted(outcomes, key=lambda outcome: outcome.seed or 0)
 
 
@@ -210,7 +213,7 @@ def write_folder(folder: Path, facts: dict[str, Any], outcomes: Sequence[Outcome
         (folder / log_name(outcome.seed or 0)).write_text(last_run(read_text(outcome.path)), encoding="utf8")
     (folder / PACKED).write_bytes(program.packed)
     (folder / READABLE).write_bytes(program.source)
-    (folder / REQUIREMENTS).write_text(render_requirements(requirements, facts["pytorch_version"]), encoding="utf8")
+    (folder / REQUIREMENTS).write_text(render_requirements(requirements, facts), encoding="utf8")
     (folder / RUN).write_text(render_run(facts, outcomes), encoding="utf8")
     (folder / RUN).chmod(0o755)
     (folder / README).write_text(render_readme(facts, outcomes, notes), encoding="utf8")

@@ -25,7 +25,10 @@ from run_log import PACKED_FIRST_LINE, SEPARATOR, ToolError
 SIZE_LIMIT_BYTES = 16_000_000  # model and program
 LIMIT_SECONDS = 600  # of training with calibration, and again of evaluation
 MIN_SEEDS = 3
-VAL_DOCUMENTS = 50_000  # the challenge's validation text
+CLOCK_SECONDS = 0.002  # by which two roundings of a time to milliseconds may differ
+VAL_DOCUMENTS, VAL_BYTES = 50_000, 151_080_000  # the challenge's validation text; bytes within VAL_BYTES_SHARE
+VAL_BYTES_SHARE = 0.005  # what tokenizers normalize: the published ones count 151,074,000 to 151,078,000
+MAX_PROBABILITY_ERROR = 1e-4  # of a sum over the vocabulary that the program still calls legal
 RECORD, NON_RECORD = "10min_16mb", "non_record_16mb"  # tracks
 README, PULL_REQUEST, SUBMISSION, RUN = "README.md", "PR.md", "submission.json", "run.sh"
 PACKED, READABLE, REQUIREMENTS, PLOT = "train_gpt.py", "train_gpt_readable.py", "requirements.txt", "runs.png"
@@ -38,6 +41,10 @@ PUBLISHED_KEYS = {"author": str, "github_id": str, "name": str, "date": str, "va
 GIVEN_KEYS = {  # what does not follow from the logs
     **dict.fromkeys(("author", "github_id", "name", "date", "blurb", "track", "commit", "technique_summary"), str),
     "attribution": dict, "lineage": list, "comparison": dict, "base": dict, "revisions": list, "files": dict}
+# of the published compliance keys those that the first folders lack, see earlier_form
+LATER_RULES = ("score_first_ttt", "no_pre_quant_ttt", "no_slot", "no_etlb", "no_ngram_cache")
+ATTENTION_PACKAGES = {  # back end: its line in a requirements.txt
+    "fa3": "flash_attn_3  # not on PyPI: wheels of Dao-AILab/flash-attention, folder hopper", "fa4": "flash-attn-4"}
 PATHS = {"data_dir", "data_path", "tokenizer_path", "log_dir", "artifact_path", "resume"}  # of a machine
 EVENTS = {  # lines of a sound log
     "version": r"train_gpt:(\S+) python:(\S+) torch:(\S+) numpy:\S+ source_sha256:([0-9a-f]+)",
@@ -46,10 +53,15 @@ EVENTS = {  # lines of a sound log
             r"leaked_documents:(\d+)",
     "fingerprint": r"data_fingerprint:([0-9a-f]{64})$",
     "model": r"num_params:(\d+) attention:(\S+) ",
-    "trained": r"peak_memory:\d+MiB steps:(\d+) train_seconds:(\d+\.\d+)",
+    "trained": r"peak_memory:(\d+)MiB steps:(\d+) train_seconds:(\d+\.\d+)",
     "bytes": r"artifact_bytes:(\d+) code_bytes:(\d+) submission_bytes:(\d+) limit_bytes:(\d+) fits:([01])$",
 }
+# lines that some runs have
 CALIBRATION = re.compile(r"calibration tokens:\d+ (?:temperature:\d+\.\d+ )?seconds:(\d+\.\d+)")
+COMPILED = re.compile(r"compile_warmup seconds:(\d+\.\d)$")
+STOPPED = re.compile(r"stopping_early: wallclock_cap train_time:(\d+)ms step:(\d+)/")
+PROGRESS = re.compile(r"step:(\d+)/\d+ train_loss:\S+ train_time:(\d+)ms step_avg:(\d+\.\d+)ms ")
+BATCH_SHARE = re.compile(r"stage step:(\d+) .*\bbatch_share:(\S+)")
 
 
 def log_name(seed: int) -> str:
@@ -76,6 +88,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ToolError(f"{path}: must be a JSON object, {{...}}")
     return value
+
+
+def matches(outcome: Outcome, pattern: re.Pattern[str]) -> list[tuple[str, ...]]:
+    """Groups of all lines behind the settings that begin so."""
+    return [match.groups() for line in outcome.run.events if (match := pattern.match(line))]
 
 
 def events(outcome: Outcome) -> dict[str, tuple[str, ...]]:
@@ -232,7 +249,8 @@ def derive(outcomes: Sequence[Outcome], code_bytes: int) -> dict[str, Any]:
         "val_documents": int(found["data"][2]), "leaked_documents": fact("audit")["leaked_documents"],
         "data_fingerprint": fact("data_fingerprint"), "source_sha256": fact("source_sha256"),
         "program_version": fact("version"), "hardware": device_name(first), "pytorch_version": fact("torch"),
-        "cuda_version": f"{cuda[1]}.{cuda[2]}" if cuda else None, "flash_attn_version": found["model"][1],
+        "cuda_version": f"{cuda[1]}.{cuda[2]}" if cuda else None,
+        "flash_attn_version": None, "attention": found["model"][1],  # the log names a back end, no package's version
         "settings": {name: value for name, value in fact("overrides").items()
                      if name.lower() not in PATHS | {"seed", "run_id"}},
         "logs": {str(outcome.seed): log_name(outcome.seed or 0) for outcome in outcomes},
@@ -240,17 +258,40 @@ def derive(outcomes: Sequence[Outcome], code_bytes: int) -> dict[str, Any]:
 
 
 def compliance(outcomes: Sequence[Outcome], documents: int, largest_bytes: int) -> dict[str, bool]:
-    """Which rules the measured numbers keep. Only what the logs and the files show; nothing is declared."""
+    """Which rules the measured numbers keep. Only what the logs and the files show; nothing is declared.
+
+    The program has no SLOT (a shift of hidden states or logits, fitted to the targets that it then scores) and no ETLB
+    (a bias of the logits, fitted in evaluation), so no setting could break these two. N-gram smoothing is no cache that
+    is filled before the score, but who asks for no n-grams at all is told that there are some.
+    """
     facts = [outcome.run.fact for outcome in outcomes]
+    learns_first = any(outcome.run.settings.get("ttt_unsafe_multi_epoch", "0") != "0" or
+                       not outcome.run.fact("audit").get("causal", True) for outcome in outcomes)
     return {"train_under_600s": all(fact("train_seconds") + fact("calibration_seconds") <= LIMIT_SECONDS
                                     for fact in facts),
             "eval_under_600s": all(fact("eval_seconds") <= LIMIT_SECONDS for fact in facts),
             "artifact_under_16mb": largest_bytes <= SIZE_LIMIT_BYTES,
             "three_seeds": len(facts) >= MIN_SEEDS, "full_validation": documents == VAL_DOCUMENTS and all(
-                fact("audit")["scored_targets"] == fact("audit")["targets"] for fact in facts),
+                fact("audit")["scored_targets"] == fact("audit")["targets"] and
+                abs(fact("audit")["scored_bytes"] / VAL_BYTES - 1) <= VAL_BYTES_SHARE for fact in facts),
             "no_validation_document_in_training_data": all(fact("audit")["leaked_documents"] == 0 for fact in facts),
             "eight_h100": all(fact("world_size") == 8 and "H100" in fact("device") for fact in facts),
-            "legal_by_the_programs_audit": all(fact("legal") is True for fact in facts)}
+            "legal_by_the_programs_audit": all(fact("legal") is True for fact in facts),
+            "score_first_ttt": not learns_first, "no_pre_quant_ttt": not learns_first, "no_slot": True, "no_etlb": True,
+            "no_ngram_cache": all(outcome.run.settings.get("ngram_order", "0") == "0" for outcome in outcomes)}
+
+
+def earlier_form(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The same as the first make_record.py wrote it: the back end in another place, fewer rules."""
+    kept = {name: value for name, value in facts.items() if name != "attention"}
+    rules = {name: value for name, value in facts["compliance"].items() if name not in LATER_RULES}
+    return kept | {"flash_attn_version": facts["attention"], "compliance": rules}
+
+
+def packages(facts: Mapping[str, Any]) -> list[str]:
+    """What ran, as lines of a requirements.txt; in the earlier form torch alone."""
+    attention = ATTENTION_PACKAGES.get(facts.get("attention", ""))
+    return [f"torch=={facts['pytorch_version'].partition('+')[0]}", *([attention] if attention else [])]
 
 
 def compare_with(outcomes: Sequence[Outcome], comparison: Mapping[str, Any]) -> dict[str, Any]:
@@ -273,13 +314,16 @@ def non_record_reasons(facts: Mapping[str, Any]) -> list[str]:
     kept, seeds, p = facts["compliance"], facts["seed_results"].values(), facts["comparison_p_value"]
     training = max(seed["train_time_s"] + seed["calibration_time_s"] for seed in seeds)
     named = facts["comparison"].get("name")
+    scored, whole = f"{facts['val_documents']:,} documents", f"{VAL_DOCUMENTS:,} documents"
+    if scored == whole:  # so it is the bytes that tell
+        scored, whole = f"{scored} with {facts['val_bytes']:,} bytes", f"{whole} with about {VAL_BYTES:,} bytes"
     return [text for holds, text in (
         (kept["three_seeds"], f"{len(seeds)} seed{'s' * (len(seeds) > 1)}; the record track wants {MIN_SEEDS}."),
         (kept["eight_h100"], f"Run on {facts['hardware']}, not on 8 x H100."),
         (kept["train_under_600s"], f"Training and calibration took {training:.1f} seconds; the limit is 600."),
         (kept["eval_under_600s"], f"Evaluation took {facts['eval_time_seconds']:.1f} seconds; the limit is 600."),
-        (kept["full_validation"], f"Scored {facts['target_tokens']:,} targets of {facts['val_documents']:,} documents, "
-                                  f"not the challenge's validation text of {VAL_DOCUMENTS:,} documents."),
+        (kept["full_validation"], f"Scored {facts['target_tokens']:,} targets of {scored}, not the challenge's "
+                                  f"validation text of {whole}."),
         (kept["no_validation_document_in_training_data"],
          f"{facts['leaked_documents']} validation documents occur in the training data."),
         (kept["legal_by_the_programs_audit"], "The program's own audit calls a run not legal."),
@@ -295,8 +339,9 @@ def log_faults(outcome: Outcome) -> list[str]:
     if missing:
         return [f"no line {', no line '.join(repr(name) for name in missing)}: cut off or edited"]
     try:
-        return [text for text in (*score_faults(outcome), *line_faults(outcome, found)) if text]
-    except (KeyError, TypeError, ZeroDivisionError, ToolError) as error:
+        return [*score_faults(outcome), *line_faults(outcome, found), *training_faults(outcome, found),
+                *audit_faults(outcome)]
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         return [f"its result cannot be read ({error!r}): edited, or of another version"]
 
 
@@ -312,12 +357,19 @@ def score_faults(outcome: Outcome) -> Iterator[str]:
         shown = run.stages.get(name)
         if not shown or f"{loss:.8f} {bpb:.8f}" != f"{shown.val_loss:.8f} {shown.val_bpb:.8f}":
             yield f"final_{name}_exact does not say val_loss:{loss:.8f} val_bpb:{bpb:.8f} as the result does"
+        if shown and abs(stage["seconds"] - shown.seconds) > CLOCK_SECONDS:
+            yield f"final_{name}_exact says eval_time {shown.seconds:.3f} seconds, the result {stage['seconds']}"
         if (stage["tokens"], stage["bytes"]) != (audit["scored_targets"], audit["scored_bytes"]):
             yield f"{name} counts {stage['tokens']} targets and {stage['bytes']} bytes, the audit others"
+    if fact("official_stage") != [*stages][-1]:
+        yield f"official_stage {fact('official_stage')} is not its last stage, {[*stages][-1]}"
     official = stages[fact("official_stage")]
     for key in ("val_loss", "val_bpb"):
         if fact(key) != official[key]:
             yield f"{key} {fact(key)} is not that of stage {fact('official_stage')}, {official[key]}"
+    evaluating = sum(stages[name]["seconds"] for name in {"quantized", fact("official_stage")})  # one after the other
+    if fact("eval_seconds") < evaluating - CLOCK_SECONDS:
+        yield f"eval_seconds {fact('eval_seconds')} is less than its stages took, {evaluating:.3f}"
     steps = [point.step for point in run.steps]
     times = [point.seconds for point in run.steps]
     if not steps or steps != sorted(set(steps)) or times != sorted(times) or steps[-1] > fact("steps"):
@@ -328,7 +380,7 @@ def line_faults(outcome: Outcome, found: Mapping[str, tuple[str, ...]]) -> Itera
     """Do source, settings and the lines before the result say what the result says?"""
     run, fact = outcome.run, outcome.run.fact
     audit, settings = fact("audit"), run.settings
-    calibrated = [match[1] for line in run.events if (match := CALIBRATION.match(line))]
+    calibrated = matches(outcome, CALIBRATION)
     sizes = fact("artifact_bytes"), fact("code_bytes"), fact("submission_bytes")
     training = fact("train_seconds") + fact("calibration_seconds")
     in_time = training <= LIMIT_SECONDS and fact("eval_seconds") <= LIMIT_SECONDS
@@ -345,9 +397,9 @@ def line_faults(outcome: Outcome, found: Mapping[str, tuple[str, ...]]) -> Itera
         ("val_bytes", int(found["data"][4]), audit["scored_bytes"]),
         ("leaked_documents", int(found["data"][5]), audit["leaked_documents"]),
         ("data_fingerprint", found["fingerprint"][0], fact("data_fingerprint")),
-        ("steps", int(found["trained"][0]), fact("steps")),
-        ("train_seconds", float(found["trained"][1]), fact("train_seconds")),
-        ("calibration_seconds", float(calibrated[-1]) if calibrated else 0.0, fact("calibration_seconds")),
+        ("steps", int(found["trained"][1]), fact("steps")),
+        ("train_seconds", float(found["trained"][2]), fact("train_seconds")),
+        ("calibration_seconds", float(calibrated[-1][0]) if calibrated else 0.0, fact("calibration_seconds")),
         ("bytes", tuple(map(int, found["bytes"])), (*sizes, SIZE_LIMIT_BYTES, int(sizes[2] <= SIZE_LIMIT_BYTES))),
         ("submission_bytes", sizes[0] + sizes[1], sizes[2]),
         ("headroom_bytes", SIZE_LIMIT_BYTES - sizes[2], fact("headroom_bytes")),
@@ -356,8 +408,83 @@ def line_faults(outcome: Outcome, found: Mapping[str, tuple[str, ...]]) -> Itera
     for name, line, result in said:
         if line != result:
             yield f"{name}: the lines say {line}, the result says {result}"
-    if fact("legal") and not (in_time and fact("fits") and audit["leaked_documents"] == 0):
-        yield "its result calls itself legal, which its own numbers do not"
+
+
+def training_faults(outcome: Outcome, found: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
+    """Do the lines of training say the steps, tokens, seconds and bytes of memory that the result says?"""
+    run, fact, settings = outcome.run, outcome.run.fact, outcome.run.settings
+    steps, seconds, resumed = fact("steps"), fact("train_seconds"), bool(settings.get("resume"))
+    stopped, planned = matches(outcome, STOPPED), int(settings.get("force_stop_step", 0)) or int(settings["iterations"])
+    for milliseconds, step in stopped:
+        if int(step) != steps or abs(int(milliseconds) / 1000 - seconds) > CLOCK_SECONDS:
+            yield f"stopping_early says step {step} after {milliseconds} ms, the result {steps} after {seconds} seconds"
+    if steps > planned or (steps < planned and not stopped and not resumed):
+        yield f"steps: {steps} of {planned}, and no line stopping_early"
+    progress = [(int(step), int(time), float(average)) for step, time, average in matches(outcome, PROGRESS)]
+    for step, time, average in progress:
+        if abs(average - time / step) > 0.5 / step + 0.0051:  # what rounding leaves
+            yield f"step {step}: step_avg:{average}ms is not train_time / step, {time / step:.2f}"
+    if run.steps and run.steps[-1].seconds > seconds + CLOCK_SECONDS:
+        yield f"train_seconds {seconds} is before its last progress line, {run.steps[-1].seconds}"
+    every, logged = int(settings["train_log_every"]), [step for step, *_ in progress]
+    # a resumed log goes on anywhere, or, where training had ended, not at all
+    first = (logged or [(steps // (every or 1) + 1) * every])[0] if resumed else every
+    if every and (first % every or logged != list(range(first, steps + 1, every))):
+        yield f"its progress lines are not those of every {every} steps to step {steps}"
+    least, most = token_bounds(outcome)
+    if not least * (1 - 1e-5) <= fact("train_tokens") <= most * (1 + 1e-5):  # shares are logged with six digits
+        yield f"train_tokens {fact('train_tokens')} are not those of {steps} steps, {least:.0f}" + \
+            f" to {most:.0f}" * (least < most)
+    compiling = float((matches(outcome, COMPILED) or [("0",)])[-1][0])
+    if abs(fact("compile_seconds") - compiling) > 0.5:  # the line is written a moment earlier
+        yield f"compile_seconds {fact('compile_seconds')}: the lines say {compiling}"
+    if fact("peak_memory_bytes") < int(found["trained"][0]) * 2 ** 20:
+        yield f"peak_memory_bytes {fact('peak_memory_bytes')} is less than the {found['trained'][0]} MiB of training"
+
+
+def token_bounds(outcome: Outcome) -> tuple[float, float]:
+    """Least and most tokens of the logged steps: equal, but where a resumed log lacks the lines of earlier stages."""
+    settings, steps = outcome.run.settings, outcome.run.fact("steps")
+    shares = [float(part.partition("@")[0]) for part in settings.get("batch_schedule", "").split(",") if part] or [1.0]
+    whole = steps * int(settings["train_batch_tokens"])
+    if settings.get("resume"):
+        return min(shares) * whole, max(shares) * whole
+    changes = [(0, shares[0]), *((int(step), float(share)) for step, share in matches(outcome, BATCH_SHARE))]
+    ends = [*(step for step, _ in changes[1:]), steps]
+    tokens = sum((end - start) * share for (start, share), end in zip(changes, ends)) * (whole / max(steps, 1))
+    return tokens, tokens
+
+
+def audit_faults(outcome: Outcome) -> Iterator[str]:
+    """Is what the result calls causal and legal what its numbers and settings say?"""
+    fact, audit, settings = outcome.run.fact, outcome.run.fact("audit"), outcome.run.settings
+    audited, documents = "causal" in audit, int(events(outcome)["data"][2])
+    if audited != (settings.get("audit") == "True"):
+        yield f"audit: the lines say AUDIT={settings.get('audit')}, the result has {'one' if audited else 'none'}"
+    if audited and audit["causal"] != (audit["change_before_nats"] <= audit["noise_nats"]):
+        yield (f"causal is {audit['causal']}, with a change of {audit['change_before_nats']} nats before the changed "
+               f"token and a noise of {audit['noise_nats']}")
+    subset = int(settings.get("val_docs", 0))
+    if subset and documents > subset:
+        yield f"val_documents: the lines say {documents}, VAL_DOCS is {subset}"
+    broken = [text for text, holds in (
+        ("in_time", audit["in_time"]), ("fits", fact("fits")), ("leaked_documents", audit["leaked_documents"] == 0),
+        ("causal", audit.get("causal", True)), ("VAL_DOCS", not subset),
+        ("probability_error", audit.get("probability_error", 0.0) < MAX_PROBABILITY_ERROR),
+        ("TTT_UNSAFE_MULTI_EPOCH", settings.get("ttt_unsafe_multi_epoch", "0") == "0")) if not holds]
+    if fact("legal") and broken:
+        yield f"its result calls itself legal, against its {', '.join(broken)}"
+
+
+def differing_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """Do all logs of a record say the same of data and model? The folder says it once, of the first."""
+    first = events(outcomes[0])
+    for outcome in outcomes[1:]:
+        for name in ("data", "model"):
+            mine = events(outcome).get(name)
+            if mine != first.get(name):
+                yield f"{outcome.path.name}: its line {name!r} says {mine}, that of {outcomes[0].path.name} " \
+                      f"{first.get(name)}"
 
 
 def settings_faults(outcome: Outcome, defaults: Mapping[str, Any]) -> list[str]:

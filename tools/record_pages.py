@@ -17,12 +17,14 @@ from record import (
     SIZE_LIMIT_BYTES,
     environment_text,
     non_record_reasons,
+    packages,
 )
 from run_log import table
 
 NOTES_START, NOTES_END = "\n## Notes\n\n", "\n\n## Settings\n"
 SHOWN_STAGES = "bits per byte after each stage"
 UNKNOWN = "-"
+REMARKS = {"no_ngram_cache": ": n-gram smoothing counts earlier tokens only, and its probabilities sum to 1"}
 
 
 def title(facts: Mapping[str, Any]) -> str:
@@ -156,7 +158,8 @@ def revisions_part(facts: Mapping[str, Any]) -> str:
 
 def render_pull_request(facts: Mapping[str, Any], folder: str) -> str:
     """PR.md: the title in the first line, then the text."""
-    checks = [f"- [{'x' if kept else ' '}] {name.replace('_', ' ')}" for name, kept in facts["compliance"].items()]
+    checks = [f"- [{'x' if kept else ' '}] {name.replace('_', ' ')}{'' if kept else REMARKS.get(name, '')}"
+              for name, kept in facts["compliance"].items()]
     reasons = non_record_reasons(facts) if facts["track"] == NON_RECORD else []
     parts = [title(facts), facts["blurb"], results_table(facts), comparison_text(facts), stages_table(facts),
              "Measured, not declared:\n\n" + "\n".join(checks),
@@ -182,8 +185,8 @@ def render_run(facts: Mapping[str, Any], outcomes: Sequence[Outcome]) -> str:
         "train_gpt.py", "done"]) + "\n"
 
 
-def render_requirements(ours: str, torch_version: str) -> str:
-    """The repository's requirements, with the torch that ran."""
-    lines = [f"torch=={torch_version.partition('+')[0]}" if line.startswith("torch") else line
-             for line in ours.splitlines()]
-    return "\n".join(lines) + "\n"
+def render_requirements(ours: str, facts: Mapping[str, Any]) -> str:
+    """The repository's requirements, with the torch and the attention package that ran."""
+    torch, *others = packages(facts)
+    lines = [torch if line.startswith("torch") else line for line in ours.splitlines()]
+    return "\n".join([*lines, *(line for line in others if line not in lines)]) + "\n"

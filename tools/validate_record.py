@@ -23,7 +23,9 @@ from record import (
     CLUTTER,
     FIXED_FILES,
     GIVEN_KEYS,
+    LATER_RULES,
     LIMIT_SECONDS,
+    MAX_PROBABILITY_ERROR,
     MIN_SEEDS,
     NON_RECORD,
     PACKED,
@@ -41,11 +43,14 @@ from record import (
     compare_with,
     config_defaults,
     derive,
+    differing_lines,
+    earlier_form,
     encode_source,
     events,
     log_faults,
     log_name,
     non_record_reasons,
+    packages,
     packed_form,
     packs_itself,
     read_json,
@@ -237,6 +242,25 @@ def check_program(folder: Path, given: Mapping[str, Any], outcomes: Sequence[Out
         report.unknown("program", f"is {PACKED} {READABLE}, packed? {unknown}")
 
 
+def check_audit(outcomes: Sequence[Outcome], report: Report) -> None:
+    """Did the program test its own scores, and what came of it? That it says what its numbers say is in log_faults."""
+    audits = {outcome.path.name: outcome.run.fact("audit") for outcome in outcomes}
+    without = [name for name, audit in audits.items() if "causal" not in audit]
+    if without:
+        report.unknown("audit", f"AUDIT=1 was off in {', '.join(without)}: nobody looked whether scores are causal")
+        return
+    broken = [name for name, audit in audits.items()
+              if not (audit["causal"] and audit["probability_error"] < MAX_PROBABILITY_ERROR)]
+    change, noise, error = (max(audit[key] for audit in audits.values())
+                            for key in ("change_before_nats", "noise_nats", "probability_error"))
+    text = f"another token changes earlier scores by {change:.2g} nats (noise {noise:.2g}), probabilities sum to 1 " \
+           f"within {error:.2g}"
+    if broken:
+        report.unknown("audit", f"{', '.join(broken)}: not passed, and not called legal: {text}")
+    else:
+        report.add("audit", [], text)
+
+
 def limit_faults(given: Mapping[str, Any], sizes: Mapping[str, int]) -> list[str]:
     """Rules of the track that the recomputed numbers break."""
     faults = [f"{name}: {size:,} bytes, {size - SIZE_LIMIT_BYTES:,} over the limit of {SIZE_LIMIT_BYTES:,}"
@@ -260,14 +284,20 @@ def check_ours(folder: Path, given: dict[str, Any], report: Report) -> None:
     report.add("files", check_files(folder, given), f"{count}, none extra, none changed since the folder was made")
     outcomes, faults = check_logs(folder, given["seeds"])
     sound = report.add("logs", faults, "each agrees with itself: source, settings, lines, sums, result")
-    sound &= bool(outcomes) and report.add("one experiment", group_faults(outcomes), "same program, settings, data and "
-                                           f"device; seeds {', '.join(map(str, given['seeds']))}")
+    sound &= bool(outcomes) and report.add(
+        "one experiment", group_faults(outcomes) or [*differing_lines(outcomes)],
+        f"same program, settings, data and device; seeds {', '.join(map(str, given['seeds']))}")
     if not sound or not all((folder / name).is_file() for name in FIXED_FILES):
         report.unknown("the rest", "cannot be computed from these files")
         return
+    check_audit(outcomes, report)
     check_program(folder, given, outcomes, report)
     size = (folder / PACKED).stat().st_size
     facts = derive(outcomes, size) | compare_with(outcomes, given["comparison"])
+    if "attention" not in given and given["track"] == NON_RECORD:
+        facts = earlier_form(facts)
+        report.unknown("form", "of an earlier make_record.py, without the attention's package and "
+                       f"{', '.join(LATER_RULES)}; --revise writes it anew")
     sizes = {outcome.path.name: (outcome.model_bytes or 0) + size for outcome in outcomes}
     report.add("score", list(differences(facts, {key: given.get(key) for key in facts})),
                f"{facts['val_bpb']:.8f} bits per byte, {len(facts)} numbers of {SUBMISSION} computed again")
@@ -286,9 +316,9 @@ def check_pages(folder: Path, facts: Mapping[str, Any], outcomes: Sequence[Outco
     report.add("pages", [fault for name, page in pages.items()
                          for fault in first_difference(name, page, read_page(folder / name))],
                f"{', '.join(pages)} are what the logs give")
-    torch = f"torch=={facts['pytorch_version'].partition('+')[0]}"
-    report.add("requirements", [] if torch in read_page(folder / REQUIREMENTS).split() else
-               [f"{REQUIREMENTS} does not ask for {torch}, which ran"], torch)
+    ran, asked = packages(facts), read_page(folder / REQUIREMENTS).splitlines()
+    report.add("requirements", [f"{REQUIREMENTS} does not ask for {line}, which ran" for line in ran
+                                if line not in asked], ", ".join(ran))
     known = [*numbers_in({**facts, "files": {}}), *numbers_in([outcome.run.result for outcome in outcomes])]
     said = "\n".join((facts["name"], facts["blurb"], notes))
     report.add("claims", unfounded_claims(said, known), "every score and size in the author's own words is in the logs")
