@@ -19,7 +19,7 @@ V vocabulary, L layers. A batch is one row of T tokens that holds many documents
 at most TRAIN_SEQ_LEN tokens long, and attention never leaves a segment.
 """
 import contextlib, difflib, fnmatch, functools, hashlib, io, json, lzma, math, os, re, signal, struct, sys, time
-import gc, inspect, shutil, warnings, zlib
+import gc, importlib.util, inspect, shutil, warnings, zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -272,9 +272,8 @@ class Config:
         """Yields (holds, complaint) for every rule; {field} in a complaint is shown as FIELD=value."""
         for f in fields(self):
             value, kind = getattr(self, f.name), KINDS[f.name]
-            if kind in (int, float):
-                most = 2 ** 63 if kind is int else math.inf
-                yield 0 <= value < most, f"{{{f.name}}}: must be a finite number, at least 0"
+            yield kind not in (int, float) or 0 <= value < (2 ** 63 if kind is int else math.inf), \
+                f"{{{f.name}}}: must be a finite number, at least 0"
             if rule := getattr(f.type, "__metadata__", None): yield rule[0](value), f"{{{f.name}}}: {rule[1]}"
             known = CHOICES.get(f.name, ())
             yield not known or value in known, f"{{{f.name}}}: must be one of {', '.join(known)}"
@@ -285,7 +284,7 @@ class Config:
         for pair in ("model_dim num_heads", "num_heads num_kv_heads", "train_batch_tokens micro_batch_tokens"):
             whole, part = pair.split()
             yield getattr(self, whole) % getattr(self, part) == 0, f"{{{whole}}} is not divisible by {{{part}}}"
-        yield self.model_dim > 1, "{model_dim}: must be at least 2"
+        yield self.model_dim >= max(self.gate_window, 2), "{model_dim}: must be at least 2 and {gate_window}"
         yield self.mlp_hidden > 0 or float(self.mlp_mult * self.model_dim).is_integer(), \
             "{mlp_mult} x {model_dim} is no whole width: change one of them"
         yield self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim, \
@@ -300,9 +299,11 @@ class Config:
         yield self.num_loops or not self.depth_lora_rank, "{depth_lora_rank} {num_loops}: adapters need looped layers"
         yield not self.value_residual or self.num_loops == 0 or self.loop_end + 1 < self.num_layers, \
             "VALUE_RESIDUAL=1 {loop_end}: no layer behind the loops takes the first layer's values"
+        floor = self.min_lr if self.warmdown_frac or self.warmdown_iters else 1.0
         for name in ("swa_start_frac", "late_qat_threshold"):
-            yield not 0 < getattr(self, name) <= self.min_lr, f"{{{name}}}: never reached, below the floor {{min_lr}}"
+            yield not 0 < getattr(self, name) <= floor, f"{{{name}}}: never reached: {{min_lr}} {{warmdown_frac}}"
         yield not (self.qat_start and self.late_qat_threshold), "{qat_start} {late_qat_threshold}: set one of them"
+        yield self.rope_stretch in (0, max(self.rope_stretch, 1)), "{rope_stretch}: must be 1 or more, or 0 = as needed"
         for name, full in (("train_seq_schedule", self.train_seq_len), ("batch_schedule", 1)):
             values, ends = zip(*parse_schedule(getattr(self, name), name.upper()) or [(full, 1)])
             yield list(ends) == sorted(set(ends)) and ends[-1] == 1 and min(values) > 0 and max(values) == full \
@@ -363,7 +364,7 @@ HINTS = get_type_hints(Config)
 CHOICES = {name: get_args(hint) for name, hint in HINTS.items() if get_args(hint)}
 KINDS = {name: str if name in CHOICES else hint for name, hint in HINTS.items()}  # bool, int, float or str
 FAMILY_WORDS = {"TTT", "EMA", "SWA", "GPTQ", "LQER", "MUON", "LOOP", "LOOPS", "LOOPING", "ROPE", "XSA", "QAT", "SMEAR",
-                "SMEARGATE", "LORA", "WARMDOWN", "BIGRAM", "SOFTCAP", "DOC", "PREQUANT", "INT4", "CODEBOOK", "BITNET"}
+                "SMEARGATE", "LORA", "WARMDOWN", "BIGRAM", "SOFTCAP", "DOC", "PREQUANT", "INT4", "BITNET", "VAL"}
 
 
 def parse_value(variable: str, text: str, kind: Any) -> Any:
@@ -681,8 +682,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def coprime_stride(rows: int) -> int:
     """A step through `rows` rows, about 0.618 of them long, that meets every row once before it meets one twice."""
-    first = max(round(rows * 0.6180339887), 1)
-    return next(stride for stride in range(first, rows + 2) if math.gcd(stride, rows) == 1)
+    return next(stride for stride in range(max(round(rows * 0.6180339887), 1), rows + 2) if math.gcd(stride, rows) == 1)
 
 
 @functools.lru_cache(2)
@@ -1303,7 +1303,7 @@ def bigram_buckets(ids: Tensor, keep: Tensor, kind: str, buckets: int) -> Tensor
     (#363), 31 (#289).
     """
     previous = torch.where(keep, ids.roll(1), ids if kind == "1000003" else 0)
-    if kind == "36313": return torch.where(keep, ((36313 * ids) ^ (27191 * previous)) % (buckets - 1), buckets - 1)
+    if kind == "36313": return torch.where(keep, (36313 * ids ^ 27191 * previous) % max(buckets - 1, 1), buckets - 1)
     return (int(kind) * previous + ids) % buckets
 
 
@@ -1977,8 +1977,7 @@ def lr_multiplier(config: Config, progress: float, step: int) -> float:
 def decay_multiplier(config: Config, progress: float) -> float:
     """Of MUON_WD: 1, then linear to WD_TAPER_FINAL_MULT (2026-04-18 record)."""
     start = config.wd_taper_start_frac
-    share = max(progress - start, 0.0) / (1 - start) if 0 < start < 1 else 0.0
-    return 1 + share * (config.wd_taper_final_mult - 1)
+    return 1 + (max(progress - start, 0.0) / (1 - start) if 0 < start < 1 else 0.0) * (config.wd_taper_final_mult - 1)
 
 
 def scheduled(config: Config, name: str, progress: float, default: float) -> float:
@@ -2834,8 +2833,7 @@ def windows(length: int, seq_len: int, stride: int) -> list[tuple[int, int, int]
     seq_len - stride tokens of context. stride = seq_len packs without overlap.
     """
     context = seq_len - stride
-    starts = range(0, max(length - context, 1), stride)
-    return [(s, min(s + seq_len, length), s + context if s else 0) for s in starts]
+    return [(s, min(s + seq_len, length), s + context if s else 0) for s in range(0, max(length - context, 1), stride)]
 
 
 def score_windows(ids: np.ndarray, seq_len: int, stride: int, document_mask: bool) -> np.ndarray:
@@ -2912,8 +2910,7 @@ def smoothed(nats: Tensor, order: int, seen: Tensor, hits: Tensor, kinds: Tensor
     with the model where they have shorter contexts. `hits` of all tokens sum to `seen`: p' sums to 1 where p does.
     """
     prior = 8000 / order ** 3 * kinds.double() ** 1.5
-    known = (seen + prior).log() - torch.logaddexp(hits.double().log(), prior.log() - nats)
-    return torch.where(seen > 0, known, nats)
+    return torch.where(seen > 0, (seen + prior).log() - torch.logaddexp(hits.double().log(), prior.log() - nats), nats)
 
 
 class Ledger:
@@ -3081,8 +3078,7 @@ class Slots:
             outer = inner.new_zeros(layers, outputs, config.ttt_lora_rank)
             self.first |= {f"{target}_document_in": inner, f"{target}_document_out": outer}
         self.adapters = self.leaves = {name: x.repeat(count, 1, 1, 1) for name, x in self.first.items()}
-        params = [*self.adapters.values()]
-        self.optimizer = adaptation_optimizer(config, params, config.ttt_lora_lr, config.ttt_optimizer)
+        self.optimizer = adaptation_optimizer(config, self.adapters.values(), config.ttt_lora_lr, config.ttt_optimizer)
 
     def start(self) -> None:
         """New documents: all as at the beginning, but for inner matrices under TTT_WARM_START_A."""
@@ -3168,8 +3164,8 @@ class TestTimeTrainer:
         config, streams = self.config, self.config.ttt_strategy == "stream"
         order = np.argsort(-self.lengths * (config.ttt_order == "length"), kind="stable")
         optimizer = self.weight_optimizer()
-        for _ in range(config.ttt_unsafe_multi_epoch):  # not legal: learns from what has no score yet
-            self.learn_from(order, optimizer, 0.0, 1.0)
+        for epoch in range(config.ttt_unsafe_multi_epoch):  # not legal: learns from what has no score yet
+            self.learn_from(order, optimizer, epoch / config.ttt_unsafe_multi_epoch, 1 / config.ttt_unsafe_multi_epoch)
         parts = self.parts(order)
         for i, part in enumerate(parts):
             (self.score_windows if streams else self.score_documents)(part)
@@ -3220,10 +3216,8 @@ class TestTimeTrainer:
             scored = slots.score(table)
             self.ledger.add(places, scored.detach().cpu().double().numpy())
             self.scored_chunks += scores
-            if table[:, -1].any():
-                self.learned_chunks += 1
-                assert self.learned_chunks <= self.scored_chunks
-                slots.adapt(scored, table)
+            self.learned_chunks += (learns := bool(table[:, -1].any()))
+            if learns: slots.adapt(scored, table)
             self.step_seconds = time.perf_counter() - begin
         places = np.concatenate([np.arange(self.bounds[i], self.bounds[i + 1]) for i in group])
         lost = places[(self.ledger.times[places] == 0) | ~np.isfinite(self.ledger.nats[places])]
@@ -3262,6 +3256,7 @@ class TestTimeTrainer:
     def learn_from(self, documents: np.ndarray, optimizer: torch.optim.Optimizer, progress: float, span: float) -> None:
         """Trains all weights on documents; the learning rate follows a cosine from `progress` over `span`."""
         start, tokens = time.perf_counter(), self.config.global_ttt_chunk_tokens or 32768
+        assert self.config.ttt_unsafe_multi_epoch or self.lengths[documents].sum() <= self.bounds[-1] - self.unscored
         chunks = batch_windows(self.windows_of(documents), tokens)
         for i, rows in enumerate(chunks):
             if not self.world.gather(self.in_time((time.perf_counter() - start) / max(i, 1)))[0]: break
@@ -3274,8 +3269,7 @@ class TestTimeTrainer:
         grads = [torch.zeros_like(p) for p in params.values()]
         for p, grad in zip(params.values(), grads): p.requires_grad_(True).grad = grad
         for group in batch_windows(rows[self.world.rank::self.world.size], self.evaluator.batch_tokens):
-            batch = to_device(self.evaluator.build(group)[0], self.world.device)
-            (self.model(*batch).sum() / total).backward()
+            (self.model(*to_device(self.evaluator.build(group)[0], self.world.device)).sum() / total).backward()
         frozen = [(p, grad, max(config.ttt_freeze_blocks + len(p) - config.num_layers, 0))
                   for (name, p), grad in zip(params.items(), grads)
                   if name not in GLOBAL_ROLES | SKIP_ROLES and "adapter" not in name]
@@ -3284,9 +3278,9 @@ class TestTimeTrainer:
         if config.global_ttt_grad_clip: torch.nn.utils.clip_grad_norm_(params.values(), config.global_ttt_grad_clip)
         for settings in optimizer.param_groups: settings["lr"] = settings["base_lr"] * lr_scale
         before = [p.detach()[:count].clone() for p, _, count in frozen]
-        if all(bool(grad.isfinite().all()) for grad in grads):  # else the weights stay as they were
-            optimizer.step()
-            self.learned_chunks += config.ttt_strategy == "stream"  # elsewhere these are chunks of adapters
+        self.skipped += not (sound := all(bool(grad.isfinite().all()) for grad in grads))
+        if sound: optimizer.step()  # else the weights stay as they were
+        self.learned_chunks += sound and config.ttt_strategy == "stream"  # elsewhere these are chunks of adapters
         self.model.requires_grad_(False)
         for (p, _, count), value in zip(frozen, before): p[:count] = value  # adamw lets weights decay
 
@@ -3318,7 +3312,8 @@ def audit(config: Config, evaluator: Evaluator, make: Callable[[], GPT]) -> dict
     probabilities over the vocabulary is from 1.
     """
     dataset, world, random = evaluator.dataset, evaluator.world, np.random.default_rng(config.seed)
-    tokens = np.array(dataset.val_tokens[:4096])
+    tokens, brief = np.array(dataset.val_tokens[:4096]), replace(  # so that all weights learn, several times
+        config, global_ttt_chunk_tokens=min(config.global_ttt_chunk_tokens, 1024))
     inside = np.flatnonzero(tokens[2:] != BOS) + 2
     place, changed = int(random.choice(inside)) if len(inside) else len(tokens), tokens.copy()
     changed[place:place + 1] = max((int(tokens[place % len(tokens)]) + 1) % config.vocab_size, BOS + 1)
@@ -3326,22 +3321,27 @@ def audit(config: Config, evaluator: Evaluator, make: Callable[[], GPT]) -> dict
     def nats_of(text: np.ndarray) -> np.ndarray:
         sample = replace(dataset, val_tokens=text, val_bytes=dataset.val_bytes[:len(text) - 1])
         quiet = Evaluator(config, world, Log(replace(world, rank=-1), config), sample, False)
-        return np.array(world.sum(score_model(config, quiet, make(), math.inf).nats.tolist()))
+        return np.array(world.sum(score_model(brief, quiet, make(), math.inf).nats.tolist()))
     first, again, other = nats_of(tokens), nats_of(tokens), nats_of(changed)
     bounds, target = document_bounds(tokens[:-1]), np.arange(len(first))  # target i is token i + 1
     # where the order is another, other documents may have been scored behind it
     since = bounds[np.searchsorted(bounds, place - 1, "right") - 1] if config.ttt_order == "length" else 0
     earlier = (target >= since) & (target < place - 1)
     size, model = min(8, len(first), config.eval_seq_len), make()
-    every, segments = np.arange(config.vocab_size), make_segments(np.zeros(1, np.int64), size, size, 0)
-    batches = (make_batch(np.append(tokens[:size - 1], last), np.tile(every, (size, 1)), segments) for last in (BOS, 0))
-    with torch.no_grad():
-        nats = np.array([model(*to_device(batch, world.device)).tolist() for batch in batches])
-    noise, change, ahead, behind = (float(np.abs(x).max(initial=0)) for x in (
-        again - first, (other - first)[earlier], (nats[1] - nats[0])[:-1], (other - first)[~earlier]))
+    every, segments = np.arange(config.vocab_size), make_segments(np.array([0, size]), 2 * size, size, 0)
+    batches = (make_batch(np.concatenate((tokens[:size - 1], [last], tokens[:size])), np.tile(every, (2 * size, 1)),
+                          segments) for last in (BOS, 0))
+    nats = np.array([model(*to_device(batch, world.device)).tolist() for batch in batches])
+    noise, change, ahead, behind = (float(np.abs(x).max(initial=0)) for x in (again - first, (
+        other - first)[earlier], np.delete(nats[1] - nats[0], size - 1, 0), (other - first)[~earlier]))
+    prior = torch.from_numpy(nats[0][-1])  # what follows the sample, for every token that could stand there
+    for order in [x for x in NGRAM_ORDERS if x <= min(config.ngram_order, len(tokens))]:
+        rows = np.lib.stride_tricks.sliding_window_view(tokens, order)
+        hits = torch.from_numpy(np.bincount(rows[(rows[:, :-1] == rows[-1, :-1]).all(1), -1], minlength=len(every)))
+        prior = smoothed(prior, order, hits.sum(), hits, (hits > 0).sum())
     return {"sample_tokens": len(tokens), "changed_token": place, "noise_nats": noise, "change_before_nats":
             max(change, ahead), "change_behind_nats": behind, "causal": max(change, ahead) <= noise,
-            "probability_error": float(np.abs(np.exp(-nats).sum(-1) - 1).max())}
+            "probability_error": float(np.abs(np.append(np.exp(-nats).sum(-1), (-prior).exp().sum()) - 1).max())}
 
 
 # ====================================================================================================================
@@ -3401,7 +3401,7 @@ def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequ
     if config.eval_only:
         config = replace(config, **model_fields(reload(config, world, artifact_path, attention)[0].config))
     dataset = open_dataset(config, world)
-    for note in notes: log(f"warning: {note}")
+    for note in notes + ["this score is not legal"] * bool(config.ttt_unsafe_multi_epoch): log(f"warning: {note}")
     log(f"train_shards:{len(dataset.train.shards)} train_tokens:{len(dataset.train)} "
         f"val_documents:{len(document_bounds(dataset.val_tokens[:-1])) - 1} val_tokens:{len(dataset.val_tokens)} "
         f"val_bytes:{int(dataset.val_bytes.sum())} leaked_documents:{dataset.leaked_documents}"
@@ -3526,9 +3526,9 @@ def reload(config: Config, world: World, path: Path, attention: Attention) -> tu
 
 
 def use_compile(config: Config, world: World, attention: str) -> bool:
-    """Whether to compile. auto: on CUDA, where attention takes packed segments directly. UserError without CUDA."""
-    on_gpu = world.device.type == "cuda"
-    if config.compile == "0" or (config.compile == "auto" and not (on_gpu and attention != "sdpa")): return False
+    """Whether to compile. auto: on CUDA with Triton, where attention takes packed segments. UserError without CUDA."""
+    on_gpu, fits = world.device.type == "cuda", attention != "sdpa" and importlib.util.find_spec("triton")
+    if config.compile == "0" or (config.compile == "auto" and not (on_gpu and fits)): return False
     require(on_gpu, f"COMPILE={config.compile}: needs CUDA, this is {world.device.type}; use COMPILE=auto")
     torch._dynamo.config.recompile_limit = 64  # graphs: the stages of training, and scoring, with their shapes
     return True

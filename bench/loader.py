@@ -3,8 +3,9 @@
     DATA_PATH=data/datasets/mine VOCAB_SIZE=4096 python bench/loader.py --seconds 5
 
 Takes the same environment variables as train_gpt.py, and no model: micro-batches are taken as fast as they come, or,
-with --step-ms 75, each after a pause as long as a GPU computes: then "slowest" is the longest that a step waits for it.
-The first round over the shards reads them from the disk. A step of 786,432 tokens in 120 ms takes 6.6 M tokens a second.
+with --step-ms 75, each after a pause as long as a GPU computes: then "slowest" is the longest that a step waits for
+one. The first round over the shards reads them from the disk. A step of 786,432 tokens in 120 ms takes 6.6 M tokens a
+second.
 """
 import argparse
 import sys

@@ -330,7 +330,7 @@ def split(keys: np.ndarray, config: argparse.Namespace) -> tuple[np.ndarray, np.
     sides[chosen] = VAL
     if count >= len(keys if option == "val_first" else firsts) or not (sides == TRAIN).any():
         raise InputError(f"--{option.replace('_', '-')} {value}: no training text is left of {len(keys)} documents "
-                         f"({len(firsts)} different); give more documents or take fewer for validation (not with --like)")
+                         f"({len(firsts)} different); give more documents, or take fewer for validation without --like")
     return sides, firsts
 
 

@@ -1322,6 +1322,45 @@ def test_the_audit_finds_what_is_no_probability(mode):
         assert found["probability_error"] > 1e-4 and found["causal"]
 
 
+@pytest.mark.parametrize("leak", [lambda nats, seen, hits: torch.where(seen > 0, nats / 2, nats),
+                                  lambda nats, seen, hits: torch.where(hits > 0, nats / 2, nats)], ids=["all", "hits"])
+def test_the_audit_finds_counts_that_are_no_probability(leak, monkeypatch):
+    """Smoothing whose shares do not sum to 1, or that is applied where the target is what the counts say."""
+    config, text = adapt_config(ngram_order=4), make_text(SHORT)
+    monkeypatch.setattr(train_gpt, "smoothed", lambda nats, order, seen, hits, kinds: leak(nats, seen, hits))
+    assert audited(config, text)["probability_error"] > 1e-4
+
+
+class Smears(GPT):
+    """A token is smeared into the next one, whatever document that is of."""
+
+    def embed(self, ids, segments):
+        x = super().embed(ids, segments)
+        return x + 0.1 * x.roll(1, 0)
+
+
+def test_the_audit_finds_state_that_crosses_documents():
+    assert not audited(adapt_config(eval_mode="packed"), model=Smears)["causal"]
+
+
+class LearnsAhead(train_gpt.TestTimeTrainer):
+    """Each part teaches what the next one holds."""
+
+    def learn_from(self, documents, *rest):
+        ahead = np.arange(documents[-1] + 1, min(documents[-1] + 3, len(self.lengths)))
+        self.unscored -= int(self.lengths[ahead].sum())
+        super().learn_from(np.concatenate((documents, ahead)), *rest)
+
+
+def test_the_audit_sees_all_weights_learn_in_its_short_sample(monkeypatch):
+    """With the published 32,768 tokens a step there would be one part of the sample, and nobody would learn."""
+    monkeypatch.setattr(train_gpt, "TestTimeTrainer", LearnsAhead)
+    text = make_text((60,) * 60)
+    found = [audited(adapt_config(ttt_strategy="stream", global_ttt_chunk_tokens=32768, global_ttt_lr=0.1, seed=seed),
+                     text)["causal"] for seed in range(4)]
+    assert not all(found)
+
+
 class Looks(GPT):
     """Attention sees the next token."""
 

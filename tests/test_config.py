@@ -137,7 +137,10 @@ CROSS_CHECKS = [  # environment, what the complaint says
     ({"ROPE_DIMS": "15"}, ("ROPE_DIMS=15", "even")),
     ({"ROPE_DIMS": "66"}, ("ROPE_DIMS=66", "at most the head width 64")),
     ({"MODEL_DIM": "1", "NUM_HEADS": "1", "NUM_KV_HEADS": "1"}, ("MODEL_DIM=1", "at least 2")),
-    ({"GATE_WINDOW": "513"}, ("GATE_WINDOW=513", "at most MODEL_DIM=512")),
+    ({"GATE_WINDOW": "513"}, ("GATE_WINDOW=513", "MODEL_DIM=512: must be at least")),
+    ({"GATE_WINDOW": "513", "EMBED_DIM": "513"}, ("GATE_WINDOW=513", "MODEL_DIM=512: must be at least")),
+    ({"ROPE_STRETCH": "0.25"}, ("ROPE_STRETCH=0.25", "1 or more")),
+    ({"SWA_START_FRAC": "0.4", "WARMDOWN_FRAC": "0"}, ("SWA_START_FRAC=0.4", "never reached", "WARMDOWN_FRAC=0.0")),
     ({"EMBED_DIM": "11"}, ("GATE_WINDOW=12", "at most MODEL_DIM=512, EMBED_DIM=11")),
     ({"DEPTH_LORA_RANK": "4", "NUM_LOOPS": "0"}, ("DEPTH_LORA_RANK=4", "NUM_LOOPS=0")),
     ({"VALUE_RESIDUAL": "1", "LOOP_END": "10", "PARALLEL_START_LAYER": "0"}, ("VALUE_RESIDUAL=1", "LOOP_END=10")),
@@ -227,7 +230,7 @@ def test_rules_hold_just_inside_their_limits():
                       {"LOOP_END": "7"}, {"LOOP_START": "5"}, {"LOOP_END": "10", "PARALLEL_START_LAYER": "0"},
                       {"LOOP_START": "9", "LOOP_END": "1", "NUM_LOOPS": "0"}, {"VOCAB_SIZE": "65536"},
                       {"EVAL_STRIDE": "2048"}, {"MAX_WALLCLOCK_SECONDS": "0"}, {"MATRIX_BITS": "2"},
-                      {"EMBED_DIM": "12"}, {"EMBED_DIM": "513", "GATE_WINDOW": "513"},
+                      {"EMBED_DIM": "12"}, {"EMBED_DIM": "513", "GATE_WINDOW": "512"},
                       {"MODEL_DIM": "2", "NUM_HEADS": "1", "NUM_KV_HEADS": "1", "ROPE_DIMS": "2", "GATE_WINDOW": "2"},
                       {"MLP_MULT": "2.001", "MLP_HIDDEN": "1"}, {"DEPTH_LORA_RANK": "1", "NUM_LOOPS": "1"},
                       {"VALUE_RESIDUAL": "1", "LOOP_END": "9", "PARALLEL_START_LAYER": "0"},
@@ -398,7 +401,7 @@ def test_near_misses_are_refused_with_a_guess(variable, guess):
 
 @pytest.mark.parametrize("variable", ["TTT_FOO", "GPTQ_BLOCK", "EMA_X", "SWA_SOMETIMES", "LQER_BITS", "LORA_RANK_XYZ",
                                       "BIGRAM_ORDER", "MUON_EVERYTHING", "SOFTCAP", "QAT_BITS", "INT4_STEP",
-                                      "CODEBOOK_MLP", "BITNET_GROUP_SIZE"])
+                                      "VAL_TOKENS", "BITNET_GROUP_SIZE"])
 def test_words_of_our_family_are_refused(variable):
     text = refusal(**{variable: "1"})
     assert text.startswith(f"{variable}: unknown setting; ") and "--help" in text

@@ -254,6 +254,12 @@ def test_running_mean_is_exact_in_long_batches():
 
 # --- hashed pairs
 @pytest.mark.parametrize("kind", ["92821", "36313", "1000003", "31"])
+def test_all_pairs_share_a_single_bucket(kind):
+    ids = torch.arange(50)
+    assert torch.equal(bigram_buckets(ids, ids > 0, kind, 1), torch.zeros(50, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("kind", ["92821", "36313", "1000003", "31"])
 @pytest.mark.parametrize("buckets", [2, 4096, 10240])
 def test_buckets_are_the_published_hashes(kind, buckets):
     random = np.random.default_rng(0)
