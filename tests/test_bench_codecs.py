@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import program
@@ -141,18 +142,66 @@ def test_pcll_round_trip():
         assert np.abs(nearest - found[name].ravel()).max() < 0.02 and (found[name] - tensors[name]).std() < 0.1
 
 
-def by_hand(**changes) -> bytes:
-    """One tensor of three values from two centers: codes 1 0 1 as bits 1 01 1 of {0: 01, 1: 1}."""
-    book, text = np.array([-2.0, 0.5], np.float16).tobytes(), json.dumps({"0": "01", "1": "1"}).encode()
-    payload = bytes([0b10110000]) + book + text
-    entry = {"type": "codebook_huffman", "offset": 0, "data_len": 1, "cb_len": 4, "ht_len": len(text), "n_bits": 4,
-             "n_levels": 2, "shape": [3], "dtype": "float32", "total_len": len(payload)} | changes
+CODE = {"0": "01", "1": "1"}
+
+
+def by_hand(key="method", codes: Sequence[str] = "101", code=CODE, book: Sequence[float] = (-2.0, 0.5), **changes) \
+        -> bytes:
+    """One tensor, of as many values as there are codes: 1 0 1 as bits 1 01 1 of {0: 01, 1: 1}."""
+    text, bits = json.dumps(code).encode(), "".join(code[i] for i in codes)
+    data = bytes(int(bits[i:i + 8].ljust(8, "0"), 2) for i in range(0, len(bits), 8))
+    payload = data + np.array(book, np.float16).tobytes() + text
+    entry = {key: "codebook_huffman", "offset": 0, "data_len": len(data), "cb_len": 2 * len(book), "ht_len": len(text),
+             "n_bits": len(bits), "n_levels": len(book), "shape": [len(codes)], "numel": len(codes),
+             "dtype": "float32", "total_len": len(payload)} | changes
     header = json.dumps({"version": changes.pop("version", 1), "tensors": {"a": entry}}).encode()
     return zstandard.compress(b"PCLL" + len(header).to_bytes(4, "little") + header + payload)
 
 
-def test_pcll_reads_a_file_made_by_hand():
-    assert pcll.read_pcll(by_hand())["a"].tolist() == [0.5, -2.0, 0.5]
+@pytest.mark.parametrize("key", ["method", "type"])  # as published; as an older writer of ours
+def test_pcll_reads_a_file_made_by_hand(key):
+    assert pcll.read_pcll(by_hand(key))["a"].tolist() == [0.5, -2.0, 0.5]
+
+
+def test_pcll_reads_what_is_published_for_one_center():
+    """An index -999 that no value has."""
+    code = {"1": "0", "-999": "1"}
+    assert pcll.read_pcll(by_hand(codes="1111", code=code))["a"].tolist() == [0.5] * 4
+    with pytest.raises(UserError, match="a: its bits say index -999, which has no center"):
+        pcll.read_pcll(by_hand(codes=["1", "-999"], code=code))
+
+
+@pytest.mark.parametrize("longest", [16, 17, 20, 24])
+def test_pcll_reads_long_codes(longest):
+    """A code of each length: i zeros and a one, and only zeros."""
+    code = {str(i): "0" * i + "1" for i in range(longest)} | {str(longest): "0" * longest}
+    order = [*range(longest + 1), longest, longest, 0, longest - 1, *reversed(range(longest + 1))]
+    found = pcll.read_pcll(by_hand(codes=[str(i) for i in order], code=code, book=range(longest + 1)))
+    assert found["a"].tolist() == order
+
+
+def test_pcll_writes_long_codes():
+    """Fibonacci's numbers as counts make Huffman's longest code."""
+    counts = [1, 1]
+    while len(counts) < 21:
+        counts.append(counts[-1] + counts[-2])
+    codes = np.random.default_rng(0).permutation(np.repeat(np.arange(21), counts))
+    data, bits, texts = pcll.huffman_bits(codes, 21)
+    assert max(map(len, texts.values())) == 20
+    assert np.array_equal(pcll.read_bits(data, len(codes), bits, texts), codes)
+
+
+def test_pcll_entries_have_the_published_keys():
+    rare = np.random.default_rng(0).standard_t(3, size=(300, 300)).astype(np.float32)
+    data = zstandard.decompress(pcll.write_pcll({"mlp.fc": rare, "gain": rare[0]}))
+    header = json.loads(data[8:8 + int.from_bytes(data[4:8], "little")])
+    common = {"method", "offset", "shape", "dtype", "numel"}
+    assert header["version"] == 1
+    assert set(header["tensors"]["gain"]) == common | {"len"}
+    assert set(header["tensors"]["mlp.fc"]) == common | {
+        "data_len", "cb_len", "ht_len", "n_bits", "n_levels", "total_len"}
+    assert [(entry["method"], entry["numel"]) for entry in header["tensors"].values()] == [
+        ("codebook_huffman", 90_000), ("passthrough", 300)]
 
 
 @pytest.mark.parametrize("data, complaint", [
@@ -160,7 +209,9 @@ def test_pcll_reads_a_file_made_by_hand():
     (zstandard.compress(b"PCLL" + bytes(4)), "header is damaged"), (by_hand(version=2), "version 2"),
     (by_hand(n_bits=3), "end after"), (by_hand(n_bits=6), "2 bits are left"), (by_hand(shape=[5]), "end after"),
     (by_hand(total_len=999), "a is truncated"), (by_hand(data_len="x"), "entry is damaged"),
-    (by_hand(ht_len=0, data_len=4), "damaged")])
+    (by_hand(ht_len=0, data_len=4), "damaged"), (by_hand(code={"0": "01", "1": "0"}), "code 0 begins another"),
+    (by_hand(code={"0": "01", "1": ""}), "code is empty"), (by_hand(code={"0": "0", "1": "1" * 25}), "than 24 bits"),
+    (by_hand(codes="1", code={"1": "0", "x": "1"}), "entry is damaged"), (by_hand(book=[1.0]), "entry is damaged")])
 def test_pcll_refuses(data, complaint):
     with pytest.raises(UserError, match=complaint):
         pcll.read_pcll(data)
