@@ -1,12 +1,13 @@
-"""Compares quantizers and codecs on the weights of a checkpoint, at equal bytes. Three tables.
+"""Compares quantizers and codecs on the weights of a checkpoint or an artifact, at equal bytes. Three tables.
 
     set -a; . presets/laptop.env; set +a
     python bench/compression.py logs/demo.checkpoint --eval      and what each quantizer costs in bits per byte
+    python bench/compression.py logs/demo.artifact               of weights that have been quantized once
     python bench/compression.py logs/demo.checkpoint --published   the published methods, too
     python bench/compression.py logs/demo.checkpoint --only 'gptq,tcq*'   some of them
     python bench/compression.py --predict                        bytes of these settings, and the widest model that fits
 
-Takes the same environment variables as train_gpt.py; the model's come from the checkpoint. Calibration uses training
+Takes the same environment variables as train_gpt.py; the model's come from the file. Calibration uses training
 text, as in training. Weighted error = sum over rows of E[g^2] e H e^T, what the errors e should cost by calibration:
 the loss of a batch of text grows in proportion to it. Entropy is order 0, of each tensor's codes on their own.
 The second table follows the error of the last quantizer through the layers, the third compares codecs on its codes.
@@ -60,14 +61,27 @@ OWN_SIZE = {  # name -> settings, codec
         ("fp8", "zstd"))}}
 
 
-def load_weights(path: str, config: Config) -> tuple[Config, dict[str, torch.Tensor], bool]:
-    """Checkpoint -> (config of its model, averaged weights, or the last ones, and whether its layers loop)."""
+def load_weights(path: str, config: Config) -> tuple[Config, dict[str, torch.Tensor], bool, float]:
+    """File -> (config of its model, weights, whether its layers loop, temperature of its logits).
+
+    Of a checkpoint the averaged weights, or the last ones; of an artifact those it decodes to. UserError for others,
+    and for an artifact that was altered or is of another version.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(train_gpt.ARTIFACT_MAGIC) - 1)  # the version stands behind it
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if start == train_gpt.ARTIFACT_MAGIC[:-1]:
+        header, weights = train_gpt.read_artifact(Path(path))
+        return train_gpt.artifact_config(header, config), weights, header["looping"], header.get("temperature", 1.0)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         model = state["model"]
     except Exception as error:  # whatever an unpickler can make of a broken file
-        raise UserError(f"{path}: no readable checkpoint ({str(error).splitlines()[0]:.120})") from None
-    return replace(config, **model), state["averages"] or state["params"], state["looping"]
+        raise UserError(f"{path}: neither a readable checkpoint ({train_gpt.first_line(error):.120}) nor an artifact") \
+            from None
+    return replace(config, **model), state["averages"] or state["params"], state["looping"], 1.0
 
 
 def entropy_bytes(quantized: Mapping[str, tuple[str, Arrays]]) -> float:
@@ -153,15 +167,15 @@ def codec_rows(config: Config, quantized: Mapping[str, tuple[str, Arrays]]) -> l
 
 
 class Comparison:
-    """A checkpoint, its calibration, and what quantizers make of it."""
+    """A checkpoint's or artifact's weights, their calibration, and what quantizers make of them."""
 
     def __init__(self, path: str, config: Config, world: World, target: int, evaluate: bool):
         self.world, self.evaluate, self.dataset = world, evaluate, train_gpt.open_dataset(config, world)
-        self.config, weights, looping = load_weights(path, config)
+        self.config, weights, looping, temperature = load_weights(path, config)
         self.weights = {name: value.to(world.device) for name, value in weights.items()}
         self.attention, attention = train_gpt.choose_attention(config.attention, world.device)
         self.model = GPT(self.config, world.dtype, attention).to(world.device).eval()
-        self.model.looping = looping
+        self.model.looping, self.model.temperature = looping, temperature
         self.model.load_state_dict(self.weights)
         nothing = SimpleNamespace(stream=())  # to fit a temperature to
         trainer: Any = SimpleNamespace(params=self.weights, model=self.model, world=world, log=lambda text: None,
@@ -270,19 +284,19 @@ def predict(config: Config) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line -> exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", help="written by train_gpt.py")
+    parser.add_argument("weights", nargs="?", metavar="CHECKPOINT_OR_ARTIFACT", help="written by train_gpt.py")
     parser.add_argument("--bytes", type=int, default=0, help="of each artifact (default: what rtn takes by itself)")
     parser.add_argument("--eval", action="store_true", help="score the validation text with each")
     parser.add_argument("--published", action="store_true", help="the published quantizers and codecs, too")
     parser.add_argument("--only", default="*", help="methods, as 'tcq,gptq*' (default all)")
-    parser.add_argument("--predict", action="store_true", help="no checkpoint: predict sizes from the settings")
+    parser.add_argument("--predict", action="store_true", help="no file: predict sizes from the settings")
     options = parser.parse_args(arguments)
-    if bool(options.checkpoint) == options.predict:
-        parser.error("give a checkpoint, or --predict")
+    if bool(options.weights) == options.predict:
+        parser.error("give a checkpoint or an artifact, or --predict")
     if options.predict:
         return with_settings(lambda config, _: predict(config))
     return with_settings(lambda config, world: compare(
-        options.checkpoint, config, world, options.bytes, options.eval, options.published, options.only))
+        options.weights, config, world, options.bytes, options.eval, options.published, options.only))
 
 
 if __name__ == "__main__":

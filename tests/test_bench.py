@@ -144,9 +144,35 @@ def test_every_published_method_is_a_config(monkeypatch):
         assert error < (0.6 if "pruned" in name else 0.3), name
 
 
+def write_artifact(path, config, weights, **info):
+    path.write_bytes(train_gpt.pack_artifact(config, train_gpt.quantize(config, weights), info))
+    return str(path)
+
+
+def test_weights_of_an_artifact_are_those_it_decodes_to(tmp_path):
+    """Its model goes over the settings; altered and newer ones are refused with the reason."""
+    config = tiny_config()
+    weights = {name: torch.randn(shape) for name, shape in train_gpt.param_shapes(config).items()}
+    path = write_artifact(tmp_path / "a.artifact", config, weights, looping=True, temperature=1.25)
+    other = replace(config, model_dim=64, target_bytes=123)
+    found, decoded, looping, temperature = compression.load_weights(path, other)
+    assert found == replace(config, target_bytes=123) and looping and temperature == 1.25
+    expected = train_gpt.read_artifact(tmp_path / "a.artifact")[1]
+    assert decoded.keys() == weights.keys() and all(torch.equal(decoded[name], expected[name]) for name in weights)
+    plain = write_artifact(tmp_path / "b.artifact", config, weights, looping=False)
+    assert compression.load_weights(plain, other)[2:] == (False, 1.0)
+    data, newer = (tmp_path / "a.artifact").read_bytes(), train_gpt.ARTIFACT_MAGIC[-1] + 1
+    for changed, complaint in ((data[:-40] + bytes(40), "truncated or altered"), (data[:100], "truncated or altered"),
+                               (data[:7] + bytes([newer]) + data[8:], f"artifact version 0{newer}")):
+        (tmp_path / "c.artifact").write_bytes(changed)
+        with pytest.raises(train_gpt.UserError, match=f"c.artifact: {complaint}"):
+            compression.load_weights(str(tmp_path / "c.artifact"), other)
+
+
 @pytest.mark.parametrize("arguments, code, complaint", [
-    ([], 2, "give a checkpoint, or --predict"), (["a", "--predict"], 2, "give a checkpoint, or --predict"),
-    (["/nowhere/a.checkpoint"], 2, "error: ")])
+    ([], 2, "give a checkpoint or an artifact, or --predict"), (["a", "--predict"], 2, "an artifact, or --predict"),
+    (["/nowhere/a.checkpoint"], 2, "error: /nowhere/a.checkpoint: No such file"),
+    ([__file__], 2, "neither a readable checkpoint (")])
 def test_compression_refuses_what_it_cannot_do(arguments, code, complaint, tmp_path):
     settings = program.settings(program.write_data(tmp_path / "data"), tmp_path / "logs")
     done = subprocess.run([sys.executable, program.ROOT / "bench/compression.py", *arguments], env=settings,
