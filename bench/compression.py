@@ -1,23 +1,27 @@
-"""Compares quantizers and codecs on the weights of a checkpoint, at equal bytes. Three tables.
+"""Compares quantizers and codecs on the weights of a checkpoint or an artifact, at equal bytes. Three tables.
 
     set -a; . presets/laptop.env; set +a
     python bench/compression.py logs/demo.checkpoint --eval      and what each quantizer costs in bits per byte
+    python bench/compression.py logs/demo.artifact               of weights that have been quantized once
     python bench/compression.py logs/demo.checkpoint --published   the published methods, too
-    python bench/compression.py logs/demo.checkpoint --only 'gptq,tcq*'   some of them
+    python bench/compression.py logs/demo.checkpoint --only 'gptq,tcq*'   some of them; of names with ", " too
+    python bench/compression.py logs/demo.checkpoint --codecs 'rans,lzma'   these codecs on the codes of all of them
     python bench/compression.py --predict                        bytes of these settings, and the widest model that fits
 
-Takes the same environment variables as train_gpt.py; the model's come from the checkpoint. Calibration uses training
+Takes the same environment variables as train_gpt.py; the model's come from the file. Calibration uses training
 text, as in training. Weighted error = sum over rows of E[g^2] e H e^T, what the errors e should cost by calibration:
 the loss of a batch of text grows in proportion to it. Entropy is order 0, of each tensor's codes on their own.
-The second table follows the error of the last quantizer through the layers, the third compares codecs on its codes.
+The second table follows the error of the last quantizer through the layers, the third compares codecs on its codes,
+with --codecs on everyone's.
 """
 import argparse
 import fnmatch
+import functools
 import math
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +39,7 @@ from run_log import table
 from speed import with_settings
 
 import train_gpt
-from train_gpt import CODECS, GPT, Arrays, Batch, Config, Dataset, Guide, UserError, World
+from train_gpt import GPT, Arrays, Batch, Config, Dataset, Guide, Pair, UserError, World
 
 METHODS = {  # name -> settings
     "rtn": {"matrix_quantizer": "rtn", "embed_quantizer": "rtn"},
@@ -45,29 +49,53 @@ METHODS = {  # name -> settings
     "tcq, steps by sensitivity": {"matrix_quantizer": "tcq", "embed_quantizer": "tcq"}}
 
 
-PUBLISHED = {  # the same, at equal bytes; `lqer` corrects the three matrices with the largest errors, as R0427 does
+PUBLISHED = {  # the same, at equal bytes; which matrices `lqer` corrects is in Comparison.corrected
     **{name: {"matrix_quantizer": name, "embed_quantizer": name, "quant_sensitivity": 0.0}
        for name in ("absmax", "percentile", "search", "pruned", "stepped", "gptq_plain", "act_order", "awq_lite")},
     **{f"act_order and {name}": {"matrix_quantizer": "act_order", "embed_quantizer": "act_order",
                                  "quant_sensitivity": 0.0}  # the first is R0427
-       for name in ("lqer_asym", "lqer_sym", "lqer_weighted")}}
+       for name in ("lqer_asym", "lqer_sym", "lqer_best")}}
 BOOKS = {"quant_overrides": "*=codebook64_linear,up_proj=codebook48_linear,down_proj=codebook48_linear,"
                             "[qkv]_proj=codebook80_linear"}
+TERNARY = {"quant_overrides": "*_proj=rtn/2/0.8", "embed_quantizer": "fp16"}  # steps: the mean magnitude of a row
 OWN_SIZE = {  # name -> settings, codec
     "codebooks of #532, huffman": (BOOKS, "huffman"), "codebooks of #532, rans": (BOOKS, "rans"),
     **{f"{name}, {codec}": ({"quant_overrides": f"*={name}"}, codec) for name, codec in (
         ("codebook64_rows", "rans"), ("codebook64_entropy", "rans"), ("int6", "zstd"), ("int6", "rans"),
-        ("fp8", "zstd"))}}
+        ("fp8", "zstd"))},
+    **{f"ternary, {codec}": (TERNARY, codec) for codec in ("radix", "bitmask", "radix_lzma", "bitmask_lzma", "rans")}}
 
 
-def load_weights(path: str, config: Config) -> tuple[Config, dict[str, torch.Tensor], bool]:
-    """Checkpoint -> (config of its model, averaged weights, or the last ones, and whether its layers loop)."""
+def chosen(option: str, patterns: str, names: Iterable[str]) -> list[str]:
+    """Those of the names that fit a pattern; patterns end at a comma without a space. UserError where one fits none."""
+    names, parts = [*names], re.split(r",(?! )", patterns)
+    for part in parts:
+        if not fnmatch.filter(names, part):
+            raise UserError(f"{option} {part}: fits none of {'; '.join(names)}")
+    return [name for name in names if any(fnmatch.fnmatchcase(name, part) for part in parts)]
+
+
+def load_weights(path: str, config: Config) -> tuple[Config, dict[str, torch.Tensor], bool, float]:
+    """File -> (config of its model, weights, whether its layers loop, temperature of its logits).
+
+    Of a checkpoint the averaged weights, or the last ones; of an artifact those it decodes to. UserError for others,
+    and for an artifact that was altered or is of another version.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(train_gpt.ARTIFACT_MAGIC) - 1)  # the version stands behind it
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if start == train_gpt.ARTIFACT_MAGIC[:-1]:
+        header, weights = train_gpt.read_artifact(Path(path))
+        return train_gpt.artifact_config(header, config), weights, header["looping"], header.get("temperature", 1.0)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         model = state["model"]
     except Exception as error:  # whatever an unpickler can make of a broken file
-        raise UserError(f"{path}: no readable checkpoint ({str(error).splitlines()[0]:.120})") from None
-    return replace(config, **model), state["averages"] or state["params"], state["looping"]
+        raise UserError(f"{path}: neither a readable checkpoint ({train_gpt.first_line(error):.120}) nor an artifact") \
+            from None
+    return replace(config, **model), state["averages"] or state["params"], state["looping"], 1.0
 
 
 def entropy_bytes(quantized: Mapping[str, tuple[str, Arrays]]) -> float:
@@ -139,29 +167,37 @@ def growth_rows(errors: Sequence[tuple[int, float]]) -> list[list[str]]:
     return rows
 
 
-def codec_rows(config: Config, quantized: Mapping[str, tuple[str, Arrays]]) -> list[list[str]]:
+def codec_rows(method: str, config: Config, quantized: Mapping[str, tuple[str, Arrays]], codecs: Iterable[str]) \
+        -> list[list[str]]:
     """A row for each codec: bytes of the whole artifact, and seconds of packing and of unpacking."""
     rows = []
-    for codec in CODECS:
+    for codec in codecs:
+        if codec in packers.PER_GROUP:
+            files = packers.PER_GROUP[codec]
+            tensors = packers.published_names(quantized, train_gpt.param_shapes(config))
+            files = Pair(functools.partial(files.encode, *tensors), files.decode)
+        else:
+            packing = functools.partial(train_gpt.pack_artifact, replace(config, compressor=codec), quantized, {})
+            files = Pair(packing, functools.partial(train_gpt.unpack_artifact, where=codec))
         start = time.perf_counter()
-        data = train_gpt.pack_artifact(replace(config, compressor=codec), quantized, {})
+        data = files.encode()
         packed = time.perf_counter()
-        train_gpt.unpack_artifact(data, codec)
-        rows.append([codec, f"{len(data):,}", f"{100 * (len(data) / entropy_bytes(quantized) - 1):+.2f} %",
+        files.decode(data)
+        rows.append([method, codec, f"{len(data):,}", f"{100 * (len(data) / entropy_bytes(quantized) - 1):+.2f} %",
                      f"{packed - start:.2f}", f"{time.perf_counter() - packed:.2f}"])
     return rows
 
 
 class Comparison:
-    """A checkpoint, its calibration, and what quantizers make of it."""
+    """A checkpoint's or artifact's weights, their calibration, and what quantizers make of them."""
 
     def __init__(self, path: str, config: Config, world: World, target: int, evaluate: bool):
         self.world, self.evaluate, self.dataset = world, evaluate, train_gpt.open_dataset(config, world)
-        self.config, weights, looping = load_weights(path, config)
+        self.config, weights, looping, temperature = load_weights(path, config)
         self.weights = {name: value.to(world.device) for name, value in weights.items()}
         self.attention, attention = train_gpt.choose_attention(config.attention, world.device)
         self.model = GPT(self.config, world.dtype, attention).to(world.device).eval()
-        self.model.looping = looping
+        self.model.looping, self.model.temperature = looping, temperature
         self.model.load_state_dict(self.weights)
         nothing = SimpleNamespace(stream=())  # to fit a temperature to
         trainer: Any = SimpleNamespace(params=self.weights, model=self.model, world=world, log=lambda text: None,
@@ -182,28 +218,42 @@ class Comparison:
     def bank(self, name: str) -> torch.Tensor:
         return self.weights[name].view(-1, *self.weights[name].shape[-2:])
 
-    def largest_errors(self, settings: Config, quantizer: str, matrices: int = 3) -> str:
-        """QUANT_OVERRIDES that give this quantizer to the matrices that these settings leave the largest errors in."""
+    def corrected(self, settings: Config, quantizer: str, matrices: int = 3) -> str:
+        """QUANT_OVERRIDES that give this quantizer to the matrices to be corrected.
+
+        lqer_best: to those in which a byte of the correction lowers the weighted error by more than a byte of finer
+        steps would. With N weights that is 16 ln(2) error / N, as the error goes with the square of the steps, and a
+        bit for each weight, N / 8 bytes, halves them. The others, as published: to the three with the largest errors.
+        """
         data = train_gpt.pack_artifact(settings, train_gpt.quantize(settings, self.weights, self.guides), {})
-        decoded = train_gpt.unpack_artifact(data, quantizer)[1]
-        errors = {f"{name}:{i}": float((part - decoded[name].view(self.bank(name).shape)[i].to(part)).norm())
-                  for name in self.guides for i, part in enumerate(self.bank(name))}
-        return ",".join(f"{place}={quantizer}" for place in sorted(errors, key=lambda x: -errors[x])[:matrices])
+        decoded = {name: x.to(self.world.device) for name, x in train_gpt.unpack_artifact(data, quantizer)[1].items()}
+        least, worth = 16 * math.log(2) * weighted_error(self.weights, decoded, self.guides) / self.count, {}
+        for name, guide in self.guides.items():
+            bank, rest = self.bank(name), decoded[name].view(self.bank(name).shape)
+            best = quantizer == "lqer_best"
+            found = quantizers.gain_per_byte(bank, rest, guide) - least if best else (bank - rest).norm(dim=(1, 2))
+            worth |= {f"{name}:{i}": value for i, value in enumerate(found.tolist()) if value > 0}
+        places = sorted(worth, key=lambda place: -worth[place])[:None if quantizer == "lqer_best" else matrices]
+        return ",".join(f"{place}={quantizer}" for place in places)
 
     def row(self, method: str, settings: Config) -> list[str]:
         """Quantizes, packs, unpacks and scores -> a row of the table."""
         start, guides, tries = time.perf_counter(), {} if "rtn" in method else self.guides, []
         if "lqer" in method:
-            settings = replace(settings, quant_overrides=self.largest_errors(settings, method.split()[-1]))
+            settings = replace(settings, quant_overrides=self.corrected(settings, method.split()[-1]))
         data = train_gpt.fit_artifact(settings, self.weights, guides, {}, 0, tries.append)
         taken = (time.perf_counter() - start) / len(tries)
         found = re.search(rf"steps:x(\S+) artifact_bytes:{len(data)} ", "\n".join(tries))
         power = float(found[1]) if found else 1.0
         self.quantized = train_gpt.quantize(settings, self.weights, guides, power)
-        self.decoded = {name: x.to(self.world.device) for name, x in train_gpt.unpack_artifact(data, method)[1].items()}
+        before = time.perf_counter()
+        decoded = train_gpt.unpack_artifact(data, method)[1]
+        unpacked = time.perf_counter() - before
+        self.decoded = {name: x.to(self.world.device) for name, x in decoded.items()}
         row = [method, f"{len(data):,}", f"{8 * len(data) / self.count:.3f}", f"{entropy_bytes(self.quantized):,.0f}",
                f"{plain_error(self.weights, self.decoded, self.guides):.4f}",
-               f"{weighted_error(self.weights, self.decoded, self.guides):.4g}", f"{taken:.1f}"]
+               f"{weighted_error(self.weights, self.decoded, self.guides):.4g}", f"{taken:.1f}",
+               f"{unpacked:.2f}"]
         if self.evaluate:
             self.model.load_state_dict(self.decoded)
             row.append(f"{self.bits_per_byte() - self.base:+.5f}")
@@ -211,34 +261,38 @@ class Comparison:
         return row
 
 
-def compare(path: str, config: Config, world: World, target: int, evaluate: bool, published: bool, only: str) -> None:
-    """Prints the tables, of the methods that fit one of the patterns in `only`."""
-    if published:
+def compare(options: argparse.Namespace, config: Config, world: World) -> None:
+    """Prints the tables, of the methods that fit one of the patterns in --only."""
+    if options.published:
         quantizers.register()
-        packers.register()
-    methods, own = ((PUBLISHED | METHODS, OWN_SIZE) if published else (METHODS, {}))
-    wanted = [name for name in [*own, *methods] if any(fnmatch.fnmatchcase(name, part) for part in only.split(","))]
-    if not {*wanted} & {*methods}:
-        raise UserError(f"--only {only}: fits none of {', '.join(methods)}")
-    work = Comparison(path, config, world, target, evaluate)
-    own_size = [work.row(name, replace(work.config, **changes, compressor=codec, target_bytes=0))
-                for name, (changes, codec) in own.items() if name in wanted]
-    rows = [work.row(name, replace(work.config, **changes, target_bytes=work.target))
-            for name, changes in methods.items() if name in wanted]
-    print(f"{path}: {work.count:,} quantized weights, calibration {work.seconds:.1f} s, attention {work.attention}"
-          + f", {work.base:.5f} bits per byte before quantization" * evaluate)
+        packers.register(options.codecs.split(","))
+    methods, own = ((PUBLISHED | METHODS, OWN_SIZE) if options.published else (METHODS, {}))
+    wanted = chosen("--only", options.only, [*own, *methods])
+    codecs = chosen("--codecs", options.codecs or "*",
+                    [*train_gpt.CODECS, *(packers.present(packers.PER_GROUP) if options.published else ())])
+    work = Comparison(options.weights, config, world, options.bytes, options.eval)
+    plans = {name: replace(work.config, **changes, compressor=codec, target_bytes=0)
+             for name, (changes, codec) in own.items()}
+    plans |= {name: replace(work.config, **changes, target_bytes=work.target) for name, changes in methods.items()}
+    rows, packed = {}, []
+    for name in wanted:
+        rows[name] = work.row(name, plans[name])
+        if options.codecs or name == wanted[-1]:
+            packed += codec_rows(name, work.config, work.quantized, codecs)
+    print(f"{options.weights}: {work.count:,} quantized weights, calibration {work.seconds:.1f} s, attention "
+          f"{work.attention}" + f", {work.base:.5f} bits per byte before quantization" * options.eval)
     heads = ["quantizer", "artifact bytes", "bits a weight", "entropy, bytes", "error", "weighted error", "s a try",
-             *["bits per byte"] * evaluate]
-    print(table(heads, rows))
-    if own_size:
+             "s to decode", *["bits per byte"] * options.eval]
+    if fitted := [row for name, row in rows.items() if name in methods]:
+        print(table(heads, fitted))
+    if own_size := [row for name, row in rows.items() if name in own]:
         print("\nformats whose levels are given, and so their size")
         print(table(heads, own_size))
-    print("\nerror of the last of the first table, on one window of validation text")
+    print(f"\nerror of {wanted[-1]}, on one window of validation text")
     errors = visit_errors(work.model, first_window(work.config, world, work.dataset), work.weights, work.decoded)
     print(table(["layer", "visit", "relative error", "by the first visit"], growth_rows(errors)))
     print("\ncodecs, on the same codes; an artifact's rows are coded by class, so it may be below the entropy")
-    print(table(["codec", "artifact bytes", "over entropy", "pack s", "unpack s"],
-                codec_rows(work.config, work.quantized)))
+    print(table(["quantizer", "codec", "artifact bytes", "over entropy", "pack s", "unpack s"], packed))
 
 
 def first_window(config: Config, world: World, dataset: Dataset) -> Batch:
@@ -270,19 +324,20 @@ def predict(config: Config) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line -> exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", help="written by train_gpt.py")
+    parser.add_argument("weights", nargs="?", metavar="CHECKPOINT_OR_ARTIFACT", help="written by train_gpt.py")
     parser.add_argument("--bytes", type=int, default=0, help="of each artifact (default: what rtn takes by itself)")
     parser.add_argument("--eval", action="store_true", help="score the validation text with each")
     parser.add_argument("--published", action="store_true", help="the published quantizers and codecs, too")
     parser.add_argument("--only", default="*", help="methods, as 'tcq,gptq*' (default all)")
-    parser.add_argument("--predict", action="store_true", help="no checkpoint: predict sizes from the settings")
+    parser.add_argument("--codecs", nargs="?", const="*", default="", metavar="NAMES",
+                        help="pack the codes of every method, not of the last alone, with these codecs (default all)")
+    parser.add_argument("--predict", action="store_true", help="no file: predict sizes from the settings")
     options = parser.parse_args(arguments)
-    if bool(options.checkpoint) == options.predict:
-        parser.error("give a checkpoint, or --predict")
+    if bool(options.weights) == options.predict:
+        parser.error("give a checkpoint or an artifact, or --predict")
     if options.predict:
         return with_settings(lambda config, _: predict(config))
-    return with_settings(lambda config, world: compare(
-        options.checkpoint, config, world, options.bytes, options.eval, options.published, options.only))
+    return with_settings(lambda config, world: compare(options, config, world))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,15 @@
     python bench/pcll.py FILE          lists its tensors
 
 Layout: zstd-22 of "PCLL", header length uint32 little-endian, JSON header {"version": 1, "tensors": {name: entry}},
-payloads in a row. An entry has type, offset, shape and dtype, and for small tensors
-    passthrough        len, numel; the values, float32 if they control something, else float16
+payloads in a row. An entry has method, offset, shape, numel and dtype, and for small tensors
+    passthrough        len; the values, float32 if they control something, else float16
 and for those of over 65,536 values
     codebook_huffman   data_len, cb_len, ht_len, n_bits, n_levels, total_len; Huffman bits (most significant first, the
                        last byte filled with 0), centers in float16, the code as JSON {"index": "bits"}
-The published reader goes through the bits one by one, as text; here a table answers for 16 bits at once.
+An older writer of this program said "type" for "method". The published writer gives a tensor of one center an index
+-999 as well, which is never used: {"7": "0", "-999": "1"}. Its codes are as long as Huffman's algorithm makes them, 18
+to 20 bits where centers begin evenly spaced. The published reader goes through the bits one by one, as text; here a
+table answers for a whole code at once.
 """
 import argparse
 import json
@@ -31,7 +34,7 @@ from train_gpt import UserError
 
 MAGIC = b"PCLL"
 SMALL = 65_536  # values up to which a tensor is kept as it is
-LONGEST = 16
+LONGEST = 24  # bits of a code; with 7 in front of it, what four bytes hold
 
 
 def levels_of(name: str) -> int:
@@ -56,10 +59,11 @@ def write_pcll(tensors: Mapping[str, np.ndarray], control: frozenset[str] = froz
     """{name: float values} -> the file. Names in `control` stay float32 where they are small."""
     entries, payloads, offset = {}, [], 0
     for name, values in tensors.items():
-        entry: dict[str, Any] = {"offset": offset, "shape": list(values.shape), "dtype": str(values.dtype)}
+        entry: dict[str, Any] = {"offset": offset, "shape": list(values.shape), "numel": values.size,
+                                 "dtype": str(values.dtype)}
         if values.size <= SMALL or values.ndim < 2:
             payload = np.ascontiguousarray(values, np.float32 if name in control else np.float16)
-            entry |= {"type": "passthrough", "len": payload.nbytes, "numel": values.size, "dtype": str(payload.dtype)}
+            entry |= {"method": "passthrough", "len": payload.nbytes, "dtype": str(payload.dtype)}
             payload = payload.tobytes()
         else:
             levels = levels_of(name)
@@ -70,7 +74,7 @@ def write_pcll(tensors: Mapping[str, np.ndarray], control: frozenset[str] = froz
             data, bits, texts = huffman_bits(codes, levels)
             book, text = np.pad(centers, (0, levels - len(centers)), "edge").tobytes(), json.dumps(texts).encode()
             payload = data + book + text
-            entry |= {"type": "codebook_huffman", "data_len": len(data), "cb_len": len(book), "ht_len": len(text),
+            entry |= {"method": "codebook_huffman", "data_len": len(data), "cb_len": len(book), "ht_len": len(text),
                       "n_bits": bits, "n_levels": levels, "total_len": len(payload)}
         entries[name] = entry
         payloads.append(payload)
@@ -81,17 +85,20 @@ def write_pcll(tensors: Mapping[str, np.ndarray], control: frozenset[str] = froz
 
 def read_bits(data: bytes, count: int, bits: int, texts: Mapping[str, str]) -> np.ndarray:
     """The inverse of huffman_bits -> codes (count,). UserError where the bits are not `count` of these codes."""
-    if not texts or any(not text or len(text) > LONGEST or set(text) - {"0", "1"} for text in texts.values()):
-        raise UserError("pcll: a code is empty, or longer than 16 bits")
-    symbol, length = np.zeros(1 << LONGEST, np.int64), np.zeros(1 << LONGEST, np.uint8)
+    longest = max(map(len, texts.values()), default=0)
+    if not 0 < longest <= LONGEST or any(not text or set(text) - {"0", "1"} for text in texts.values()):
+        raise UserError(f"pcll: a code is empty, or longer than {LONGEST} bits")
+    symbol, length = np.zeros(1 << longest, np.int32), np.zeros(1 << longest, np.uint8)
     for index, text in texts.items():
-        first = int(text, 2) << LONGEST - len(text)
-        span = slice(first, first + (1 << LONGEST - len(text)))
+        first = int(text, 2) << longest - len(text)
+        span = slice(first, first + (1 << longest - len(text)))
+        if length[span].any():
+            raise UserError(f"pcll: the code {text} begins another, or another begins it; the file is damaged")
         symbol[span], length[span] = int(index), len(text)
-    stream = np.frombuffer(data + bytes(4), np.uint8).astype(np.uint32)
-    words = stream[:-3] << 16 | stream[1:-2] << 8 | stream[2:-1]
+    stream, mask = np.frombuffer(data + bytes(5), np.uint8).astype(np.uint32), (1 << longest) - 1
+    words = stream[:-4] << 24 | stream[1:-3] << 16 | stream[2:-2] << 8 | stream[3:-1]  # 32 bits from each byte on
     places, place = np.empty(count, np.int64), 0
-    steps = np.stack([length[words >> 8 - shift & 0xFFFF] for shift in range(8)], 1).reshape(-1).tobytes()
+    steps = np.stack([length[words >> 32 - longest - shift & mask] for shift in range(8)], 1).reshape(-1).tobytes()
     for i in range(count):
         places[i] = place
         if place >= bits or not steps[place]:
@@ -99,7 +106,7 @@ def read_bits(data: bytes, count: int, bits: int, texts: Mapping[str, str]) -> n
         place += steps[place]
     if place != bits:
         raise UserError(f"pcll: {bits - place} bits are left behind {count} codes; the file is damaged")
-    return symbol[words[places >> 3] >> (8 - (places & 7)).astype(np.uint32) & 0xFFFF]
+    return symbol[words[places >> 3] >> (32 - longest - (places & 7)).astype(np.uint32) & mask]
 
 
 def read_header(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -113,8 +120,9 @@ def read_header(data: bytes) -> tuple[dict[str, Any], bytes]:
     end = 8 + int.from_bytes(data[4:8], "little")
     try:
         header = json.loads(data[8:end])
-        version, entries = header["version"], dict(header["tensors"])
-    except (ValueError, KeyError, TypeError):
+        version = header["version"]
+        entries = {name: {"method": entry.get("type"), **entry} for name, entry in header["tensors"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError("pcll: its header is damaged") from None
     if version != 1:
         raise UserError(f"pcll: version {version}, this reader knows 1")
@@ -130,15 +138,17 @@ def read_pcll(data: bytes) -> dict[str, np.ndarray]:
             whole = payloads[entry["offset"]:entry["offset"] + entry.get("total_len", entry.get("len", 0))]
             if len(whole) != entry.get("total_len", entry.get("len")):
                 raise UserError(f"pcll: {name} is truncated")
-            if entry["type"] == "passthrough":
+            if entry["method"] == "passthrough":
                 result[name] = np.frombuffer(whole, entry["dtype"]).reshape(entry["shape"]).copy()
                 continue
             split = entry["data_len"], entry["data_len"] + entry["cb_len"]
             centers = np.frombuffer(whole[split[0]:split[1]], np.float16).astype(np.float32)
             codes = read_bits(whole[:split[0]], int(np.prod(entry["shape"])), entry["n_bits"],
                               json.loads(whole[split[1]:]))
+            if codes.min(initial=0) < 0:
+                raise UserError(f"pcll: {name}: its bits say index {codes.min()}, which has no center")
             result[name] = centers[codes].reshape(entry["shape"])
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"pcll: {name}: its entry is damaged ({error})") from None
@@ -155,8 +165,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print(f"error: {path}: {error}", file=sys.stderr)
         return 2
-    print(table(["tensor", "type", "shape", "levels", "bytes"], [
-        [name, entry.get("type", ""), "x".join(map(str, entry.get("shape", []))), str(entry.get("n_levels", "")),
+    print(table(["tensor", "method", "shape", "levels", "bytes"], [
+        [name, str(entry["method"]), "x".join(map(str, entry.get("shape", []))), str(entry.get("n_levels", "")),
          f"{entry.get('total_len', entry.get('len', 0)):,}"] for name, entry in entries.items()]))
     return 0
 

@@ -203,6 +203,7 @@ class Grid(NamedTuple):
 WHOLE, ROW = 0, -1
 SYMMETRIC = Grid(ROW, 7.0, -7, 7), Grid(ROW, 7.0, -7, 7)  # of the left factor (rows, rank), the right (rank, columns)
 ASYMMETRIC = Grid(WHOLE, 1.5, -2, 1), Grid(64, 7.5, -8, 7)
+GROUPED = Grid(64, 7.0, -7, 7), Grid(64, 7.0, -7, 7)
 
 
 def correct(weights: Tensor, decoded: Tensor, guide: Guide | None, rank: int, weighted: bool = True) \
@@ -238,16 +239,14 @@ def factor_product(arrays: Arrays, grids: tuple[Grid, Grid], n: int) -> Tensor:
     return grids[0].decode(left.mT.contiguous(), scales[0]) @ grids[1].decode(right, scales[1])
 
 
-def gain_per_byte(weights: Tensor, decoded: Tensor, guide: Guide | None, rank: int = 4, weighted: bool = True,
-                  grids: tuple[Grid, Grid] = ASYMMETRIC) -> Tensor:
-    """(n, rows, columns) twice -> (n,): by how much the rounded correction lowers each matrix's weighted error, a byte.
+def gain_per_byte(weights: Tensor, decoded: Tensor, guide: Guide | None, rank: int = 4) -> Tensor:
+    """(n, rows, columns) twice -> (n,): by how much lqer_best's correction lowers each matrix's weighted error, a byte.
 
-    Bytes: entropy of the factors' codes, 2 for each scale. Published was the choice of the three matrices with the
-    largest unweighted error.
+    Bytes: entropy of the factors' codes, 2 for each scale.
     """
     n = len(weights)
-    arrays = factor_arrays(correct(weights, decoded, guide, rank, weighted), grids)
-    after = weighted_errors(weights - decoded - factor_product(arrays, grids, n).to(weights.device), guide)
+    arrays = factor_arrays(correct(weights, decoded, guide, rank), GROUPED)
+    after = weighted_errors(weights - decoded - factor_product(arrays, GROUPED, n).to(weights.device), guide)
     sizes = np.zeros(n)
     for key, array in arrays.items():
         for i, part in enumerate(array.reshape(n, -1)):
@@ -260,21 +259,18 @@ def gain_per_byte(weights: Tensor, decoded: Tensor, guide: Guide | None, rank: i
 
 
 def lqer_encode(grids: tuple[Grid, Grid], weight: Tensor, steps: Tensor, levels: int, guide: Guide | None = None,
-                rank: int = 4, weighted: bool = False, least_gain: float = -math.inf) -> Arrays:
+                rank: int = 4, weighted: bool = False) -> Arrays:
     """GPTQ with act-order, and a product of low rank for every matrix of the bank: LQER (records from 2026-04-27 on).
 
     lqer_asym: the left factor has 2 bits and one scale, the right one 4 bits and a scale for 64 values; lqer_sym:
     4 bits, a scale for each row of both. Rank 4, without weighting. Published for the three tensors with the largest
-    error; least_gain is the gain_per_byte below which a matrix's factors are 0, which takes next to no bytes.
+    error. lqer_best, not published: the best product for the weighted error, 4 bits and a scale for 64 values of both,
+    for the matrices with the largest gain_per_byte.
     """
     bank = banked(weight)
     arrays = act_order_encode(weight, steps, levels, guide)
     decoded = rtn_decode(arrays, tuple(bank.shape)).to(weight.device)
-    left, right = correct(bank, decoded, guide, rank, weighted)
-    if least_gain > -math.inf:
-        kept = (gain_per_byte(bank, decoded, guide, rank, weighted, grids) >= least_gain)[:, None, None]
-        left, right = left * kept, right * kept
-    return arrays | factor_arrays((left, right), grids)
+    return arrays | factor_arrays(correct(bank, decoded, guide, rank, weighted), grids)
 
 
 def lqer_decode(grids: tuple[Grid, Grid], arrays: Arrays, shape: tuple[int, ...]) -> Tensor:
@@ -463,7 +459,7 @@ def codebook(number: int, **options: bool | str | int) -> Pair:
     return Pair(functools.partial(codebook_encode, number, **options), codebook_decode)
 
 
-def lqer(grids: tuple[Grid, Grid], **options: bool | int | float) -> Pair:
+def lqer(grids: tuple[Grid, Grid], **options: bool | int) -> Pair:
     """Low-rank correction with factors on these grids; options of lqer_encode."""
     return Pair(functools.partial(lqer_encode, grids, **options), functools.partial(lqer_decode, grids))
 
@@ -474,7 +470,7 @@ PUBLISHED_QUANTIZERS: dict[str, Pair] = {
     "search": Pair(functools.partial(reach_encode, (0.999, 0.9995, 0.9999, 0.99999, 1.0)), rtn_decode),
     "gptq_plain": Pair(gptq_encode, rtn_decode), "act_order": Pair(act_order_encode, rtn_decode),
     "awq_lite": Pair(awq_encode, awq_decode), "lqer_sym": lqer(SYMMETRIC), "lqer_asym": lqer(ASYMMETRIC),
-    "lqer_weighted": lqer(SYMMETRIC, weighted=True),
+    "lqer_best": lqer(GROUPED, weighted=True),
     "codebook48": codebook(48), "codebook64": codebook(64), "codebook80": codebook(80),
     **{f"codebook{number}_linear": codebook(number, start="linear", rounds=20) for number in (48, 64, 80)},
     "codebook64_rows": codebook(64, by_row=True),
