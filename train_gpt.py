@@ -303,7 +303,6 @@ class Config:
         for name in ("swa_start_frac", "late_qat_threshold"):
             yield not 0 < getattr(self, name) <= floor, f"{{{name}}}: never reached: {{min_lr}} {{warmdown_frac}}"
         yield not (self.qat_start and self.late_qat_threshold), "{qat_start} {late_qat_threshold}: set one of them"
-        yield self.rope_stretch in (0, max(self.rope_stretch, 1)), "{rope_stretch}: must be 1 or more, or 0 = as needed"
         for name, full in (("train_seq_schedule", self.train_seq_len), ("batch_schedule", 1)):
             values, ends = zip(*parse_schedule(getattr(self, name), name.upper()) or [(full, 1)])
             yield list(ends) == sorted(set(ends)) and ends[-1] == 1 and min(values) > 0 and max(values) == full \
@@ -3217,6 +3216,7 @@ class TestTimeTrainer:
             self.ledger.add(places, scored.detach().cpu().double().numpy())
             self.scored_chunks += scores
             self.learned_chunks += (learns := bool(table[:, -1].any()))
+            assert self.learned_chunks <= self.scored_chunks
             if learns: slots.adapt(scored, table)
             self.step_seconds = time.perf_counter() - begin
         places = np.concatenate([np.arange(self.bounds[i], self.bounds[i + 1]) for i in group])

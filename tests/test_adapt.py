@@ -949,6 +949,14 @@ def test_no_chunk_is_learned_from_twice():
         learner.score_group([0, 1])
 
 
+def test_all_weights_learn_from_no_more_than_is_scored():
+    learner = make_learner(adapt_config(), make_text((40, 33)))
+    with pytest.raises(AssertionError):
+        learner.learn_from(np.array([0]), learner.weight_optimizer(), 0.0, 1.0)
+    learner.unscored -= 40
+    learner.learn_from(np.array([0]), learner.weight_optimizer(), 0.0, 1.0)
+
+
 # --- the ledger
 def filled(text, places) -> Ledger:
     ledger = Ledger(text)
@@ -1344,10 +1352,10 @@ def test_the_audit_finds_state_that_crosses_documents():
 
 
 class LearnsAhead(train_gpt.TestTimeTrainer):
-    """Each part teaches what the next one holds."""
+    """Each part teaches what the rest holds."""
 
     def learn_from(self, documents, *rest):
-        ahead = np.arange(documents[-1] + 1, min(documents[-1] + 3, len(self.lengths)))
+        ahead = np.arange(documents[-1] + 1, len(self.lengths))
         self.unscored -= int(self.lengths[ahead].sum())
         super().learn_from(np.concatenate((documents, ahead)), *rest)
 

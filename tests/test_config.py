@@ -139,7 +139,6 @@ CROSS_CHECKS = [  # environment, what the complaint says
     ({"MODEL_DIM": "1", "NUM_HEADS": "1", "NUM_KV_HEADS": "1"}, ("MODEL_DIM=1", "at least 2")),
     ({"GATE_WINDOW": "513"}, ("GATE_WINDOW=513", "MODEL_DIM=512: must be at least")),
     ({"GATE_WINDOW": "513", "EMBED_DIM": "513"}, ("GATE_WINDOW=513", "MODEL_DIM=512: must be at least")),
-    ({"ROPE_STRETCH": "0.25"}, ("ROPE_STRETCH=0.25", "1 or more")),
     ({"SWA_START_FRAC": "0.4", "WARMDOWN_FRAC": "0"}, ("SWA_START_FRAC=0.4", "never reached", "WARMDOWN_FRAC=0.0")),
     ({"EMBED_DIM": "11"}, ("GATE_WINDOW=12", "at most MODEL_DIM=512, EMBED_DIM=11")),
     ({"DEPTH_LORA_RANK": "4", "NUM_LOOPS": "0"}, ("DEPTH_LORA_RANK=4", "NUM_LOOPS=0")),

@@ -122,9 +122,9 @@ def test_mistakes_are_told_in_one_line(arguments, words, tmp_path, monkeypatch):
 @pytest.mark.parametrize("pause", ["0", "2"])
 def test_the_loader_is_measured(tmp_path, pause):
     program.write_data(tmp_path / "data")
-    done = subprocess.run([sys.executable, program.ROOT / "bench" / "loader.py", "--seconds", "0.1", "--step-ms", pause],
-                          check=False, env=program.settings(tmp_path / "data", tmp_path / "logs"), capture_output=True, text=True,
-                          timeout=60)
+    command = [sys.executable, program.ROOT / "bench" / "loader.py", "--seconds", "0.1", "--step-ms", pause]
+    done = subprocess.run(command, check=False, env=program.settings(tmp_path / "data", tmp_path / "logs"),
+                          capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"{tmp_path / 'data'}: 10,000 training tokens in 2 shards, micro-batches of 128 tokens")
