@@ -7,6 +7,8 @@
 Takes the same environment variables as train_gpt.py. Needs no data: the tokens are random, in documents as long as
 FineWeb's (log-normal, median 390 tokens). Times are medians; flops are those of the matrix products and of causal
 attention within documents, forward and backward; utilization is against the fastest matrix product measured here.
+Where the model has kernels of its own, a second table compares each with the compiled plain form, and with the time
+that its bytes take at the rate of a copy, or its products at the fastest rate.
 """
 import argparse
 import os
@@ -17,10 +19,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -133,6 +136,94 @@ def measure_loader(trainer: Trainer, repeats: int) -> float:
     return median_seconds(trainer.world, build, repeats)
 
 
+class Case(NamedTuple):
+    """A kernel, its plain twin, what both take, how many flops forward and backward have."""
+
+    kernel: Callable[..., Any]
+    twin: Callable[..., Any]
+    inputs: Sequence[Any]
+    flops: float = 0.0
+
+
+def kernel_cases(config: Config, kernels: train_gpt.Kernels, device: torch.device, dtype: torch.dtype
+                 ) -> dict[str, Case]:
+    """The kernels that the model has, each with inputs of a micro-batch."""
+    tokens, width, hidden, cases = config.micro_batch_tokens, config.model_dim, config.mlp_dim, {}
+    heads, kv, slope = config.num_heads, config.num_kv_heads, config.leaky_relu_slope
+
+    def draw(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=kind).requires_grad_()
+    if (leaky2 := kernels.leaky2) is not None:
+        cases["leaky2"] = Case(
+            lambda n, up, down: leaky2(n, up, down, slope),
+            lambda n, up, down: F.linear(F.leaky_relu(F.linear(n, up), slope).square(), down),
+            [draw(tokens, width), draw(hidden, width), draw(width, hidden)], 12.0 * tokens * width * hidden)
+    if (rotate := kernels.rotate_heads) is not None:
+        angles = [x.to(device) for x in train_gpt.rotary_angles(
+            torch.arange(tokens) % config.train_seq_len, train_gpt.rotary_frequencies(config, True))]
+
+        def rotate_twin(qkv: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            qk, v = qkv.unflatten(-1, (-1, config.head_dim)).split([heads + kv, kv], 1)
+            q, k = train_gpt.rotary(train_gpt.norm(qk), *angles).split([heads, kv], 1)
+            return q * gain[:, None], *(x.repeat_interleave(heads // kv, 1) for x in (k, v)), v.contiguous()
+        cases["rotate_heads"] = Case(lambda qkv, gain: rotate(qkv, gain, *angles, config.head_dim), rotate_twin,
+                                     [draw(tokens, (heads + 2 * kv) * config.head_dim), draw(heads)])
+    if (mix_norm := kernels.mix_norm) is not None:
+        scale = torch.tensor(0.7, device=device)
+
+        def mix_twin(a: Any, b: torch.Tensor, c: torch.Tensor, mix: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            mixed = (mix[1] * b + mix[2] * c if a is None else mix[0] * a + mix[1] * b + mix[2] * c).to(dtype)
+            n = train_gpt.norm(mixed, scale)
+            return mixed, n, n[:, :config.gate_window].contiguous()
+        for name, skipped in (("mix_norm", None), ("mix_norm, with a skip", draw(tokens, width))):
+            cases[name] = Case(lambda *inputs: mix_norm(*inputs, scale, config.gate_window), mix_twin,
+                               [skipped, draw(tokens, width), draw(tokens, width), draw(3, width, kind=torch.float32)])
+    return cases
+
+
+def measure_kernel(world: World, case: Case, copy_rate: float, ceiling: float, compiled: bool, repeats: int
+                   ) -> list[float]:
+    """-> seconds of a call: kernel forward, kernel forward + backward, the twin's two, and the floor of both passes."""
+    seconds, inputs, calls = [], [x for x in case.inputs if x is not None], 8
+    for function in (case.kernel, case.twin):
+        run = torch.compile(function, dynamic=False) if compiled else function
+
+        def outputs(run: Any = run) -> list[torch.Tensor]:
+            found = run(*case.inputs)
+            return [found] if isinstance(found, torch.Tensor) else list(found)
+        grads = [torch.ones_like(x) for x in outputs()]
+
+        def forward(outputs: Any = outputs) -> None:
+            with torch.no_grad():
+                for _ in range(calls):
+                    outputs()
+
+        def both(outputs: Any = outputs, grads: Any = grads) -> None:
+            for _ in range(calls):
+                torch.autograd.grad(outputs(), inputs, grads)
+        for work in (forward, both):
+            work()
+            seconds.append(median_seconds(world, work, repeats) / calls)
+    size = sum(x.numel() * x.element_size() for x in (*inputs, *grads))  # each is read or written once a pass
+    again = sum(x.numel() * x.element_size() for x in inputs)  # their gradients
+    return [*seconds, max((2 * size + again) / copy_rate, case.flops / ceiling)]
+
+
+def report_kernels(config: Config, world: World, kernels: train_gpt.Kernels, ceiling: float, compiled: bool,
+                   repeats: int) -> None:
+    """Prints the table of kernels; nothing where the model has none of its own."""
+    if not (cases := kernel_cases(config, kernels, world.device, world.dtype)):
+        return
+    source = torch.empty(1 << 26, device=world.device)
+    target = torch.empty_like(source)
+    rate = 2 * source.numel() * source.element_size() / median_seconds(world, lambda: target.copy_(source), repeats)
+    rows = [[name, *(f"{1e3 * x:.3f}" for x in measure_kernel(world, case, rate, ceiling, compiled, repeats))]
+            for name, case in cases.items()]
+    print(table(["kernel, ms", "forward", "forward + backward", "plain forward", "plain forward + backward", "floor"],
+                rows))
+    print(f"floor: inputs, outputs and their gradients at {rate / 1e12:.3g} TB/s, or products at the ceiling")
+
+
 def report(config: Config, world: World, repeats: int) -> None:
     """Measures everything and prints the table on rank 0."""
     name, attention = train_gpt.choose_attention(config.attention, world.device)
@@ -149,7 +240,8 @@ def report(config: Config, world: World, repeats: int) -> None:
         return
     tokens = config.micro_batch_tokens
     print(f"train_gpt:{train_gpt.VERSION} torch:{torch.__version__} device:{world.describe()} world_size:{world.size} "
-          f"attention:{name} compile:{int(compiled)} params:{trainer.num_params:,}")
+          f"attention:{name} compile:{int(compiled)} params:{trainer.num_params:,} "
+          f"kernels:{trainer.model.kernels.names}")
     header, rows = ["stage", "tokens/s", "ms a micro-batch", "forward + backward", "forward", "optimizer ms a step",
                     "utilization", "first steps, s"], []
     for stage, m in measured.items():
@@ -161,6 +253,7 @@ def report(config: Config, world: World, repeats: int) -> None:
     print(table(header, rows))
     print(f"micro-batch {tokens:,} tokens; matmul ceiling {ceiling / 1e12:.3g} TFLOP/s in {str(world.dtype)[6:]}; "
           f"loader {tokens / loader / 1e6:.1f} M tokens/s; peak memory {world.peak_memory_bytes() / 2**20:,.0f} MiB")
+    report_kernels(config, world, trainer.model.kernels, ceiling, compiled, repeats)
 
 
 def with_settings(work: Callable[[Config, World], None]) -> int:

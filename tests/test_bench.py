@@ -50,7 +50,7 @@ def test_speed_prints_a_table(arguments, variables, code, tmp_path):
         assert done.stderr.startswith("error: MODEL_DIM=33") and done.stdout == ""
         return
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("train_gpt:") and lines[1].startswith("| stage")
+    assert lines[0].startswith("train_gpt:") and lines[0].endswith(" kernels:torch") and lines[1].startswith("| stage")
     stages = [line.split("|")[1].strip() for line in lines[3:-1]]
     assert stages == ["loops off, 64 tokens", "loops on, 64 tokens", "loops on, 64 tokens, QAT"]
     for line in lines[3:-1]:
@@ -58,6 +58,63 @@ def test_speed_prints_a_table(arguments, variables, code, tmp_path):
         *times, utilization = (float(cell.replace(",", "")) for cell in cells[:-1])
         assert min(times) > 0 and utilization >= 0  # 0.0 % on a busy machine
     assert "tokens/s; peak memory" in lines[-1] and not (tmp_path / "logs").exists()
+
+
+def check_cases(config, kernels, device, dtype, tolerance):
+    """Each kernel against its twin, forward and backward."""
+    cases = speed.kernel_cases(config, kernels, device, dtype)
+    for name, case in cases.items():
+        both, inputs = [], [x for x in case.inputs if x is not None]
+        for function in (case.kernel, case.twin):
+            outputs = function(*case.inputs)
+            outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+            both.append([*outputs, *torch.autograd.grad(outputs, inputs, [torch.ones_like(x) for x in outputs])])
+        for a, b in zip(*both):
+            assert a.shape == b.shape and (a - b).double().norm() <= tolerance * b.double().norm(), name
+    return list(cases)
+
+
+def plain_kernels(config):
+    """What has the form of the kernels and is none."""
+    def rotate(qkv, gain, cos, sin, width):
+        pieces = qkv.unflatten(-1, (-1, width))
+        (q, k), v = train_gpt.rotary(train_gpt.norm(pieces[:, :-config.num_kv_heads]), cos, sin).split(
+            [config.num_heads, config.num_kv_heads], 1), pieces[:, -config.num_kv_heads:]
+        k_all, v_all = (x.repeat_interleave(config.num_heads // config.num_kv_heads, 1) for x in (k, v))
+        return q * gain[:, None], k_all, v_all, v + 0
+
+    def mix(a, b, c, weights, scale, window):
+        mixed = weights[1] * b + weights[2] * c + (0 if a is None else weights[0] * a)
+        return mixed, train_gpt.norm(mixed, scale), train_gpt.norm(mixed, scale)[:, :window] + 0
+    return train_gpt.PLAIN._replace(leaky2=lambda n, up, down, slope: torch.nn.functional.leaky_relu(
+        n @ up.T, slope).square() @ down.T, rotate_heads=rotate, mix_norm=mix)
+
+
+def test_speed_compares_kernels_with_their_twins(capsys):
+    config, cpu = tiny_config(), torch.device("cpu")
+    world = train_gpt.World(0, 1, cpu, torch.float32)
+    names = check_cases(config, plain_kernels(config), cpu, torch.float32, 1e-5)
+    assert names == ["leaky2", "rotate_heads", "mix_norm", "mix_norm, with a skip"]
+    speed.report_kernels(config, world, plain_kernels(config), 1e9, False, 1)
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:-1]]
+    assert [row[0] for row in rows] == names and all(float(cell) >= 0 for row in rows for cell in row[1:])
+    flops = 12 * config.micro_batch_tokens * config.model_dim * config.mlp_dim
+    assert float(rows[0][-1]) == pytest.approx(1e3 * flops / 1e9, rel=0.01)
+    assert lines[-1].startswith("floor: inputs, outputs")
+    speed.report_kernels(config, world, train_gpt.PLAIN, 1e9, False, 1)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+                    reason="needs a Hopper GPU")
+def test_speed_compares_the_real_kernels_with_their_twins(capsys):
+    config, device = Config(micro_batch_tokens=8192, train_batch_tokens=8192), torch.device("cuda")
+    kernels = train_gpt.choose_kernels(config, device)
+    assert len(check_cases(config, kernels, device, torch.bfloat16, 0.02)) == 4
+    speed.report_kernels(config, train_gpt.World(0, 1, device, torch.bfloat16), kernels, 7e14, True, 2)
+    assert capsys.readouterr().out.count("\n") == 7
 
 
 # --- bench/compression.py
