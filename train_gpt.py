@@ -58,13 +58,12 @@ def first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def refusing(kinds: type[Exception] | tuple[type[Exception], ...], complaint: str):
-    """Turns errors of these kinds into UserErrors with this complaint, in which {} is what the error says."""
+def refusing(kinds: type[Exception] | tuple[type[Exception], ...], text: str):
+    """Turns errors of these kinds into UserErrors with this text, in which {} is what the error says."""
     try:
         yield
     except kinds as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(complaint.replace("{}", f"{reason:.200}")) from None
+        raise UserError(text.replace("{}", f"{getattr(error, 'strerror', None) or first_line(error):.200}")) from None
 
 
 # ====================================================================================================================
@@ -881,7 +880,7 @@ def read_sidecar(val: TokenStream, paths: Sequence[Path], tokenizer: Any) -> np.
 
     UserError where lengths differ, BOS has bytes, or, with the tokenizer, where pieces of ASCII letters do not count
     these and their space. CaseOps changes case and spaces only; but a normalizing tokenizer also makes a few ASCII
-    letters of others, and one space of many, so one piece in a hundred may differ.
+    letters of others, one piece in a thousand, and one space of many, in up to half of the pieces with a space.
     """
     for shard, path in zip(val.shards, paths):
         require((count := len(read_shard(path))) == len(shard),
@@ -891,10 +890,11 @@ def read_sidecar(val: TokenStream, paths: Sequence[Path], tokenizer: Any) -> np.
     if tokenizer is not None:
         pieces = [tokenizer.id_to_piece(i).replace(SPACE, " ") for i in range(tokenizer.vocab_size())]
         length = np.array([len(p) if p.isascii() and p.strip().isalpha() else 0 for p in pieces], np.int64)[tokens]
-        wrong = np.flatnonzero((length > 0) & (counts != length))
-        place = next(iter(wrong.tolist()), 0)
-        require(100 * len(wrong) <= np.count_nonzero(length), f"{paths[0]}: counts {counts[place]} bytes for token "
-                f"{place} = {pieces[tokens[place]]!r}; it, or TOKENIZER_PATH, does not belong to these shards")
+        space, wrong = np.array([p[:1] == " " for p in pieces])[tokens], (length > 0) & (counts != length)
+        place = int(wrong.argmax())
+        require(1000 * (wrong & ~space).sum() <= len(length) and 2 * (wrong & space).sum() <= (length[space] > 0).sum(),
+                f"{paths[0]}: counts {counts[place]} bytes for token {place} = {pieces[tokens[place]]!r}; it, or "
+                "TOKENIZER_PATH, does not belong to these shards")
     return counts[1:]
 
 

@@ -219,14 +219,16 @@ def test_a_sidecar_that_counts_spaces_twice(copy):
     """PR #1719's fault. Words are judged by the trainer's check, what else begins with a space by the decoded text."""
     folder = copy("caseops")
     (folder / "manifest.json").unlink()  # as published: nothing says that the tokens give the text back
-    path, tokenizer = folder / "fineweb_val_bytes_000000.bin", tokenizer_of(folder)
-    counts, tokens = read_shard(path), read_shard(folder / "fineweb_val_000000.bin").tolist()
-    pieces = [tokenizer.id_to_piece(token) for token in tokens]
-    spaced = np.array([piece.startswith("\u2581") for piece in pieces])
+    pieces = [tokenizer_of(folder).id_to_piece(token) for token in range(400)]
+    space = np.array([piece.startswith("\u2581") for piece in pieces])
     word = np.array([piece[1:].isascii() and piece[1:].isalpha() for piece in pieces])
-    write_tokens(path, counts + (spaced & word))
+    paths = sorted(folder.glob("fineweb_val_bytes_*"))
+    right = [(path, read_shard(path), read_shard(folder / path.name.replace("bytes_", ""))) for path in paths]
+    for path, counts, tokens in right:
+        write_tokens(path, counts + (space & word)[tokens])
     assert "does not belong to these shards" in fault(folder, "--tokenizer", model_of(folder))
-    write_tokens(path, counts + 9 * (spaced & ~word))
+    for path, counts, tokens in right:
+        write_tokens(path, counts + 9 * (space & ~word)[tokens])
     assert check(folder, "--tokenizer", model_of(folder))[0] == 0
     assert "it is not of this text" in fault(folder, "--tokenizer", model_of(folder), "--full")
 
