@@ -28,11 +28,17 @@ def test_best_first_and_tracks_apart(page, capsys):
     submit(page.parent, "10min_16mb", "a", name="Worse", val_bpb=1.0576)
     submit(page.parent, "10min_16mb", "b")
     submit(page.parent, "non_record_16mb", "c", name="Small", val_bpb=1, val_bpb_std=None, seeds=[5])
+    for folder, data, score, date in (("d", "ab" * 32, 0.9, "2026-04-01"), ("e", "cd" * 32, 1.2, "2026-06-01"),
+                                      ("f", "cd" * 32, 1.1, "2026-01-01")):
+        submit(page.parent, "non_record_16mb", folder, data_fingerprint=data, val_bpb=score, date=date)
     assert call(leaderboard, capsys, page)[:2] == (0, f"{page}: written\n")
     text = page.read_text()
     assert text.startswith("# Title\n\n<!--") and text.endswith("-->\n\nThe end.\n") and "old" not in text
     rows = [line for line in text.splitlines() if line.startswith("| **")]
-    end = "| Ada | 2026-05-01 | 15,947,490 | 8 x H100 |"
+    end = "| - | Ada | 2026-05-01 | 15,947,490 | 8 x H100 |"
+    assert [(line.split("](")[1][:len("records/track_non_record_16mb/c")][-1], line.split("|")[5].strip())
+            for line in rows[2:]] == [("f", "cdcdcdcd"), ("e", "cdcdcdcd"), ("c", "-"), ("d", "abababab")]
+    del rows[2:4], rows[3:]
     assert rows == [f"| **1.05650** | 0.00040 | 3 | [One / two](records/track_10min_16mb/b) {end}",
                     f"| **1.05760** | 0.00040 | 3 | [Worse](records/track_10min_16mb/a) {end}",
                     f"| **1.00000** | - | 1 | [Small](records/track_non_record_16mb/c) {end}"]

@@ -2,22 +2,23 @@
 
     python tools/leaderboard.py README.md
 
-Only what stands between the two marker comments changes. Best score first, the record track before the other.
+Only what stands between the two marker comments changes. Best score first, the record track before the other; there,
+runs of the same data (the first digits of their fingerprint) stand together, those of the latest run before others.
 """
 import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from record import NON_RECORD, PUBLISHED_KEYS, RECORD, SUBMISSION, read_json
 from record_pages import number
 from run_log import ToolError, exit_code, read_text
 
 START, END = "<!-- leaderboard: make leaderboard writes what follows -->", "<!-- end of leaderboard -->"
-HEADER = ["| bits per byte | std | seeds | record | by | date | bytes | hardware |",
-          "|---:|---:|---:|---|---|---|---:|---|"]
+HEADER = ["| bits per byte | std | seeds | record | data | by | date | bytes | hardware |",
+          "|---:|---:|---:|---|---|---|---|---:|---|"]
 
 
 def cell(text: Any) -> str:
@@ -25,26 +26,39 @@ def cell(text: Any) -> str:
     return " ".join(str(text).replace("|", "/").replace("<", "&lt;").split())
 
 
-def row(root: Path, path: Path) -> tuple[float, str]:
-    """submission.json -> (bits per byte, its row). ToolError for one that lacks a key."""
+class Row(NamedTuple):
+    data: str
+    date: str
+    val_bpb: float
+    text: str
+
+
+def row(root: Path, path: Path) -> Row:
+    """submission.json -> its row. ToolError for one that lacks a key."""
     facts = read_json(path)
     for key, kind in PUBLISHED_KEYS.items():
         if not isinstance(facts.get(key), (kind, int) if kind is float else kind):
             raise ToolError(f"{path}: {key} is missing in it, or no {kind.__name__}; see tools/validate_record.py")
     size = facts.get("bytes_total")
     cells = [f"**{facts['val_bpb']:.5f}**", number(facts.get("val_bpb_std"), 5), str(len(facts.get("seeds") or [])),
-             f"[{cell(facts['name'])}]({path.parent.relative_to(root).as_posix()})", cell(facts["author"]),
-             cell(facts["date"])[:10], number(size, 0), cell(facts.get("hardware") or "-")]
-    return facts["val_bpb"], f"| {' | '.join(cells)} |"
+             f"[{cell(facts['name'])}]({path.parent.relative_to(root).as_posix()})",
+             data := cell(facts.get("data_fingerprint") or "-")[:8], cell(facts["author"]),
+             date := cell(facts["date"])[:10], number(size, 0), cell(facts.get("hardware") or "-")]
+    return Row(data, date, facts["val_bpb"], f"| {' | '.join(cells)} |")
 
 
 def render(root: Path) -> str:
     """Clone -> Markdown between the markers."""
     parts = []
     for track, title in ((RECORD, "Records: 10 minutes of training on 8 x H100, 16,000,000 bytes"),
-                         (NON_RECORD, "Non-records: 16,000,000 bytes, any time and machine")):
-        rows = sorted(row(root, path) for path in (root / "records" / f"track_{track}").glob(f"*/{SUBMISSION}"))
-        table = [f"{title}.", "", *HEADER, *(text for _, text in rows)]
+                         (NON_RECORD, "Non-records: 16,000,000 bytes, any time and machine; scores compare only where "
+                          "the data are the same")):
+        rows = [row(root, path) for path in (root / "records" / f"track_{track}").glob(f"*/{SUBMISSION}")]
+        rows.sort(key=lambda x: (x.val_bpb, x.text))
+        if track == NON_RECORD:
+            latest = {x.data: (max(y.date for y in rows if y.data == x.data), x.data) for x in rows}
+            rows.sort(key=lambda x: latest[x.data], reverse=True)
+        table = [f"{title}.", "", *HEADER, *(x.text for x in rows)]
         parts.append("\n".join(table) if rows else f"{title}: none yet.")
     return "\n\n".join(parts)
 
