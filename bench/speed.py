@@ -136,55 +136,71 @@ def measure_loader(trainer: Trainer, repeats: int) -> float:
     return median_seconds(trainer.world, build, repeats)
 
 
+def leaky2_twin(n: torch.Tensor, up: torch.Tensor, down: torch.Tensor, slope: float) -> torch.Tensor:
+    """What load_leaky2's kernel computes, in plain torch."""
+    return F.linear(train_gpt.ACTIVATIONS["leaky2"](F.linear(n, up), slope), down)
+
+
+def rotate_heads_twin(qkv: torch.Tensor, gain: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+                      width: int) -> tuple[torch.Tensor, ...]:
+    """What load_rotate_heads' kernel computes, in plain torch."""
+    heads, kv = len(gain), (qkv.size(1) // width - len(gain)) // 2
+    qk, v = qkv.unflatten(-1, (-1, width)).split([heads + kv, kv], 1)
+    q, k = train_gpt.rotary(train_gpt.norm(qk), cos, sin).split([heads, kv], 1)
+    return q * gain[:, None], *(x.repeat_interleave(heads // kv, 1) for x in (k, v)), v.contiguous()
+
+
+def mix_norm_twin(a: torch.Tensor | None, b: torch.Tensor, c: torch.Tensor, mix: torch.Tensor, scale: torch.Tensor,
+                  window: int) -> tuple[torch.Tensor, ...]:
+    """What load_mix_norm's kernel computes, in plain torch."""
+    mixed = (mix[1] * b + mix[2] * c + (0 if a is None else mix[0] * a)).to(b.dtype)
+    n = train_gpt.norm(mixed, scale)
+    return mixed, n, n[:, :window].contiguous()
+
+
 class Case(NamedTuple):
-    """A kernel, its plain twin, what both take, how many flops forward and backward have."""
+    """A kernel, its plain twin, the inputs of both, flops forward and backward."""
 
     kernel: Callable[..., Any]
     twin: Callable[..., Any]
     inputs: Sequence[Any]
     flops: float = 0.0
 
+    @property
+    def differentiable(self) -> list[torch.Tensor]:
+        return [x for x in self.inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+
 
 def kernel_cases(config: Config, kernels: train_gpt.Kernels, device: torch.device, dtype: torch.dtype
                  ) -> dict[str, Case]:
     """The kernels that the model has, each with inputs of a micro-batch."""
     tokens, width, hidden, cases = config.micro_batch_tokens, config.model_dim, config.mlp_dim, {}
-    heads, kv, slope = config.num_heads, config.num_kv_heads, config.leaky_relu_slope
+    heads, qkv = config.num_heads, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
 
     def draw(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
         return torch.randn(shape, device=device, dtype=kind).requires_grad_()
-    if (leaky2 := kernels.leaky2) is not None:
-        cases["leaky2"] = Case(
-            lambda n, up, down: leaky2(n, up, down, slope),
-            lambda n, up, down: F.linear(F.leaky_relu(F.linear(n, up), slope).square(), down),
-            [draw(tokens, width), draw(hidden, width), draw(width, hidden)], 12.0 * tokens * width * hidden)
-    if (rotate := kernels.rotate_heads) is not None:
-        angles = [x.to(device) for x in train_gpt.rotary_angles(
-            torch.arange(tokens) % config.train_seq_len, train_gpt.rotary_frequencies(config, True))]
-
-        def rotate_twin(qkv: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            qk, v = qkv.unflatten(-1, (-1, config.head_dim)).split([heads + kv, kv], 1)
-            q, k = train_gpt.rotary(train_gpt.norm(qk), *angles).split([heads, kv], 1)
-            return q * gain[:, None], *(x.repeat_interleave(heads // kv, 1) for x in (k, v)), v.contiguous()
-        cases["rotate_heads"] = Case(lambda qkv, gain: rotate(qkv, gain, *angles, config.head_dim), rotate_twin,
-                                     [draw(tokens, (heads + 2 * kv) * config.head_dim), draw(heads)])
-    if (mix_norm := kernels.mix_norm) is not None:
+    if kernels.leaky2:
+        cases["leaky2"] = Case(kernels.leaky2, leaky2_twin, [draw(tokens, width), draw(hidden, width),
+                                                             draw(width, hidden), config.leaky_relu_slope],
+                               12.0 * tokens * width * hidden)
+    if kernels.rotate_heads:
+        angles = train_gpt.rotary_angles(torch.arange(tokens) % config.train_seq_len,
+                                         train_gpt.rotary_frequencies(config, True))
+        cases["rotate_heads"] = Case(kernels.rotate_heads, rotate_heads_twin, [
+            draw(tokens, qkv), draw(heads), *(x.to(device) for x in angles), config.head_dim])
+    if kernels.mix_norm:
         scale = torch.tensor(0.7, device=device)
-
-        def mix_twin(a: Any, b: torch.Tensor, c: torch.Tensor, mix: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            mixed = (mix[1] * b + mix[2] * c if a is None else mix[0] * a + mix[1] * b + mix[2] * c).to(dtype)
-            n = train_gpt.norm(mixed, scale)
-            return mixed, n, n[:, :config.gate_window].contiguous()
         for name, skipped in (("mix_norm", None), ("mix_norm, with a skip", draw(tokens, width))):
-            cases[name] = Case(lambda *inputs: mix_norm(*inputs, scale, config.gate_window), mix_twin,
-                               [skipped, draw(tokens, width), draw(tokens, width), draw(3, width, kind=torch.float32)])
+            cases[name] = Case(kernels.mix_norm, mix_norm_twin, [
+                skipped, draw(tokens, width), draw(tokens, width), draw(3, width, kind=torch.float32), scale,
+                config.gate_window])
     return cases
 
 
 def measure_kernel(world: World, case: Case, copy_rate: float, ceiling: float, compiled: bool, repeats: int
                    ) -> list[float]:
     """-> seconds of a call: kernel forward, kernel forward + backward, the twin's two, and the floor of both passes."""
-    seconds, inputs, calls = [], [x for x in case.inputs if x is not None], 8
+    seconds, inputs, calls = [], case.differentiable, 8
     for function in (case.kernel, case.twin):
         run = torch.compile(function, dynamic=False) if compiled else function
 

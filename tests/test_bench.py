@@ -64,7 +64,7 @@ def check_cases(config, kernels, device, dtype, tolerance):
     """Each kernel against its twin, forward and backward."""
     cases = speed.kernel_cases(config, kernels, device, dtype)
     for name, case in cases.items():
-        both, inputs = [], [x for x in case.inputs if x is not None]
+        both, inputs = [], case.differentiable
         for function in (case.kernel, case.twin):
             outputs = function(*case.inputs)
             outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
@@ -118,14 +118,6 @@ def test_speed_compares_the_real_kernels_with_their_twins(capsys):
 
 
 # --- bench/compression.py
-@pytest.fixture
-def registries(monkeypatch):
-    """What --published changes is put back afterwards."""
-    for name in ("QUANTIZERS", "CODECS", "SIDE_CODECS", "CHOICES"):
-        monkeypatch.setattr(train_gpt, name, dict(getattr(train_gpt, name)))
-    return monkeypatch
-
-
 def write_artifact(path, config, weights, **info):
     path.write_bytes(train_gpt.pack_artifact(config, train_gpt.quantize(config, weights), info))
     return str(path)

@@ -1,8 +1,10 @@
 """Section 4, kernels: each against plain torch in float32 on the same rounded inputs, forward and backward."""
+import sys
+
 import numpy as np
+import program
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import tiny_config
 
 from train_gpt import (
@@ -23,12 +25,13 @@ from train_gpt import (
     load_rotate_heads,
     make_batch,
     make_segments,
-    norm,
-    rotary,
     rotary_angles,
     to_device,
     written,
 )
+
+sys.path.insert(0, str(program.ROOT / "bench"))
+from speed import leaky2_twin, mix_norm_twin, rotate_heads_twin
 
 CPU = torch.device("cpu")
 gpu = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
@@ -53,11 +56,8 @@ def test_leaky2_is_its_plain_form(tokens, width, hidden, slope):
     ours, exact = [x.clone().requires_grad_() for x in inputs], [x.float().requires_grad_() for x in inputs]
     plain, grad = [x.clone().requires_grad_() for x in inputs], draw(tokens, width)
 
-    def twin(n, up, down):
-        return F.linear(F.leaky_relu(F.linear(n, up), slope).square(), down)
-
     fused = torch.compile(load_leaky2(), dynamic=False)
-    out, wanted, rounded = fused(*ours, slope), twin(*exact), twin(*plain)
+    out, wanted, rounded = fused(*ours, slope), leaky2_twin(*exact, slope), leaky2_twin(*plain, slope)
     out.backward(grad)
     wanted.backward(grad.float())
     rounded.backward(grad)
@@ -92,13 +92,8 @@ def test_rotate_heads_is_its_plain_form(tokens, heads, kv, width, pairs):
     ours, exact = ([qkv.clone().requires_grad_(), gain.clone().requires_grad_()],
                    [qkv.float().requires_grad_(), gain.clone().requires_grad_()])
 
-    def twin(qkv, gain):
-        qk, v = qkv.unflatten(-1, (-1, width)).split([heads + kv, kv], 1)
-        q, k = rotary(norm(qk), cos, sin).split([heads, kv], 1)
-        return q * gain[:, None], *(x.repeat_interleave(heads // kv, 1) for x in (k, v)), v
-
     fused = torch.compile(load_rotate_heads(), dynamic=False)
-    out, wanted = fused(*ours, cos, sin, width), twin(*exact)
+    out, wanted = fused(*ours, cos, sin, width), rotate_heads_twin(*exact, cos, sin, width)
     grads = [draw(tokens, count, width) for count in (heads, heads, heads, kv)]
     torch.autograd.backward(out, grads)
     torch.autograd.backward(wanted, [grad.float() for grad in grads])
@@ -117,14 +112,10 @@ def test_mix_norm_is_its_plain_form(tokens, width, window, skip):
     ours = [*(x.clone().requires_grad_() for x in streams), mix.clone().requires_grad_()]
     exact = [*(x.float().requires_grad_() for x in streams), mix.clone().requires_grad_()]
 
-    def twin(a, b, c, mix):
-        mixed = mix[1] * b + mix[2] * c + (0 if a is None else mix[0] * a)
-        return mixed, norm(mixed, scale), norm(mixed, scale)[:, :window]
-
     if not skip:
         ours[0] = exact[0] = None
     fused = torch.compile(load_mix_norm(), dynamic=False)
-    out, wanted = fused(*ours, scale, window), twin(*exact)
+    out, wanted = fused(*ours, scale, window), mix_norm_twin(*exact, scale, window)
     grads = draw(tokens, width), draw(tokens, width), draw(tokens, window)
     torch.autograd.backward(out, grads)
     torch.autograd.backward(wanted, [grad.float() for grad in grads])
