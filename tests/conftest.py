@@ -29,6 +29,16 @@ def no_waiting_for_the_disk():
         yield
 
 
+@pytest.fixture
+def registries(monkeypatch):
+    """What bench/ registers in the program is taken back afterwards -> monkeypatch."""
+    import train_gpt
+
+    for name in ("QUANTIZERS", "CODECS", "SIDE_CODECS", "CHOICES"):
+        monkeypatch.setattr(train_gpt, name, dict(getattr(train_gpt, name)))
+    return monkeypatch
+
+
 @pytest.fixture(scope="session")
 def packed_program(tmp_path_factory) -> Path:
     """The packed train_gpt.py, alone in its folder: packed once, by the first of the processes that run tests."""

@@ -122,13 +122,6 @@ def test_ternary_codes_take_the_bits_that_are_published():
 
 
 # --- lrzip
-@pytest.fixture
-def registries(monkeypatch):
-    """What register() changes, put back afterwards."""
-    for name in ("CODECS", "SIDE_CODECS", "CHOICES"):
-        monkeypatch.setattr(train_gpt, name, dict(getattr(train_gpt, name)))
-
-
 def test_lrzip_is_left_out_where_it_is_missing_and_refused_where_it_was_asked_for(registries, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="lrzip: no such program; install it"):

@@ -369,10 +369,8 @@ def test_lqer_best_lowers_the_weighted_error_by_more_a_byte():
     assert found["lqer_best"] == pytest.approx(float(quantizers.gain_per_byte(weight, plain, guide)), rel=1e-3)
 
 
-def test_which_matrices_are_corrected(monkeypatch):
+def test_which_matrices_are_corrected(registries):
     """lqer_best: where a byte gains more than it does, as measured, in finer steps. Others: the three worst."""
-    for name in ("QUANTIZERS", "CHOICES"):
-        monkeypatch.setattr(train_gpt, name, dict(getattr(train_gpt, name)))
     quantizers.register()
     config = replace(SMALL, **compression.PUBLISHED["act_order"])
     shapes = {name: shape for name, shape in train_gpt.param_shapes(config).items() if name.endswith("_proj")}

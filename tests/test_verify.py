@@ -48,6 +48,11 @@ def copy(datasets, tmp_path):
     return make_copy
 
 
+def model_of(folder: Path) -> Path:
+    """A dataset's folder -> its tokenizer."""
+    return folder.parent.parent / "tokenizers" / "d.model"
+
+
 def check(folder: Path, *options) -> tuple[int, str, str]:
     """The command in this process -> exit code, stdout, stderr."""
     out, err = io.StringIO(), io.StringIO()
@@ -76,7 +81,7 @@ def test_a_whole_dataset_passes_with_the_trainers_fingerprint(datasets, kind, fu
     folder = datasets[kind]
     code, out, err = check(folder, *(["--full"] if full else []))
     assert (code, err) == (0, ""), out
-    model = folder.parent.parent / "tokenizers" / "d.model"
+    model = model_of(folder)
     size = sentencepiece.SentencePieceProcessor(model_file=str(model)).vocab_size()
     config, _ = train_gpt.Config.from_env({"DATA_PATH": str(folder), "TOKENIZER_PATH": str(model),
                                            "VOCAB_SIZE": str(size)})
@@ -97,7 +102,7 @@ def test_a_whole_dataset_passes_with_the_trainers_fingerprint(datasets, kind, fu
 def test_without_a_manifest_the_shards_speak_for_themselves(copy, kind):
     folder = copy(kind)
     (folder / "manifest.json").unlink()
-    model = folder.parent.parent / "tokenizers" / "d.model"
+    model = model_of(folder)
     other = model.rename(model.with_name("other.model"))
     assert f"{model}: no tokenizer found; name the one of these shards with --tokenizer" in fault(folder)
     code, out, err = check(folder, "--tokenizer", other, "--full")
@@ -168,7 +173,7 @@ def test_a_manifest_with_another_number_of_training_documents(copy):
 
 
 def test_another_tokenizer(copy, datasets):
-    folder, other = copy("plain"), datasets["caseops"].parent.parent / "tokenizers" / "d.model"
+    folder, other = copy("plain"), model_of(datasets["caseops"])
     assert "the shards were made with tokenizer" in fault(folder, "--tokenizer", other)
     (folder / "manifest.json").unlink()
     assert "TOKENIZER_PATH does not fit these shards" in fault(folder, "--tokenizer", other)
@@ -178,7 +183,7 @@ def test_another_tokenizer(copy, datasets):
 def test_text_that_is_not_that_of_the_manifest(copy):
     """Another word in a training document: only decoding tells."""
     folder = copy("plain")
-    model = sentencepiece.SentencePieceProcessor(model_file=str(folder.parent.parent / "tokenizers" / "d.model"))
+    model = sentencepiece.SentencePieceProcessor(model_file=str(model_of(folder)))
     path = folder / "fineweb_train_000001.bin"
     change(path, int(np.flatnonzero(read_shard(path) == model.piece_to_id("a"))[0]), model.piece_to_id("b"))
     forget_hashes(folder)
@@ -233,10 +238,6 @@ def test_a_sidecar_that_counts_spaces_twice(copy):
     assert "it is not of this text" in fault(folder, "--tokenizer", model_of(folder), "--full")
 
 
-def model_of(folder: Path) -> Path:
-    return folder.parent.parent / "tokenizers" / "d.model"
-
-
 def tokenizer_of(folder: Path) -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_file=str(model_of(folder)))
 
@@ -248,7 +249,7 @@ def test_a_validation_document_in_training(copy):
     document = val[:int(np.flatnonzero(val == 1)[1])]
     write_tokens(path, np.concatenate([read_shard(path), document]))
     (folder / "manifest.json").unlink()
-    options = ("--tokenizer", folder.parent.parent / "tokenizers" / "d.model")
+    options = ("--tokenizer", model_of(folder))
     assert "1 of 12 validation documents occur in training; make the data again" in fault(folder, *options)
 
 
