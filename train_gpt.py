@@ -3312,8 +3312,8 @@ def audit(config: Config, evaluator: Evaluator, make: Callable[[], GPT]) -> dict
     probabilities over the vocabulary is from 1.
     """
     dataset, world, random = evaluator.dataset, evaluator.world, np.random.default_rng(config.seed)
-    tokens, brief = np.array(dataset.val_tokens[:4096]), replace(  # so that all weights learn, several times
-        config, global_ttt_chunk_tokens=min(config.global_ttt_chunk_tokens, 1024))
+    tokens = np.array(dataset.val_tokens[:4096])
+    brief = replace(config, global_ttt_chunk_tokens=min(config.global_ttt_chunk_tokens, 1024))  # several steps of it
     inside = np.flatnonzero(tokens[2:] != BOS) + 2
     place, changed = int(random.choice(inside)) if len(inside) else len(tokens), tokens.copy()
     changed[place:place + 1] = max((int(tokens[place % len(tokens)]) + 1) % config.vocab_size, BOS + 1)

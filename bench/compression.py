@@ -228,12 +228,12 @@ class Comparison:
         data = train_gpt.pack_artifact(settings, train_gpt.quantize(settings, self.weights, self.guides), {})
         decoded = {name: x.to(self.world.device) for name, x in train_gpt.unpack_artifact(data, quantizer)[1].items()}
         least, worth = 16 * math.log(2) * weighted_error(self.weights, decoded, self.guides) / self.count, {}
+        best = quantizer == "lqer_best"
         for name, guide in self.guides.items():
             bank, rest = self.bank(name), decoded[name].view(self.bank(name).shape)
-            best = quantizer == "lqer_best"
             found = quantizers.gain_per_byte(bank, rest, guide) - least if best else (bank - rest).norm(dim=(1, 2))
             worth |= {f"{name}:{i}": value for i, value in enumerate(found.tolist()) if value > 0}
-        places = sorted(worth, key=lambda place: -worth[place])[:None if quantizer == "lqer_best" else matrices]
+        places = sorted(worth, key=lambda place: -worth[place])[:None if best else matrices]
         return ",".join(f"{place}={quantizer}" for place in places)
 
     def row(self, method: str, settings: Config) -> list[str]:
