@@ -905,7 +905,7 @@ def read_sidecar(val: TokenStream, paths: Sequence[Path], tokenizer: Any) -> np.
 
 
 Linear = Callable[[Tensor, Tensor], Tensor]  # x (T, K), weight (N, K) -> (T, N)
-HEAD_ROWS, MIXED_ROWS = 4, 1  # tokens, and warps, of a program of kernels that work on heads, and of mix_norm
+HEAD_ROWS, MIXED_ROWS = 2, 1  # tokens, and warps, of a program of kernels that work on heads, and of mix_norm
 E4M3_MAX = 448.0
 
 
@@ -915,6 +915,7 @@ class Kernels(NamedTuple):
     linear: Linear = F.linear
     head: Linear = F.linear
     look_up: Linear = F.embedding  # ids (T,), weight (V, D) -> (T, D)
+    linear_add: Callable[..., Tensor] | None = None  # a product, and what it is added to
     leaky2: Callable[..., Tensor] | None = None  # the whole MLP
     rotate_heads: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None  # norm, rotation, gain of heads
     mix_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None  # blend of streams, and its norm
@@ -923,7 +924,7 @@ class Kernels(NamedTuple):
     @property
     def names(self) -> str:
         """For the log: torch or fp8, and what is fused."""
-        fused = [name for name in self._fields[3:6] if getattr(self, name)]
+        fused = [name for name in self._fields[3:-1] if getattr(self, name)]
         return "+".join(["torch" if self.linear is F.linear else "fp8", *fused]) + self.note
 
 
@@ -950,70 +951,62 @@ class Fp8Linear(torch.autograd.Function):
         return grad @ weight, grad.t() @ x
 
 
-def load_leaky2_product() -> Callable[..., Tensor]:
-    """-> product(a, b, slope, kept=None) of bfloat16 matrices with leaky2 or its gradient as its end, for Hopper.
+@functools.cache
+def load_product() -> Callable[..., Tensor]:
+    """-> product(end, a (M, K), b (K, N), **operands) -> (M, N): a b, ended in a way that costs no pass of its own.
 
-    Forward: a (T, D), b (F, D) -> leaky_relu(a b^T, slope)^2 (T, F), with the sign of what was squared in the last bit:
-    the gradient needs no more of it. Backward: a (T, D), b (D, F), kept (T, F) -> a b times the activation's slope.
+    Ends: "plain"; "add", res (M, N) on top, in float32; "leaky2", leaky_relu(a b, slope)^2 with the sign of what was
+    squared in the last bit, since the gradient needs no more of it; "leaky2_slope", a b times that activation's slope,
+    from what "leaky2" gave, post (M, N). slope is at most 1. Products of quack, which flash-attn-4 brings, on Hopper.
     """
-    import triton, triton.language as tl  # pyright: ignore[reportMissingImports]
-    from triton.tools.tensor_descriptor import TensorDescriptor  # pyright: ignore[reportMissingImports]
+    from cutlass import Float32, Int32, cute  # pyright: ignore[reportMissingImports]
+    from cutlass._mlir.extras import types  # pyright: ignore[reportMissingImports]
+    from cutlass._mlir_helpers import arith  # pyright: ignore[reportMissingImports]
+    from quack.epilogue.frontend import gemm_epilogue  # pyright: ignore[reportMissingImports]
+    from quack.gemm_config import GemmConfig  # pyright: ignore[reportMissingImports]
 
-    @triton.jit
-    def activate(z, out, kept, row, col, slope):
-        # Half a tile. Forward: z goes in, kept is None. Backward: z is the gradient of kept, the activation.
-        if kept is None:
-            sign = tl.where(z < 0, 1 << 16, 0)  # 1 << 16: the last bit of a bfloat16, as a float32
-            z = z * tl.where(z < 0, slope, 1.0)
-            bits = (((z * z).to(tl.int32, bitcast=True) + ((1 << 16) - sign)) & (-2 << 16)) | sign  # the nearest such
-            out.store([row, col], bits.to(tl.float32, bitcast=True).to(tl.bfloat16))
-        else:
-            post = kept.load([row, col]).to(tl.float32)
-            negative = (post.to(tl.int32, bitcast=True) & (1 << 16)) != 0
-            out.store([row, col], (z * tl.sqrt(post) * tl.where(negative, -2 * slope, 2.0)).to(tl.bfloat16))
+    def bits(x): return Int32(arith.bitcast(x.ir_value(), types.i32()))
+    def value(x): return Float32(arith.bitcast(x.ir_value(), types.f32()))
+    def plain(acc): return {"D": acc}
+    def add(acc, res): return {"D": acc + res}
 
-    def leaky2_kernel(a, b, out, kept, slope, M, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                      BK: tl.constexpr):
-        # out (M, N) from a (M, K) times b: (N, K) forward, (K, N) backward. The tiles of a row of a run side by side:
-        # a leaves memory once, and b (2 MB) stays in the cache.
-        for tile in tl.range(tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN), tl.num_programs(0), flatten=True):
-            row, col = tile // tl.cdiv(N, BN) * BM, tile % tl.cdiv(N, BN) * BN
-            z = tl.zeros((BM, BN), tl.float32)
-            for k in range(0, K, BK):
-                z = tl.dot(a.load([row, k]), b.load([col, k]).T if kept is None else b.load([k, col]), z)
-            first, second = tl.split(tl.permute(tl.reshape(z, (BM, 2, BN // 2)), (0, 2, 1)))  # needs less staging
-            activate(first, out, kept, row, col, slope)
-            activate(second, out, kept, row, col + BN // 2, slope)
+    def leaky2(acc, slope):
+        sign, z = bits(acc) >> 15 & 1 << 16, cute.arch.fmax(acc, acc * slope)  # 1 << 16: the last bit of a bfloat16
+        return {"D": value(bits(z * z) + ((1 << 16) - sign) & -2 << 16 | sign)}  # the nearest number with that bit
 
-    kernel = triton.jit(leaky2_kernel)
+    def leaky2_slope(acc, post, slope):
+        negative = (bits(post) >> 16 & 1).to(Float32)
+        return {"D": acc * cute.math.sqrt(post, fastmath=True) * (2.0 - negative * (2.0 + 2.0 * slope))}
 
-    def launch(a: Tensor, b: Tensor, slope: float, kept: Tensor | None = None) -> Tensor:
-        (rows, inner), width, (bm, bn, bk) = a.shape, b.numel() // a.size(1), (128, 256, 64)
-        out, describe = a.new_empty(rows, width), TensorDescriptor.from_tensor
-        programs = torch.cuda.get_device_properties(a.device).multi_processor_count
-        right, half = [bk, bn] if kept is not None else [bn, bk], [bm, bn // 2]
-        kernel[(programs,)](describe(a.contiguous(), [bm, bk]), describe(b.contiguous(), right), describe(out, half),
-                            None if kept is None else describe(kept, half), slope, rows, width, inner, bm, bn, bk,
-                            num_warps=8, num_stages=4 if kept is None else 3)
+    ends = {name: gemm_epilogue()(end) for name, end in {
+        "plain": plain, "add": add, "leaky2": leaky2, "leaky2_slope": leaky2_slope}.items()}
+    wide, narrow = ({"config": GemmConfig(*tile, is_dynamic_persistent=False, cluster_m=m, cluster_n=3 - m)}
+                    for tile, m in (((128, 192), 2), ((192, 128), 1)))  # the fastest of eleven tiles, on an H200
+
+    def product(end: str, a: Tensor, b: Tensor, **operands: Any) -> Tensor:
+        out = a.new_empty(len(a), b.size(1))
+        ends[end](a, b, out={"D": out}, **operands, **(wide if b.size(1) > 1024 else narrow))
         return out
 
-    return launch
+    return product
 
 
-def differentiable(name: str, signature: str, forward: tuple[Any, Any], backward: tuple[Any, Any],
+def differentiable(name: str, signature: str, forward: tuple[Any, Any], backward: tuple[Any, Any] | None,
                    finish: Callable[..., Any], kept: int = 0) -> Any:
     """A torch operator that compiles, from (function, function that makes empty outputs) of both directions.
 
     signature has a letter for each input, for each output, and for what backward gives: T is a tensor, ? one or None, i
     and f are numbers, behind the tensors. backward takes the input tensors and the last `kept` outputs, the gradient of
     each output, None where nobody differentiates it, and the numbers. The inputs' gradients are finish(tensors that
-    were kept, the outputs' gradients, what backward gave).
+    were kept, the outputs' gradients, what backward gave, None without a backward).
     """
     kinds, operators = {"T": "Tensor", "?": "Tensor?", "i": "int", "f": "float"}, []
-    inputs, outputs, found = signature.split()
+    inputs, outputs, *found = signature.split()
     tensors, numbers = inputs.rstrip("if"), inputs.lstrip("T?")
-    for suffix, taken, given, (function, empty) in (("", inputs, outputs, forward), (
-            "_backward", tensors + "T" * kept + "?" * len(outputs) + numbers, found, backward)):
+    for suffix, taken, given, pair in (("", inputs, outputs, forward), (
+            "_backward", tensors + "T" * kept + "?" * len(outputs) + numbers, "".join(found), backward)):
+        if pair is None: break
+        function, empty = pair
         schema = ", ".join(f"{kinds[letter]} x{i}" for i, letter in enumerate(taken))
         schema = f"({schema}) -> ({', '.join(kinds[letter] for letter in given)})"
         operator: Any = torch.library.custom_op(f"train_gpt::{name}{suffix}", function, mutates_args=(), schema=schema)
@@ -1027,7 +1020,8 @@ def differentiable(name: str, signature: str, forward: tuple[Any, Any], backward
 
     def gradient(ctx: Any, *grads: Tensor | None):
         given = [None if grad is None else grad.contiguous() for grad in grads]
-        return finish(ctx.saved_tensors, given, operators[1](*ctx.saved_tensors, *given, *ctx.numbers))
+        made = operators[1](*ctx.saved_tensors, *given, *ctx.numbers) if backward else None
+        return finish(ctx.saved_tensors, given, made)
 
     operators[0].register_autograd(gradient, setup_context=remember)
     return operators[0]
@@ -1043,25 +1037,37 @@ def written(launch: Callable[..., None], empty: Callable[..., Any]) -> tuple[Any
 
 
 @functools.cache
+def load_linear_add() -> Callable[..., Tensor]:
+    """(x (T, K), weight (N, K), base (T, N) or None) -> base + x weight^T in bfloat16, rounded once, on Hopper."""
+    product = load_product()
+    return differentiable("linear_add", "TT? T", (
+        lambda x, weight, res: product("plain", x, weight.T) if res is None else product("add", x, weight.T, res=res),
+        lambda x, weight, _: x.new_empty(len(x), len(weight))), None, lambda kept, grads, _: (
+            grads[0] @ kept[1], grads[0].T @ kept[0], None if kept[2] is None else grads[0]))
+
+
+@functools.cache
 def load_leaky2() -> Callable[..., Tensor]:
-    """(n (T, D), up (F, D), down (D, F), slope) -> leaky_relu(n up^T, slope)^2 down^T (T, D), in bfloat16, on Hopper.
+    """(n (T, D), up (F, D), down (D, F), base (T, D) or None, slope) -> base + leaky_relu(n up^T, slope)^2 down^T.
 
-    No (T, F) tensor is read or written for the activation alone, and the backward pass keeps one instead of two.
+    In bfloat16, on Hopper. No (T, F) tensor is read or written for the activation alone, and the backward pass keeps
+    one instead of two.
     """
-    launch = load_leaky2_product()
+    product = load_product()
 
-    def forward(n: Tensor, up: Tensor, down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-        post = launch(n, up, slope)
-        return F.linear(post, down), post
+    def forward(n: Tensor, up: Tensor, down: Tensor, base: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
+        post = product("leaky2", n, up.T, slope=slope)
+        return F.linear(post, down) if base is None else product("add", post, down.T, res=base), post
 
     def finish(kept: Sequence[Tensor], grads: Sequence[Tensor], dpre: Tensor):
-        n, up, _, post = kept
-        return dpre @ up, dpre.T @ n, grads[0].T @ post, None
+        n, up, _, base, post = kept
+        return dpre @ up, dpre.T @ n, grads[0].T @ post, None if base is None else grads[0], None
 
     operator = differentiable(
-        "leaky2", "TTTf TT T", (forward, lambda n, up, *_: (torch.empty_like(n), n.new_empty(len(n), len(up)))), (
-            lambda _, __, down, post, dout, ___, slope: launch(dout, down, slope, post),
-            lambda n, up, down, post, *_: torch.empty_like(post)), finish, kept=1)
+        "leaky2", "TTT?f TT T", (forward, lambda n, up, *_: (torch.empty_like(n), n.new_empty(len(n), len(up)))), (
+            lambda _, __, down, ___, post, grad, ____, slope: product(
+                "leaky2_slope", grad, down, post=post, slope=slope),
+            lambda _, __, ___, ____, post, *_____: torch.empty_like(post)), finish, kept=1)
     return lambda *inputs: operator(*inputs)[0]
 
 
@@ -1136,61 +1142,51 @@ def load_rotate_heads() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
                           kept, _, found: (found[0], found[1].sum(0).to(kept[1].dtype), None, None, None))
 
 
-def load_mix_norm_kernels() -> tuple[Any, Any]:
-    """-> (forward, backward) Triton kernels of load_mix_norm."""
+def load_mix_norm_kernel() -> Any:
+    """-> the Triton kernel of load_mix_norm. Forward, without what follows them, it writes mixed, out and start.
+    Backward it reads their gradients there (each but out may have none), and writes da, db, dc and, for each program, 3
+    rows of dmix."""
     import triton, triton.language as tl  # pyright: ignore[reportMissingImports]
 
-    @triton.jit
-    def blend(a, b, c, mix, at, col, inside, live, D: tl.constexpr):
-        # -> the streams and their weights, (ROWS, BD) and (1, BD) in float32; the blend as bfloat16 holds it
-        b, c = tl.load(b + at, live, 0.0).to(tl.float32), tl.load(c + at, live, 0.0).to(tl.float32)
-        wb, wc = tl.load(mix + D + col, inside, 0.0), tl.load(mix + 2 * D + col, inside, 0.0)
-        mixed, first, wa = b * wb + c * wc, b, wb
-        if a is not None:
-            first, wa = tl.load(a + at, live, 0.0).to(tl.float32), tl.load(mix + col, inside, 0.0)
-            mixed += first * wa
-        mixed = mixed.to(tl.bfloat16).to(tl.float32)
-        return first, b, c, wa, wb, wc, mixed, tl.rsqrt(tl.sum(mixed * mixed, 1, keep_dims=True) / D + 1.1920929e-07)
-
     def mix_norm_kernel(T, D: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, a, b, c, mix, scale,
-                        mixed_out, out, start):
-        row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, BD)[None, :]
-        at, inside = row * D + col, col < D
-        live = (row < T) & inside
-        parts = blend(a, b, c, mix, at, col, inside, live, D)
-        normed = parts[6] * (parts[7] * tl.load(scale))
-        tl.store(mixed_out + at, parts[6], live)
-        tl.store(out + at, normed, live)
-        tl.store(start + row * W + col, normed, (row < T) & (col < W))
-
-    def mix_norm_backward_kernel(T, D: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, a, b, c,
-                                 mix, scale, dmixed, dout, dstart, da, db, dc, dmix):
-        col, inside = tl.arange(0, BD)[None, :], tl.arange(0, BD)[None, :] < D
-        sum_a, sum_b, sum_c = (tl.zeros((ROWS, BD), tl.float32), tl.zeros((ROWS, BD), tl.float32),
-                               tl.zeros((ROWS, BD), tl.float32))
-        factor = tl.load(scale)
+                        mixed, out, start, da=None, db=None, dc=None, dmix=None):
+        col, factor, zero = tl.arange(0, BD)[None, :], tl.load(scale), tl.zeros((ROWS, BD), tl.float32)
+        inside, sum_a, sum_b, sum_c = col < D, zero, zero, zero
+        wy, wz = tl.load(mix + D + col, inside, 0.0), tl.load(mix + 2 * D + col, inside, 0.0)
         for first in tl.range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
             row = first + tl.arange(0, ROWS)[:, None]
-            at, live = row * D + col, (row < T) & inside
-            x, y, z, wx, wy, wz, mixed, rstd = blend(a, b, c, mix, at, col, inside, live, D)
-            grad = tl.load(dout + at, live, 0.0).to(tl.float32)
-            if dstart is not None: grad += tl.load(dstart + row * W + col, (row < T) & (col < W), 0.0)
-            grad *= factor * rstd
-            grad -= mixed * (tl.sum(grad * mixed, 1, keep_dims=True) / D * rstd * rstd)
-            if dmixed is not None: grad += tl.load(dmixed + at, live, 0.0).to(tl.float32)
-            tl.store(db + at, grad * wy, live)
-            tl.store(dc + at, grad * wz, live)
-            sum_b += grad * y
-            sum_c += grad * z
+            at, live, opens = row * D + col, (row < T) & inside, (row < T) & (col < W)
+            y, z = tl.load(b + at, live, 0.0).to(tl.float32), tl.load(c + at, live, 0.0).to(tl.float32)
+            blend, x, wx = y * wy + z * wz, y, wy
             if a is not None:
-                tl.store(da + at, grad * wx, live)
-                sum_a += grad * x
-        place = dmix + tl.program_id(0) * 3 * D + col
-        tl.store(place, tl.sum(sum_a, 0, keep_dims=True), inside)
-        tl.store(place + D, tl.sum(sum_b, 0, keep_dims=True), inside)
-        tl.store(place + 2 * D, tl.sum(sum_c, 0, keep_dims=True), inside)
+                x, wx = tl.load(a + at, live, 0.0).to(tl.float32), tl.load(mix + col, inside, 0.0)
+                blend += x * wx
+            blend = blend.to(tl.bfloat16).to(tl.float32)
+            rstd = tl.rsqrt(tl.sum(blend * blend, 1, keep_dims=True) / D + 1.1920929e-07)
+            if dmix is None:
+                tl.store(mixed + at, blend, live)
+                tl.store(out + at, blend * (rstd * factor), live)
+                tl.store(start + row * W + col, blend * (rstd * factor), opens)
+            else:
+                grad = tl.load(out + at, live, 0.0).to(tl.float32)
+                if start is not None: grad += tl.load(start + row * W + col, opens, 0.0)
+                grad *= factor * rstd
+                grad -= blend * (tl.sum(grad * blend, 1, keep_dims=True) / D * rstd * rstd)
+                if mixed is not None: grad += tl.load(mixed + at, live, 0.0).to(tl.float32)
+                tl.store(db + at, grad * wy, live)
+                tl.store(dc + at, grad * wz, live)
+                sum_b += grad * y
+                sum_c += grad * z
+                if a is not None:
+                    sum_a += grad * x
+                    tl.store(da + at, grad * wx, live)
+        if dmix is not None:
+            place = dmix + tl.program_id(0) * 3 * D + col
+            tl.store(place, tl.sum(sum_a, 0, keep_dims=True), inside)
+            tl.store(place + D, tl.sum(sum_b, 0, keep_dims=True), inside)
+            tl.store(place + 2 * D, tl.sum(sum_c, 0, keep_dims=True), inside)
 
-    return triton.jit(mix_norm_kernel), triton.jit(mix_norm_backward_kernel)
+    return triton.jit(mix_norm_kernel)
 
 
 @functools.cache
@@ -1200,7 +1196,9 @@ def load_mix_norm() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 
     The sums over tokens for the gradient of mix are made where the streams' own gradients are: nothing is read twice.
     """
-    def launch(kernel: Any, window: int, *arrays: Any) -> None:
+    kernel = load_mix_norm_kernel()
+
+    def launch(window: int, *arrays: Any) -> None:
         programs, (tokens, width) = len(arrays[-1]), arrays[1].shape  # one for each row of the last array
         kernel[(programs,)](tokens, width, window, MIXED_ROWS, 1 << (width - 1).bit_length(), *arrays,
                             num_warps=MIXED_ROWS)
@@ -1213,10 +1211,9 @@ def load_mix_norm() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         da = torch.empty_like(b) if a is not None else b.new_empty(0)
         return da, torch.empty_like(b), torch.empty_like(c), b.new_empty(programs, 3, b.size(1), dtype=torch.float32)
 
-    forward, backward = (written(functools.partial(launch, kernel), empty)
-                         for kernel, empty in zip(load_mix_norm_kernels(), (outputs, gradients)))
-    return differentiable("mix_norm", "?TTTTi TTT TTTT", forward, backward, lambda kept, _, found: (
-        found[0] if kept[0] is not None else None, *found[1:3], found[3].sum(0), None, None))
+    return differentiable("mix_norm", "?TTTTi TTT TTTT", written(launch, outputs), written(launch, gradients), lambda
+                          kept, _, found: (found[0] if kept[0] is not None else None, *found[1:3], found[3].sum(0),
+                                           None, None))
 
 
 def choose_kernels(config: Config, device: torch.device) -> Kernels:
@@ -1228,13 +1225,14 @@ def choose_kernels(config: Config, device: torch.device) -> Kernels:
             f"are multiples of 16, not {odd}; set FP8_MATMUL=0")
     kernels = Kernels(Fp8Linear.apply) if config.fp8_matmul else PLAIN
     heads = not (config.head_dim & (config.head_dim - 1) or config.value_residual)
-    leaky2 = config.mlp_activation == "leaky2" and not (config.projection_norm or odd or config.fp8_matmul)
+    even = not (odd or config.fp8_matmul)
+    leaky2 = even and config.mlp_activation == "leaky2" and not config.projection_norm
     loaders = {"rotate_heads": (load_rotate_heads, heads), "mix_norm": (load_mix_norm, True),
-               "leaky2": (load_leaky2, leaky2)}
-    try:
-        chosen = {name: load for name, (load, fits) in loaders.items() if fits and config.fused_kernels and major == 9}
-        return kernels._replace(**{name: load() for name, load in chosen.items()})
-    except (ImportError, AttributeError) as error: return kernels._replace(note=f" ({error})")
+               "linear_add": (load_linear_add, even), "leaky2": (load_leaky2, leaky2)}
+    for name, (load, fits) in loaders.items():
+        try: kernels = kernels._replace(**{name: load()}) if fits and config.fused_kernels and major == 9 else kernels
+        except (ImportError, AttributeError) as error: kernels = kernels._replace(note=f" ({error})")
+    return kernels
 
 
 # ====================================================================================================================
@@ -1595,15 +1593,16 @@ class GPT(nn.Module):
         return norm(F.linear(x, self.weight("embed_in")[0]) if config.embed_dim else x)
 
     def attend(self, w: Mapping[str, Tensor], n: Tensor, start: Tensor, angles: tuple[Tensor, Tensor],
-               segments: Segments, exclude: bool, first_value: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Weights w of a layer, its normalized input n (T, D) -> attention's output (T, D), values (T, K, E).
+               segments: Segments, exclude: bool, first_value: Tensor | None, base: Tensor | None
+               ) -> tuple[Tensor, Tensor]:
+        """Weights w of a layer, its normalized input n (T, D) -> base plus attention's output (T, D), values (T, K, E).
 
         start = the first channels of n; exclude = XSA; first_value = the first layer's values, for the value residual
         (arXiv:2410.17897).
         """
         config = self.config
         kernels, heads = self.active_kernels, (config.num_heads, config.num_kv_heads)
-        qkv = kernels.linear(n, torch.cat((w["q_proj"], w["k_proj"], w["v_proj"])))
+        qkv = self.project(n, torch.cat((w["q_proj"], w["k_proj"], w["v_proj"])))
         if any(name.endswith("_in") for name in w):
             parts = qkv.split([len(w[f"{x}_proj"]) for x in "qkv"], -1)
             qkv = torch.cat([adapted(part, n, w, target) for part, target in zip(parts, "qkv")], -1)
@@ -1621,15 +1620,21 @@ class GPT(nn.Module):
             gate = F.linear(n if config.attn_gate == "dense" else start, w["attn_gate"], w.get("attn_gate_bias"))
             y = y * ((inner * gate).sigmoid() * (2 if config.attn_gate == "output" else 1))[:, :, None]
         y = y.flatten(1).to(self.dtype)
-        return adapted(kernels.linear(norm(y) if config.projection_norm else y, w["out_proj"]), n, w, "out"), own
+        return adapted(self.project(norm(y) if config.projection_norm else y, w["out_proj"], base), n, w, "out"), own
 
-    def feed_forward(self, w: Mapping[str, Tensor], n: Tensor) -> Tensor:
-        """Weights w of a layer, its normalized input n (T, D) -> the MLP's output (T, D)."""
-        config, kernels = self.config, self.active_kernels
-        if kernels.leaky2: out = kernels.leaky2(n, w["up_proj"], w["down_proj"], config.leaky_relu_slope)
+    def project(self, x: Tensor, weight: Tensor, base: Tensor | None = None) -> Tensor:
+        """x (T, K), weight (N, K), base (T, N) or None -> base + x weight^T."""
+        if kernel := self.active_kernels.linear_add: return kernel(x, weight, base)
+        out = self.active_kernels.linear(x, weight)
+        return out if base is None else (base.float() + out).to(self.dtype)  # rounded once; no product takes base in
+
+    def feed_forward(self, w: Mapping[str, Tensor], n: Tensor, base: Tensor | None) -> Tensor:
+        """Weights w of a layer, its normalized input n (T, D) -> base plus the MLP's output (T, D)."""
+        config, kernel = self.config, self.active_kernels.leaky2
+        if kernel: out = kernel(n, w["up_proj"], w["down_proj"], base, config.leaky_relu_slope)
         else:
-            hidden = ACTIVATIONS[config.mlp_activation](kernels.linear(n, w["up_proj"]), config.leaky_relu_slope)
-            out = kernels.linear(norm(hidden) if config.projection_norm else hidden, w["down_proj"])
+            hidden = ACTIVATIONS[config.mlp_activation](self.project(n, w["up_proj"]), config.leaky_relu_slope)
+            out = self.project(norm(hidden) if config.projection_norm else hidden, w["down_proj"], base)
         return adapted(out, n, w, "mlp")
 
     def mix_norm(self, skipped: Tensor | None, x: Tensor, x0: Tensor, mix: Tensor,
@@ -1661,13 +1666,13 @@ class GPT(nn.Module):
         if "mean_smear" in w:
             x = torch.lerp(x, segment_mean(x, segments.positions).to(self.dtype), w["mean_smear"].tanh())
         mixed, attn_in, start = self.mix_norm(skipped, x, x0, mix, scale)
-        attn_out, v = self.attend(w, attn_in, start, angles, segments, exclude, first_value)
+        base = None if parallel else mixed
+        attn_out, v = self.attend(w, attn_in, start, angles, segments, exclude, first_value, base)
         v = v if config.value_residual else None
         if not parallel:
-            x = (mixed.float() + attn_out).to(self.dtype)  # not in bfloat16: torch would put it in the product, slower
-            return (x + self.feed_forward(w, attn_in if config.gptj_block else norm(x, scale)),), v
+            return (self.feed_forward(w, attn_in if config.gptj_block else norm(attn_out, scale), attn_out),), v
         # both sublayers read the old lanes; each lane keeps a share of itself and takes some of both outputs
-        mlp_out = self.feed_forward(w, norm(mlp_lane, scale))
+        mlp_out = self.feed_forward(w, norm(mlp_lane, scale), None)
         stay, share = w["lane_resid"], w["lane_mix"]
         return (stay[0] * x + share[0, 0] * attn_out + share[1, 0] * mlp_out,
                 stay[1] * mlp_lane + share[0, 1] * attn_out + share[1, 1] * mlp_out), v

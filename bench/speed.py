@@ -136,9 +136,16 @@ def measure_loader(trainer: Trainer, repeats: int) -> float:
     return median_seconds(trainer.world, build, repeats)
 
 
-def leaky2_twin(n: torch.Tensor, up: torch.Tensor, down: torch.Tensor, slope: float) -> torch.Tensor:
+def linear_add_twin(x: torch.Tensor, weight: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
+    """What load_linear_add's kernel computes, in plain torch."""
+    out = F.linear(x, weight)
+    return out if base is None else (base.float() + out).to(x.dtype)
+
+
+def leaky2_twin(n: torch.Tensor, up: torch.Tensor, down: torch.Tensor, base: torch.Tensor | None,
+                slope: float) -> torch.Tensor:
     """What load_leaky2's kernel computes, in plain torch."""
-    return F.linear(train_gpt.ACTIVATIONS["leaky2"](F.linear(n, up), slope), down)
+    return linear_add_twin(train_gpt.ACTIVATIONS["leaky2"](F.linear(n, up), slope), down, base)
 
 
 def rotate_heads_twin(qkv: torch.Tensor, gain: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
@@ -179,10 +186,14 @@ def kernel_cases(config: Config, kernels: train_gpt.Kernels, device: torch.devic
 
     def draw(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
         return torch.randn(shape, device=device, dtype=kind).requires_grad_()
+    if kernels.linear_add:
+        for name, out, base in (("linear_add", width, draw(tokens, width)), ("linear_add, to nothing", qkv, None)):
+            cases[name] = Case(kernels.linear_add, linear_add_twin, [draw(tokens, width), draw(out, width), base],
+                               6.0 * tokens * width * out)
     if kernels.leaky2:
-        cases["leaky2"] = Case(kernels.leaky2, leaky2_twin, [draw(tokens, width), draw(hidden, width),
-                                                             draw(width, hidden), config.leaky_relu_slope],
-                               12.0 * tokens * width * hidden)
+        cases["leaky2"] = Case(kernels.leaky2, leaky2_twin, [
+            draw(tokens, width), draw(hidden, width), draw(width, hidden), draw(tokens, width),
+            config.leaky_relu_slope], 12.0 * tokens * width * hidden)
     if kernels.rotate_heads:
         angles = train_gpt.rotary_angles(torch.arange(tokens) % config.train_seq_len,
                                          train_gpt.rotary_frequencies(config, True))
@@ -195,6 +206,17 @@ def kernel_cases(config: Config, kernels: train_gpt.Kernels, device: torch.devic
                 skipped, draw(tokens, width), draw(tokens, width), draw(3, width, kind=torch.float32), scale,
                 config.gate_window])
     return cases
+
+
+def replayed(world: World, work: Callable[[], Any]) -> Callable[[], Any]:
+    """work, run once; on a GPU as one CUDA graph, as in training: what its launches cost the host does not count."""
+    work()
+    if world.device.type != "cuda":
+        return work
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 def measure_kernel(world: World, case: Case, copy_rate: float, ceiling: float, compiled: bool, repeats: int
@@ -218,8 +240,7 @@ def measure_kernel(world: World, case: Case, copy_rate: float, ceiling: float, c
             for _ in range(calls):
                 torch.autograd.grad(outputs(), inputs, grads)
         for work in (forward, both):
-            work()
-            seconds.append(median_seconds(world, work, repeats) / calls)
+            seconds.append(median_seconds(world, replayed(world, work), repeats) / calls)
     size = sum(x.numel() * x.element_size() for x in (*inputs, *grads))  # each is read or written once a pass
     again = sum(x.numel() * x.element_size() for x in inputs)  # their gradients
     return [*seconds, max((2 * size + again) / copy_rate, case.flops / ceiling)]

@@ -86,21 +86,27 @@ def plain_kernels(config):
     def mix(a, b, c, weights, scale, window):
         mixed = weights[1] * b + weights[2] * c + (0 if a is None else weights[0] * a)
         return mixed, train_gpt.norm(mixed, scale), train_gpt.norm(mixed, scale)[:, :window] + 0
-    return train_gpt.PLAIN._replace(leaky2=lambda n, up, down, slope: torch.nn.functional.leaky_relu(
-        n @ up.T, slope).square() @ down.T, rotate_heads=rotate, mix_norm=mix)
+
+    def linear_add(x, weight, base):
+        return x @ weight.T + (0 if base is None else base)
+    return train_gpt.PLAIN._replace(
+        linear_add=linear_add, rotate_heads=rotate, mix_norm=mix,
+        leaky2=lambda n, up, down, base, slope: linear_add(
+            torch.nn.functional.leaky_relu(n @ up.T, slope).square(), down, base))
 
 
 def test_speed_compares_kernels_with_their_twins(capsys):
     config, cpu = tiny_config(), torch.device("cpu")
     world = train_gpt.World(0, 1, cpu, torch.float32)
     names = check_cases(config, plain_kernels(config), cpu, torch.float32, 1e-5)
-    assert names == ["leaky2", "rotate_heads", "mix_norm", "mix_norm, with a skip"]
+    assert names == ["linear_add", "linear_add, to nothing", "leaky2", "rotate_heads", "mix_norm",
+                     "mix_norm, with a skip"]
     speed.report_kernels(config, world, plain_kernels(config), 1e9, False, 1)
     lines = capsys.readouterr().out.splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:-1]]
     assert [row[0] for row in rows] == names and all(float(cell) >= 0 for row in rows for cell in row[1:])
     flops = 12 * config.micro_batch_tokens * config.model_dim * config.mlp_dim
-    assert float(rows[0][-1]) == pytest.approx(1e3 * flops / 1e9, rel=0.01)
+    assert float(rows[names.index("leaky2")][-1]) == pytest.approx(1e3 * flops / 1e9, rel=0.01)
     assert lines[-1].startswith("floor: inputs, outputs")
     speed.report_kernels(config, world, train_gpt.PLAIN, 1e9, False, 1)
     assert capsys.readouterr().out == ""
@@ -112,9 +118,9 @@ def test_speed_compares_kernels_with_their_twins(capsys):
 def test_speed_compares_the_real_kernels_with_their_twins(capsys):
     config, device = Config(micro_batch_tokens=8192, train_batch_tokens=8192), torch.device("cuda")
     kernels = train_gpt.choose_kernels(config, device)
-    assert len(check_cases(config, kernels, device, torch.bfloat16, 0.02)) == 4
+    assert len(check_cases(config, kernels, device, torch.bfloat16, 0.02)) == 6
     speed.report_kernels(config, train_gpt.World(0, 1, device, torch.bfloat16), kernels, 7e14, True, 2)
-    assert capsys.readouterr().out.count("\n") == 7
+    assert capsys.readouterr().out.count("\n") == 9
 
 
 # --- bench/compression.py

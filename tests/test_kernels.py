@@ -20,8 +20,9 @@ from train_gpt import (
     cut_segments,
     differentiable,
     load_leaky2,
-    load_leaky2_product,
+    load_linear_add,
     load_mix_norm,
+    load_product,
     load_rotate_heads,
     make_batch,
     make_segments,
@@ -31,7 +32,7 @@ from train_gpt import (
 )
 
 sys.path.insert(0, str(program.ROOT / "bench"))
-from speed import leaky2_twin, mix_norm_twin, rotate_heads_twin
+from speed import leaky2_twin, linear_add_twin, mix_norm_twin, rotate_heads_twin
 
 CPU = torch.device("cpu")
 gpu = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
@@ -46,24 +47,40 @@ def error(actual: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((actual.double() - wanted.double()).norm() / wanted.double().norm()).item()
 
 
+def no_worse(fused, twin, inputs: list[torch.Tensor | None], *numbers: float) -> None:
+    """Output and gradients in bfloat16, against the twin in float32: no worse than the twin's in bfloat16."""
+    ours, exact, plain = ([x if x is None else x.to(kind, copy=True).requires_grad_() for x in inputs]
+                          for kind in (torch.bfloat16, torch.float32, torch.bfloat16))
+    out, wanted, rounded = torch.compile(fused, dynamic=False)(*ours, *numbers), twin(*exact, *numbers), twin(
+        *plain, *numbers)
+    grad = draw(*out.shape)
+    for result in (out, wanted, rounded):
+        result.backward(grad.to(result.dtype))
+    assert out.shape == wanted.shape and error(out, wanted) < 1.1 * error(rounded, wanted) + 1e-3
+    for a, b, c in zip(ours, exact, plain):
+        assert a is None or error(a.grad, b.grad) < 1.1 * error(c.grad, b.grad) + 1e-3
+
+
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize("tokens, width, hidden, slope", [
     (98304, 512, 2048, 0.5), (1000, 512, 1504, 0.3), (1, 64, 256, 0.5), (777, 48, 112, 0.0), (130, 16, 16, 1.0)])
-def test_leaky2_is_its_plain_form(tokens, width, hidden, slope):
+@pytest.mark.parametrize("based", [False, True])
+def test_leaky2_is_its_plain_form(tokens, width, hidden, slope, based):
     torch.manual_seed(0)
-    inputs = [draw(tokens, width), draw(hidden, width, scale=width ** -0.5), draw(width, hidden, scale=hidden ** -0.5)]
-    ours, exact = [x.clone().requires_grad_() for x in inputs], [x.float().requires_grad_() for x in inputs]
-    plain, grad = [x.clone().requires_grad_() for x in inputs], draw(tokens, width)
+    no_worse(load_leaky2(), leaky2_twin, [draw(tokens, width), draw(hidden, width, scale=width ** -0.5), draw(
+        width, hidden, scale=hidden ** -0.5), draw(tokens, width) if based else None], slope)
 
-    fused = torch.compile(load_leaky2(), dynamic=False)
-    out, wanted, rounded = fused(*ours, slope), leaky2_twin(*exact, slope), leaky2_twin(*plain, slope)
-    out.backward(grad)
-    wanted.backward(grad.float())
-    rounded.backward(grad)
-    assert error(out, wanted) < 1.1 * error(rounded, wanted) + 1e-3
-    for a, b, c in zip(ours, exact, plain):
-        assert error(a.grad, b.grad) < 1.1 * error(c.grad, b.grad) + 1e-3
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("tokens, inner, out", [
+    (98304, 512, 1024), (98304, 512, 512), (1000, 1504, 512), (1, 64, 256), (777, 112, 48), (130, 16, 16)])
+@pytest.mark.parametrize("based", [False, True])
+def test_linear_add_is_its_plain_form(tokens, inner, out, based):
+    torch.manual_seed(0)
+    no_worse(load_linear_add(), linear_add_twin, [draw(tokens, inner), draw(out, inner, scale=inner ** -0.5),
+                                                  draw(tokens, out) if based else None])
 
 
 @pytest.mark.gpu
@@ -71,7 +88,7 @@ def test_leaky2_is_its_plain_form(tokens, width, hidden, slope):
 def test_leaky2_keeps_the_sign_and_nothing_else_of_what_it_squares():
     torch.manual_seed(1)
     n, up = draw(300, 64), draw(208, 64, scale=0.125)
-    post = load_leaky2_product()(n, up, 0.5)
+    post = load_product()("leaky2", n, up.T, slope=0.5)
     before = n.double() @ up.double().T
     clear = before.abs() > 1e-3  # sums in float32 may differ in sign below
     assert torch.equal(((post.view(torch.int16) & 1) == 1)[clear], (before < 0)[clear]) and (post >= 0).all()
@@ -192,16 +209,29 @@ def test_a_cpu_uses_plain_torch(changes):
     assert choose_kernels(tiny_config(**changes), CPU) == PLAIN
 
 
+def test_a_kernel_whose_package_is_missing_leaves_the_others(monkeypatch):
+    def missing():
+        raise ModuleNotFoundError("No module named 'quack'")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    for name in ("linear_add", "leaky2"):
+        monkeypatch.setattr(f"train_gpt.load_{name}", missing)
+    for name in ("rotate_heads", "mix_norm"):
+        monkeypatch.setattr(f"train_gpt.load_{name}", lambda name=name: name)
+    kernels = choose_kernels(tiny_config(), torch.device("cuda"))
+    assert kernels.names == "torch+rotate_heads+mix_norm (No module named 'quack')"
+    assert (kernels.rotate_heads, kernels.mix_norm) == ("rotate_heads", "mix_norm")
+
+
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize("changes, names", [
-    ({}, "torch+leaky2+rotate_heads+mix_norm"), ({"fused_kernels": False}, "torch"),
-    ({"attn_gate": "dense"}, "torch+leaky2+rotate_heads+mix_norm"),
-    ({"value_residual": True}, "torch+leaky2+mix_norm"),
-    ({"mlp_activation": "swiglu"}, "torch+rotate_heads+mix_norm"),
+    ({}, "torch+linear_add+leaky2+rotate_heads+mix_norm"), ({"fused_kernels": False}, "torch"),
+    ({"attn_gate": "dense"}, "torch+linear_add+leaky2+rotate_heads+mix_norm"),
+    ({"value_residual": True}, "torch+linear_add+leaky2+mix_norm"),
+    ({"mlp_activation": "swiglu"}, "torch+linear_add+rotate_heads+mix_norm"),
     ({"mlp_hidden": 40}, "torch+rotate_heads+mix_norm"),
-    ({"projection_norm": True}, "torch+rotate_heads+mix_norm"),
-    ({"model_dim": 192, "num_heads": 4, "mlp_mult": 2.0}, "torch+leaky2+mix_norm"),
+    ({"projection_norm": True}, "torch+linear_add+rotate_heads+mix_norm"),
+    ({"model_dim": 192, "num_heads": 4, "mlp_mult": 2.0}, "torch+linear_add+leaky2+mix_norm"),
     ({"fp8_matmul": True, "num_kv_heads": 2}, "fp8+rotate_heads+mix_norm")])
 def test_settings_choose_the_kernels(changes, names):
     assert choose_kernels(tiny_config(**changes), torch.device("cuda")).names == names

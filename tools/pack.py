@@ -42,7 +42,7 @@ class OtherUnpacker(ToolError):
 
 
 # --- 1. minified
-SAID_BY_TORCH = {"ctx", "inputs", "output"}  # parameters of setup_context, which it passes by keyword
+SAID_BY_OTHERS = {"ctx", "inputs", "output", "acc"}  # parameters that torch (setup_context) and quack say by name
 SEES_NAMES = {"locals", "eval", "exec"}
 LETTERS = [*map(chr, (*range(97, 123), *range(65, 91)))]
 NAMES = LETTERS + [letter + digit for letter in LETTERS for digit in "0123456789"]
@@ -199,7 +199,7 @@ def rename_locals(tree: ast.Module) -> None:
     Not so those of imports, and of parameters that may be passed by keyword: that any call names, or torch, or that
     belong to what is called with ** somewhere.
     """
-    keywords: set[str | None] = {*SAID_BY_TORCH}
+    keywords: set[str | None] = {*SAID_BY_OTHERS}
     opened, nodes = set(), [*ast.walk(tree)]
     for call in (node for node in nodes if isinstance(node, ast.Call)):
         keywords |= (said := {keyword.arg for keyword in call.keywords})
