@@ -570,24 +570,6 @@ def test_the_audit_is_reported(root, capsys):
     assert "* The program's own audit calls a run not legal." in (made / "README.md").read_text()
 
 
-def test_folders_of_the_first_form_pass_as_what_they_are(root, capsys, monkeypatch):
-    """Without the package of attention, with the back end's name for a version, with fewer rules; not as a record."""
-    logs = fake_logs.write_logs(root / "logs", SCORES, settings={"ngram_order": 16})
-    derive = record.derive
-    with monkeypatch.context() as patch:
-        patch.setattr(make_record, "derive", lambda *given: record.earlier_form(derive(*given)))
-        made = make(capsys, root, logs, "--track", "non_record_16mb")
-    facts = json.loads((made / "submission.json").read_text())
-    assert facts["flash_attn_version"] == "fa4" and "no_slot" not in facts["compliance"]
-    code, out, _ = call(validate_record, capsys, made)
-    assert code == 0 and "unknown form           of an earlier make_record.py" in out, out
-    assert (made / "requirements.txt").read_text() == "torch==2.11.0\nnumpy\n"
-    made = make(capsys, root, logs, "--track", "non_record_16mb", "--revise", "form")
-    code, out, _ = call(validate_record, capsys, made)
-    assert code == 0 and " form " not in out
-    assert "- [ ] no ngram cache: n-gram smoothing" in (made / "PR.md").read_text()
-
-
 @pytest.mark.parametrize("folder", sorted(path.parent for path in program.ROOT.glob("records/*/*/submission.json")),
                          ids=lambda path: path.name)
 def test_the_records_of_this_repository_pass(folder):

@@ -41,8 +41,6 @@ PUBLISHED_KEYS = {"author": str, "github_id": str, "name": str, "date": str, "va
 GIVEN_KEYS = {  # what does not follow from the logs
     **dict.fromkeys(("author", "github_id", "name", "date", "blurb", "track", "commit", "technique_summary"), str),
     "attribution": dict, "lineage": list, "comparison": dict, "base": dict, "revisions": list, "files": dict}
-# of the published compliance keys those that the first folders lack, see earlier_form
-LATER_RULES = ("score_first_ttt", "no_pre_quant_ttt", "no_slot", "no_etlb", "no_ngram_cache")
 ATTENTION_PACKAGES = {  # back end: its line in a requirements.txt
     "fa3": "flash_attn_3  # not on PyPI: wheels of Dao-AILab/flash-attention, folder hopper", "fa4": "flash-attn-4"}
 PATHS = {"data_dir", "data_path", "tokenizer_path", "log_dir", "artifact_path", "resume"}  # of a machine
@@ -281,16 +279,9 @@ def compliance(outcomes: Sequence[Outcome], documents: int, largest_bytes: int) 
             "no_ngram_cache": all(outcome.run.settings.get("ngram_order", "0") == "0" for outcome in outcomes)}
 
 
-def earlier_form(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The same as the first make_record.py wrote it: the back end in another place, fewer rules."""
-    kept = {name: value for name, value in facts.items() if name != "attention"}
-    rules = {name: value for name, value in facts["compliance"].items() if name not in LATER_RULES}
-    return kept | {"flash_attn_version": facts["attention"], "compliance": rules}
-
-
 def packages(facts: Mapping[str, Any]) -> list[str]:
-    """What ran, as lines of a requirements.txt; in the earlier form torch alone."""
-    attention = ATTENTION_PACKAGES.get(facts.get("attention", ""))
+    """What ran, as lines of a requirements.txt."""
+    attention = ATTENTION_PACKAGES.get(facts["attention"])
     return [f"torch=={facts['pytorch_version'].partition('+')[0]}", *([attention] if attention else [])]
 
 

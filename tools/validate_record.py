@@ -23,7 +23,6 @@ from record import (
     CLUTTER,
     FIXED_FILES,
     GIVEN_KEYS,
-    LATER_RULES,
     LIMIT_SECONDS,
     MAX_PROBABILITY_ERROR,
     MIN_SEEDS,
@@ -44,7 +43,6 @@ from record import (
     config_defaults,
     derive,
     differing_lines,
-    earlier_form,
     encode_source,
     events,
     log_faults,
@@ -294,10 +292,6 @@ def check_ours(folder: Path, given: dict[str, Any], report: Report) -> None:
     check_program(folder, given, outcomes, report)
     size = (folder / PACKED).stat().st_size
     facts = derive(outcomes, size) | compare_with(outcomes, given["comparison"])
-    if "attention" not in given and given["track"] == NON_RECORD:
-        facts = earlier_form(facts)
-        report.unknown("form", "of an earlier make_record.py, without the attention's package and "
-                       f"{', '.join(LATER_RULES)}; --revise writes it anew")
     sizes = {outcome.path.name: (outcome.model_bytes or 0) + size for outcome in outcomes}
     report.add("score", list(differences(facts, {key: given.get(key) for key in facts})),
                f"{facts['val_bpb']:.8f} bits per byte, {len(facts)} numbers of {SUBMISSION} computed again")
