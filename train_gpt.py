@@ -215,7 +215,7 @@ class Config:
     # --- evaluation
     eval_seq_len: Count = 2048  # tokens of the longest context
     eval_stride: Count = 64  # tokens between sliding windows
-    eval_temperature: float = 1.0  # logits are divided by it; 0 = the one that suits training text no step saw
+    eval_temperature: float = 1.0  # divides logits; 0 = what suits training text no step saw; artifacts keep it
     eval_mode: Literal["packed", "sliding", "adapted"] = "adapted"  # the score; packed: each token once, cheap
     eval_only: str = ""  # artifact to score; nothing is trained
     eval_budget_seconds: Positive = 590.0  # of evaluation: adaptation stops where more would be needed, scoring never
@@ -288,6 +288,7 @@ class Config:
             "{mlp_mult} x {model_dim} is no whole width: change one of them"
         yield self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim, \
             f"{{rope_dims}}: must be even and at most the head width {self.head_dim}"
+        yield not 0 < self.rope_stretch < 1, "{rope_stretch}: must be 0, or at least 1"
         yield self.gate_window <= (self.embed_dim or self.model_dim), "{gate_window}: at most {model_dim}, {embed_dim}"
         yield not self.parallel_start_layer or self.num_layers // 2 <= self.parallel_start_layer < self.num_layers, \
             "{parallel_start_layer}: lanes are for the second half of {num_layers}; 0 = off"
@@ -984,29 +985,29 @@ def load_product() -> Callable[..., Tensor]:
                     for tile, m in (((128, 192), 2), ((192, 128), 1)))  # the fastest of eleven tiles, on an H200
 
     def product(end: str, a: Tensor, b: Tensor, **operands: Any) -> Tensor:
-        out = a.new_empty(len(a), b.size(1))
-        ends[end](a, b, out={"D": out}, **operands, **(wide if b.size(1) > 1024 else narrow))
-        return out
+        return ends[end](a, b, **operands, **(wide if b.size(1) > 1024 else narrow))["D"]
 
+    x = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")  # quack is young: another version may not do
+    require(product("add", x, x, res=x)[0, 0] == 17, "quack: a product is wrong")
     return product
 
 
-def differentiable(name: str, signature: str, forward: tuple[Any, Any], backward: tuple[Any, Any] | None,
+def differentiable(name: str, signature: str, forward: tuple[Any, Any], backward: Any,
                    finish: Callable[..., Any], kept: int = 0) -> Any:
-    """A torch operator that compiles, from (function, function that makes empty outputs) of both directions.
+    """A torch operator that compiles, from (function, function that makes empty outputs) of both directions; backward
+    may be None, where finish is all there is to do.
 
     signature has a letter for each input, for each output, and for what backward gives: T is a tensor, ? one or None, i
     and f are numbers, behind the tensors. backward takes the input tensors and the last `kept` outputs, the gradient of
     each output, None where nobody differentiates it, and the numbers. The inputs' gradients are finish(tensors that
-    were kept, the outputs' gradients, what backward gave, None without a backward).
+    were kept, the outputs' gradients, what backward gave or None).
     """
     kinds, operators = {"T": "Tensor", "?": "Tensor?", "i": "int", "f": "float"}, []
     inputs, outputs, *found = signature.split()
     tensors, numbers = inputs.rstrip("if"), inputs.lstrip("T?")
-    for suffix, taken, given, pair in (("", inputs, outputs, forward), (
-            "_backward", tensors + "T" * kept + "?" * len(outputs) + numbers, "".join(found), backward)):
-        if pair is None: break
-        function, empty = pair
+    behind = tensors + "T" * kept + "?" * len(outputs) + numbers
+    for suffix, taken, given, (function, empty) in (("", inputs, outputs, forward), (
+            "_backward", behind, "".join(found), backward))[:1 + len(found)]:
         schema = ", ".join(f"{kinds[letter]} x{i}" for i, letter in enumerate(taken))
         schema = f"({schema}) -> ({', '.join(kinds[letter] for letter in given)})"
         operator: Any = torch.library.custom_op(f"train_gpt::{name}{suffix}", function, mutates_args=(), schema=schema)
@@ -1231,7 +1232,7 @@ def choose_kernels(config: Config, device: torch.device) -> Kernels:
                "linear_add": (load_linear_add, even), "leaky2": (load_leaky2, leaky2)}
     for name, (load, fits) in loaders.items():
         try: kernels = kernels._replace(**{name: load()}) if fits and config.fused_kernels and major == 9 else kernels
-        except (ImportError, AttributeError) as error: kernels = kernels._replace(note=f" ({error})")
+        except Exception as error: kernels = kernels._replace(note=f" (no {name}: {first_line(error)})")
     return kernels
 
 

@@ -209,16 +209,19 @@ def test_a_cpu_uses_plain_torch(changes):
     assert choose_kernels(tiny_config(**changes), CPU) == PLAIN
 
 
-def test_a_kernel_whose_package_is_missing_leaves_the_others(monkeypatch):
+@pytest.mark.parametrize("error, note", [
+    (ModuleNotFoundError("No module named 'quack'"), "No module named 'quack'"),
+    (TypeError("__call__() got an unexpected keyword\nand more"), "__call__() got an unexpected keyword")])
+def test_a_kernel_whose_package_is_missing_or_new_leaves_the_others(monkeypatch, error, note):
     def missing():
-        raise ModuleNotFoundError("No module named 'quack'")
+        raise error
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     for name in ("linear_add", "leaky2"):
         monkeypatch.setattr(f"train_gpt.load_{name}", missing)
     for name in ("rotate_heads", "mix_norm"):
         monkeypatch.setattr(f"train_gpt.load_{name}", lambda name=name: name)
     kernels = choose_kernels(tiny_config(), torch.device("cuda"))
-    assert kernels.names == "torch+rotate_heads+mix_norm (No module named 'quack')"
+    assert kernels.names == f"torch+rotate_heads+mix_norm (no leaky2: {note})"
     assert (kernels.rotate_heads, kernels.mix_norm) == ("rotate_heads", "mix_norm")
 
 
