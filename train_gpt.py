@@ -95,7 +95,7 @@ class Config:
     compile: Literal["auto", "0", "1"] = "auto"  # torch.compile: auto = on CUDA
     cuda_graphs: bool = True  # a compiled micro-batch is replayed as one CUDA graph; 0 = kernel by kernel
     attention: Literal["auto", "fa3", "fa4", "varlen", "sdpa"] = "auto"  # auto = the first that is there
-    fused_kernels: bool = True  # Triton kernels in training, where they are faster; 0 = what torch makes
+    fused_kernels: bool = True  # kernels of Triton and quack in training, where they are faster; 0 = what torch makes
     fp8_matmul: bool = False  # blocks multiply in 8-bit floats, forward, in training
     deterministic: bool = False  # equal runs give equal numbers on a GPU too, at some cost in speed
     allow_oversize: bool = False  # a submission above 16,000,000 bytes is no error
@@ -900,8 +900,9 @@ def read_sidecar(val: TokenStream, paths: Sequence[Path], tokenizer: Any) -> np.
 
 
 # ====================================================================================================================
-# 4. kernels: what training computes in its own way where the GPU can: fused Triton kernels, products of 8-bit floats.
-#    Each does what plain torch does in section 5, which serves everywhere else, in scoring too.
+# 4. kernels: what training computes in its own way where the GPU can: products that end in what follows them (quack),
+#    fused Triton kernels, products of 8-bit floats. Each does what plain torch does in section 5, which serves
+#    everywhere else, in scoring too.
 # ====================================================================================================================
 
 
