@@ -36,6 +36,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+# pyright: reportInvalidTypeForm=false
+triton: Any = importlib.import_module("triton") if importlib.util.find_spec("triton") else None
+tl: Any = triton and triton.language
+constexpr, libdevice = (tl.constexpr, tl.extra.cuda.libdevice) if triton else (tl, tl)
 VERSION = "0.1.0"
 MIN_TORCH = (2, 11)
 SIZE_LIMIT_BYTES = 16_000_000  # decimal; artifact plus packed code
@@ -387,20 +391,20 @@ def accepted(table: str, note: str | None = None) -> dict[str, Any]:
 # Other published names -> ours, or {value: (our field, its value), or None where we do so anyway, or ("", what the log
 # says of it)}; other values are refused.
 ALIASES: dict[str, str | dict[str, tuple[str, Any] | None]] = {
-    "MUON_WEIGHT_DECAY": "muon_wd", "ADAM_WEIGHT_DECAY": "adam_wd", "EMBED_WEIGHT_DECAY": "embed_wd",
-    "VAL_BATCH_SIZE": "val_batch_tokens", "BIGRAM_DIM": "bigram_hash_dim", "SKIP_GATE_ENABLED": "skip_gates_enabled",
-    "BIGRAM_VOCAB_SIZE": "bigram_hash_buckets", "TIED_EMBEDDING_LR": "tied_embed_lr", "EMBEDDING_BITS": "embed_bits",
-    "TTT_EVAL_SEQ_LEN": "eval_seq_len", "TTT_CHUNK_TOKENS": "global_ttt_chunk_tokens", "TOKEN_ORDER": "ngram_order",
+    "MUON_WEIGHT_DECAY": "muon_wd", "ADAM_WEIGHT_DECAY": "adam_wd", "EMBED_WEIGHT_DECAY": "embed_wd", "SIZE_TARGET":
+    "target_bytes", "VAL_BATCH_SIZE": "val_batch_tokens", "BIGRAM_DIM": "bigram_hash_dim", "SKIP_GATE_ENABLED":
+    "skip_gates_enabled", "BIGRAM_VOCAB_SIZE": "bigram_hash_buckets", "TIED_EMBEDDING_LR": "tied_embed_lr",
+    "EMBEDDING_BITS": "embed_bits", "TTT_EVAL_SEQ_LEN": "eval_seq_len", "TOKEN_ORDER": "ngram_order",
+    "TTT_CHUNK_TOKENS": "global_ttt_chunk_tokens",
     **{f"TTT_{name}": f"global_ttt_{name.lower()}" for name in ("LR", "EPOCHS", "MOMENTUM", "GRAD_CLIP")},
     "SMEAR_GATE_ENABLED": {"0": ("smear_gate", "off"), "1": ("smear_gate", "input")},
     "USE_SMEARGATE": {"0": ("smear_gate", "off"), "1": ("smear_gate", "static")},
     "SPARSE_ATTN_GATE_ENABLED": {"0": ("sparse_attn_gate_scale", 0.0), "1": ("attn_gate", "sparse")},
     **{name: {"0": None, "1": ("attn_gate", "dense")} for name in ("GATED_ATTN_ENABLED", "GATED_ATTENTION")},
-    "ATTN_OUT_GATE_ENABLED": {"0": None, "1": ("attn_gate", "output")}, "SIZE_TARGET": "target_bytes",
+    "ATTN_OUT_GATE_ENABLED": {"0": None, "1": ("attn_gate", "output")}, "TTT_MLP_LORA": {"1": None},
     "EMA_ENABLED": {"0": ("ema_decay", 0.0), "1": None}, "SWA_ENABLED": {"0": ("swa_start_frac", 0.0), "1": None},
-    "NGRAM_TILT_ENABLED": {"0": ("ngram_order", 0), "1": ("ngram_order", 16)},
-    "LATE_QAT": {"0": ("late_qat_threshold", 0.0), "1": None}, "TTT_MLP_LORA": {"1": None}, "TTT_O_LORA": {"1": None},
-    "TTT_ENABLED": {"0": None, "1": ("eval_mode", "adapted")},
+    "NGRAM_TILT_ENABLED": {"0": ("ngram_order", 0), "1": ("ngram_order", 16)}, "TTT_O_LORA": {"1": None},
+    "LATE_QAT": {"0": ("late_qat_threshold", 0.0), "1": None}, "TTT_ENABLED": {"0": None, "1": ("eval_mode", "adapted")},
     "PHASED_TTT_ENABLED": {"0": ("phased_ttt_num_phases", 0), "1": ("eval_mode", "adapted")},
     "TTT_K_LORA": {"0": ("ttt_targets", "q,v,out,mlp,head"), "1": None},
     "TTT_MASK": {"no_qv": ("ttt_targets", "k,out,mlp,head"), "": None},
@@ -629,6 +633,9 @@ class Segments(NamedTuple):
     max_length: int  # no segment is longer
 
 
+EMPTY: Mapping[Any, Any] = {}
+
+
 class Batch(NamedTuple):
     ids: Tensor  # (1, T) int64
     targets: Tensor  # (1, T) or (1, T, C) int64
@@ -693,7 +700,7 @@ def shuffled_rows(rows: int, seed: int, epoch: int) -> np.ndarray:
 class TrainLoader:
     """micro(i, ...) = micro-batch i of this rank, prepared by a thread while the device works."""
 
-    def __init__(self, config: Config, world: World, stream: TokenStream, num_segments: int):
+    def __init__(self, config: Config, world: World, stream: TokenStream, num_segments: Mapping[int, int] = EMPTY):
         self.config, self.world, self.stream, self.num_segments = config, world, stream, num_segments
         self.worker = ThreadPoolExecutor(1)
         self.pending: dict[tuple[int, int], Any] = {}
@@ -709,7 +716,7 @@ class TrainLoader:
         windows = np.stack([self.stream.slice(i * row, row + 1) for i in rows])
         starts = np.concatenate([i * row + cut_segments(window[:-1], seq_len, config.document_mask)
                                  for i, window in enumerate(windows)])
-        segments = make_segments(starts, tokens, seq_len, self.num_segments)
+        segments = make_segments(starts, tokens, seq_len, self.num_segments.get(seq_len, 0))
         batch = make_batch(windows[:, :-1].reshape(-1), windows[:, 1:].reshape(-1), segments)
         return map_tensors(Tensor.pin_memory, batch) if self.world.device.type == "cuda" else batch
 
@@ -738,7 +745,7 @@ class Dataset:
     tokenizer_sha256: str  # "" without a tokenizer file
     fingerprint: str  # sha256 over validation tokens, their bytes and all training shards
     leaked_documents: int  # validation documents found in the training shards
-    max_documents: int  # BOS tokens in any micro-batch, at most
+    max_segments: dict[int, int]  # longest segment, of those in TRAIN_SEQ_SCHEDULE -> most segments of a micro-batch
 
 
 def find_shards(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
@@ -771,11 +778,12 @@ class ShardScan(NamedTuple):
 
     sha256: str
     max_token: int
-    max_documents: int  # BOS in any window of the micro-batch size that starts in this shard
+    max_segments: dict[int, int]  # longest segment -> most segments of a window that starts in this shard
     leaked: set[bytes]  # digests of documents that are also in validation
 
 
-def scan_shard(stream: TokenStream, shard: int, keys: np.ndarray, digests: set[bytes], window_tokens: int) -> ShardScan:
+def scan_shard(stream: TokenStream, shard: int, keys: np.ndarray, digests: set[bytes], window_tokens: int,
+               seq_lens: Iterable[int]) -> ShardScan:
     """Reads a shard once. Documents are looked up whole: one that continues in the next shard belongs to this one."""
     ids, end = np.array(stream.shards[shard]), int(stream.offsets[shard + 1])
     blocks = (range(first, min(first + (1 << 16), len(stream))) for first in range(end, len(stream), 1 << 16))
@@ -786,9 +794,14 @@ def scan_shard(stream: TokenStream, shard: int, keys: np.ndarray, digests: set[b
     if shard and len(bounds) > 2 and whole[0] != BOS: bounds = bounds[1:]  # the head belongs to the previous shard
     candidates = np.flatnonzero(np.isin(document_keys(whole, bounds), keys))
     leaked = digests & {digest(whole[bounds[i]:bounds[i + 1]]) for i in candidates}
-    places = np.flatnonzero(np.concatenate((ids, stream.slice(end, window_tokens))) == BOS)
-    counts = np.searchsorted(places, places + window_tokens) - np.arange(len(places))
-    return ShardScan(hashlib.sha256(ids.data).hexdigest(), int(ids.max()), int(counts.max(initial=0)), leaked)
+    starts = np.union1d(np.flatnonzero(np.concatenate((ids, stream.slice(end, window_tokens))) == BOS), 0)
+    stops = starts[:np.searchsorted(starts, len(ids))] + window_tokens  # of windows that start with a document
+    last, most = np.searchsorted(starts, stops) - 1, {}
+    for length in seq_lens:
+        before = np.cumsum([0, *-(-np.diff(starts) // length)])
+        counts = before[last] - before[:len(last)] - (starts[last] - stops) // length
+        most[length] = int(counts.max()) + 1  # starting x tokens earlier adds ceil(x / length), takes floor of it off
+    return ShardScan(hashlib.sha256(ids.data).hexdigest(), int(ids.max()), most, leaked)
 
 
 def open_dataset(config: Config, world: World) -> Dataset:
@@ -807,8 +820,10 @@ def open_dataset(config: Config, world: World) -> Dataset:
     keys = np.unique(document_keys(val_tokens, bounds))
     digests = {digest(val_tokens[a:b]) for a, b in zip(bounds[:-1], bounds[1:]) if b - a > 1}  # empty: all equal
     rows = 1 if config.train_order == "sequential" else config.micro_batch_tokens // config.train_seq_len
-    window = config.micro_batch_tokens // rows + 1
-    mine = [scan_shard(train, i, keys, digests, window) for i in range(world.rank, len(train.shards), world.size)]
+    window, lengths = config.micro_batch_tokens // rows, {config.train_seq_len, *map(int, dict(parse_schedule(
+        config.train_seq_schedule)))}
+    mine = [scan_shard(train, i, keys, digests, window, lengths)
+            for i in range(world.rank, len(train.shards), world.size)]
     by_rank = world.gather(mine)
     scans = [by_rank[i % world.size][i // world.size] for i in range(len(train.shards))]
     for scan, path in zip(scans, train_paths): check_tokens(scan.max_token, config, path)
@@ -819,7 +834,8 @@ def open_dataset(config: Config, world: World) -> Dataset:
                         f"in this one; remove them, or accept them with MAX_LEAKED_DOCUMENTS={leaked}")
     parts = [hashlib.sha256(x.data).hexdigest() for x in (val_tokens, val_bytes)] + [scan.sha256 for scan in scans]
     fingerprint = hashlib.sha256(" ".join(parts).encode()).hexdigest()
-    most = rows * max(scan.max_documents for scan in scans)
+    most = {length: rows * (max(scan.max_segments[length] for scan in scans) if config.document_mask else
+                            -(-window // length)) for length in lengths}
     return Dataset(train, val_tokens, val_bytes, sha256, fingerprint, leaked, most)
 
 
@@ -920,7 +936,9 @@ class Kernels(NamedTuple):
     linear_add: Callable[..., Tensor] | None = None  # a product, and what it is added to
     leaky2: Callable[..., Tensor] | None = None  # the whole MLP
     rotate_heads: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None  # norm, rotation, gain of heads
+    exclude: Callable[..., Tensor] | None = None  # exclusive self attention, times a gate
     mix_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None  # blend of streams, and its norm
+    cross_entropy: Callable[..., Tensor] | None = None  # the head, its softcap and the nats
     note: str = ""  # for the log
 
     @property
@@ -1030,10 +1048,11 @@ def differentiable(name: str, signature: str, forward: tuple[Any, Any], backward
 
 
 def written(launch: Callable[..., None], empty: Callable[..., Any]) -> tuple[Any, Any]:
-    """-> (a function of tensors and a number that has launch(number, *tensors, *outputs) write empty outputs, empty)"""
+    """-> (a function of tensors, then numbers, that has launch(*numbers, *tensors, *outputs) write outputs, empty)"""
     def function(*inputs: Any) -> Any:
-        outputs = empty(*inputs)
-        launch(inputs[-1], *inputs[:-1], *((outputs,) if isinstance(outputs, Tensor) else outputs))
+        outputs, numbers = empty(*inputs), [x for x in inputs if isinstance(x, int | float)]
+        tensors = inputs[:len(inputs) - len(numbers)]
+        launch(*numbers, *tensors, *((outputs,) if isinstance(outputs, Tensor) else outputs))
         return outputs
     return function, empty
 
@@ -1073,48 +1092,43 @@ def load_leaky2() -> Callable[..., Tensor]:
     return lambda *inputs: operator(*inputs)[0]
 
 
-def load_rotate_heads_kernel() -> Any:
-    """-> the Triton kernel of load_rotate_heads. Forward, without dqkv and dgain, it writes q, k, v and own. Backward
-    it reads their gradients there (own may have none), and writes dqkv and, a row for each program, dgain."""
-    import triton, triton.language as tl  # pyright: ignore[reportMissingImports]
-
-    def rotate_heads_kernel(T, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
-                            HEADS: tl.constexpr, qkv, gain, cos, sin, q, k, v, own, dqkv=None, dgain=None):
-        row, head = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None], tl.arange(0, HEADS)[None, :, None]
-        col = tl.arange(0, E)[None, None, :] + 0 * head
-        live, is_q, is_v = (row < T) & (head < H + 2 * K), head < H, head >= H + K
-        is_k, at, at_q = (head >= H) & (head < H + K), (row * (H + 2 * K) + head) * E + col, (row * H + head) * E
-        shared = tl.where(is_v, head - H - K, head - H)  # which of the K heads
-        turns, pair = live & (col < 2 * R) & (head < H + K), tl.where(col < R, col + R, col - R)
-        angle = row * R + tl.where(col < R, col, col - R)
-        c, s = tl.load(cos + angle, turns, 1.0), tl.load(sin + angle, turns, 0.0) * tl.where(col < R, 1.0, -1.0)
-        value = tl.load(qkv + at, live, 0.0).to(tl.float32)
-        rstd = tl.where(is_v, 1.0, tl.rsqrt(tl.sum(value * value, 2, keep_dims=True) / E + 1.1920929e-07))
-        factor = rstd * tl.load(gain + head, is_q, 1.0)
-        if dqkv is None:
-            other = tl.load(qkv + at + pair - col, turns, 0.0).to(tl.float32)
-            value = (value * c + other * s) * factor
-            tl.store(q + at_q + col, value, live & is_q)
-            tl.store(own + (row * K + shared) * E + col, value, live & is_v)
-            for g in tl.static_range(H // K):
-                place = (row * H + shared * (H // K) + g) * E + col
-                tl.store(k + place, value, live & is_k)
-                tl.store(v + place, value, live & is_v)
-        else:
-            grad = tl.load(q + at_q + col, live & is_q, 0.0).to(tl.float32)
-            if own is not None: grad += tl.load(own + (row * K + shared) * E + col, live & is_v, 0.0)
-            other = tl.load(q + at_q + pair, turns & is_q, 0.0).to(tl.float32)
-            for g in tl.static_range(H // K):
-                place = (row * H + shared * (H // K) + g) * E
-                grad += tl.load(k + place + col, live & is_k, 0.0)
-                grad += tl.load(v + place + col, live & is_v, 0.0)
-                other += tl.load(k + place + pair, turns & is_k, 0.0)
-            grad = grad * c - other * s  # turned back
-            inner = tl.where(is_v, 0.0, tl.sum(value * grad, 2, keep_dims=True) * rstd)
-            tl.store(dqkv + at, (grad - value * (inner * rstd / E)) * factor, live)
-            tl.store(dgain + tl.program_id(0) * H + head, tl.sum(inner, 0, keep_dims=True), is_q)
-
-    return triton.jit(rotate_heads_kernel)
+# Triton kernels. Without their last arguments they go forward; with them backward, where they read the gradients of
+# what they wrote before (some may have none), and write those of what they read, and sums, a row for each program.
+def rotate_heads_kernel(T, H: constexpr, K: constexpr, E: constexpr, R: constexpr, ROWS: constexpr,
+                        HEADS: constexpr, qkv, gain, cos, sin, q, k, v, own, dqkv=None, dgain=None):
+    row, head = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None], tl.arange(0, HEADS)[None, :, None]
+    col = tl.arange(0, E)[None, None, :] + 0 * head
+    live, is_q, is_v = (row < T) & (head < H + 2 * K), head < H, head >= H + K
+    is_k, at, at_q = (head >= H) & (head < H + K), (row * (H + 2 * K) + head) * E + col, (row * H + head) * E
+    shared = tl.where(is_v, head - H - K, head - H)  # which of the K heads
+    turns, pair = live & (col < 2 * R) & (head < H + K), tl.where(col < R, col + R, col - R)
+    angle = row * R + tl.where(col < R, col, col - R)
+    c, s = tl.load(cos + angle, turns, 1.0), tl.load(sin + angle, turns, 0.0) * tl.where(col < R, 1.0, -1.0)
+    value = tl.load(qkv + at, live, 0.0).to(tl.float32)
+    rstd = tl.where(is_v, 1.0, tl.rsqrt(tl.sum(value * value, 2, keep_dims=True) / E + 1.1920929e-07))
+    factor = rstd * tl.load(gain + head, is_q, 1.0)
+    if dqkv is None:
+        other = tl.load(qkv + at + pair - col, turns, 0.0).to(tl.float32)
+        value = (value * c + other * s) * factor
+        tl.store(q + at_q + col, value, live & is_q)
+        tl.store(own + (row * K + shared) * E + col, value, live & is_v)
+        for g in tl.static_range(H // K):
+            place = (row * H + shared * (H // K) + g) * E + col
+            tl.store(k + place, value, live & is_k)
+            tl.store(v + place, value, live & is_v)
+    else:
+        grad = tl.load(q + at_q + col, live & is_q, 0.0).to(tl.float32)
+        if own is not None: grad += tl.load(own + (row * K + shared) * E + col, live & is_v, 0.0)
+        other = tl.load(q + at_q + pair, turns & is_q, 0.0).to(tl.float32)
+        for g in tl.static_range(H // K):
+            place = (row * H + shared * (H // K) + g) * E
+            grad += tl.load(k + place + col, live & is_k, 0.0)
+            grad += tl.load(v + place + col, live & is_v, 0.0)
+            other += tl.load(k + place + pair, turns & is_k, 0.0)
+        grad = grad * c - other * s  # turned back
+        inner = tl.where(is_v, 0.0, tl.sum(value * grad, 2, keep_dims=True) * rstd)
+        tl.store(dqkv + at, (grad - value * (inner * rstd / E)) * factor, live)
+        tl.store(dgain + tl.program_id(0) * H + head, tl.sum(inner, 0, keep_dims=True), is_q)
 
 
 @functools.cache
@@ -1125,7 +1139,7 @@ def load_rotate_heads() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     that share them: attention's backward pass is faster that way than with sums over heads of its own. Each direction
     reads and writes every tensor once; the backward pass makes the norms again.
     """
-    kernel = load_rotate_heads_kernel()
+    kernel = triton.jit(rotate_heads_kernel)
 
     def launch(width: int, qkv: Tensor, gain: Tensor, cos: Tensor, *rest: Any) -> None:
         tokens, heads, total = len(qkv), len(gain), qkv.size(1) // width  # of queries; with keys and values
@@ -1144,51 +1158,129 @@ def load_rotate_heads() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
                           kept, _, found: (found[0], found[1].sum(0).to(kept[1].dtype), None, None, None))
 
 
-def load_mix_norm_kernel() -> Any:
-    """-> the Triton kernel of load_mix_norm. Forward, without what follows them, it writes mixed, out and start.
-    Backward it reads their gradients there (each but out may have none), and writes da, db, dc and, for each program, 3
-    rows of dmix."""
-    import triton, triton.language as tl  # pyright: ignore[reportMissingImports]
+def exclude_kernel(T, H: constexpr, K: constexpr, E: constexpr, ROWS: constexpr, KP: constexpr, y, v, opened, out,
+                   dy=None, dv=None, dopened=None):
+    row, kv = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None], tl.arange(0, KP)[None, :, None]
+    col, live, down = tl.arange(0, E)[None, None, :], (row < T) & (kv < K), tl.zeros((ROWS, KP, E), tl.float32)
+    own = tl.load(v + (row * K + kv) * E + col, live, 0.0).to(tl.float32)
+    size = tl.maximum(tl.sum(own * own, 2, keep_dims=True), 1e-24)
+    for g in tl.static_range(H // K):
+        head = row * H + kv * (H // K) + g
+        x, gate = tl.load(y + head * E + col, live, 0.0).to(tl.float32), tl.load(opened + head, live, 0.0)
+        share = tl.sum(x * own, 2, keep_dims=True) / size
+        rest = x - share * own
+        if dy is None: tl.store(out + head * E + col, gate * rest, live)
+        else:
+            grad = tl.load(out + head * E + col, live, 0.0).to(tl.float32)
+            tl.store(dopened + head, tl.sum(grad * rest, 2, keep_dims=True), live)
+            grad *= gate
+            back = tl.sum(grad * own, 2, keep_dims=True) / size
+            tl.store(dy + head * E + col, grad - back * own, live)
+            down -= share * grad + back * (rest - share * own)
+    if dy is not None: tl.store(dv + (row * K + kv) * E + col, down, live)
 
-    def mix_norm_kernel(T, D: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, a, b, c, mix, scale,
-                        mixed, out, start, da=None, db=None, dc=None, dmix=None):
-        col, factor, zero = tl.arange(0, BD)[None, :], tl.load(scale), tl.zeros((ROWS, BD), tl.float32)
-        inside, sum_a, sum_b, sum_c = col < D, zero, zero, zero
-        wy, wz = tl.load(mix + D + col, inside, 0.0), tl.load(mix + 2 * D + col, inside, 0.0)
-        for first in tl.range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
-            row = first + tl.arange(0, ROWS)[:, None]
-            at, live, opens = row * D + col, (row < T) & inside, (row < T) & (col < W)
-            y, z = tl.load(b + at, live, 0.0).to(tl.float32), tl.load(c + at, live, 0.0).to(tl.float32)
-            blend, x, wx = y * wy + z * wz, y, wy
+
+@functools.cache
+def load_exclude() -> Callable[..., Tensor]:
+    """(y (T, H, E), v (T, K, E), opened (T, H) float32) -> exclusive(y, v) times opened, (T, H E); E is a power of 2.
+
+    Each direction reads and writes every tensor once.
+    """
+    kernel = triton.jit(exclude_kernel)
+
+    def launch(y: Tensor, v: Tensor, *rest: Tensor | None) -> None:
+        (tokens, heads, width), kv = y.shape, v.size(1)
+        kernel[(-(-tokens // HEAD_ROWS),)](tokens, heads, kv, width, HEAD_ROWS, 1 << (kv - 1).bit_length(), y, v, *rest,
+                                           num_warps=HEAD_ROWS)
+    forward = written(launch, lambda y, *_: y.new_empty(len(y), y.size(1) * y.size(2)))
+    backward = written(launch, lambda y, v, opened, _: tuple(map(torch.empty_like, (y, v, opened))))
+    return differentiable("exclude", "TTT T TTT", forward, backward, lambda kept, _, found: found)
+
+
+def cross_entropy_kernel(V: constexpr, BV: constexpr, logits, targets, caps, nats, dcaps):
+    row, col = tl.program_id(0).to(tl.int64), tl.arange(0, BV)
+    logits, target = logits + row * V, tl.load(targets + row)
+    above, below, known = tl.load(caps), tl.load(caps + 1), tl.where(target >= 0, 1.0, 0.0)
+    x, near = tl.load(logits + col, col < V, 0.0), tl.load(logits + target, target >= 0, 0.0).to(tl.float32)
+    tanh = 1 - libdevice.fast_dividef(2.0, 1 + libdevice.fast_expf(x * tl.where(x >= 0, 2 / above, 2 / below)))
+    share = libdevice.fast_expf(tl.where(x >= 0, above, below) * tanh - 30.0)  # within the caps none vanishes
+    total, cap = tl.sum(tl.where(col < V, share, 0.0), 0), tl.where(near >= 0, above, below)
+    near = cap - cap * libdevice.fast_dividef(2.0, 1 + libdevice.fast_expf(2 * near / cap))
+    tl.debug_barrier()  # the target's logit is read before its place is written
+    tl.store(nats + row, known * (tl.log(total) + 30.0 - near))
+    grad, slope = share * (known / total) - tl.where(col == target, 1.0, 0.0), 1 - tanh * tanh
+    tl.store(logits + col, grad * slope, col < V)
+    grad = tl.where(col < V, grad * (tanh - x * tl.where(tanh >= 0, 1 / above, 1 / below) * slope), 0.0)
+    up = tl.sum(tl.where(tanh >= 0, grad, 0.0), 0)  # comparing x again would keep results of the first time
+    tl.store(dcaps + 2 * row, up)
+    tl.store(dcaps + 2 * row + 1, tl.sum(grad, 0) - up)
+
+
+@functools.cache
+def load_cross_entropy() -> Callable[..., Tensor]:
+    """(x (T, D), head (V, D), targets (T,), caps (2,)) -> nats (T,) of the targets, from logits x head^T with a cap x
+    tanh(logit / cap) above and one below 0. A target of -1 has 0 nats; caps are at most 54.
+
+    The forward pass reads the logits once and leaves their gradients in their place.
+    """
+    kernel = triton.jit(cross_entropy_kernel)
+
+    def empty(x: Tensor, head: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        return *(x.new_empty(len(x), *n, dtype=torch.float32) for n in ((), (2,))), x.new_empty(len(x), len(head))
+
+    def forward(x: Tensor, head: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, ...]:
+        (nats, dcaps, _), logits, size = empty(x, head[:0]), F.linear(x, head), 1 << (len(head) - 1).bit_length()
+        warps = min(max(size // 1024, 1), 32)
+        kernel[(len(x),)](len(head), size, logits, targets, caps, nats, dcaps, num_warps=warps,
+                          maxnreg=min(max(1024 // warps, 64), 255))  # so that two programs fit
+        return nats, dcaps, logits
+
+    def finish(kept: Sequence[Tensor], grads: Sequence[Tensor], _: None):
+        (x, head), (dcaps, dlogits) = kept[:2], kept[4:]
+        weight = grads[0][:, None]
+        return ((dlogits @ head) * weight).to(x.dtype), dlogits.T @ (x * weight).to(x.dtype), None, grads[0] @ dcaps
+
+    operator = differentiable("cross_entropy", "TTTT TTT", (forward, empty), None, finish, kept=2)
+    return lambda *inputs: operator(*inputs)[0]
+
+
+def mix_norm_kernel(T, D: constexpr, W: constexpr, ROWS: constexpr, BD: constexpr, a, b, c, mix, scale, mixed, out,
+                    start, da=None, db=None, dc=None, dmix=None):
+    col, factor, zero = tl.arange(0, BD)[None, :], tl.load(scale), tl.zeros((ROWS, BD), tl.float32)
+    inside, sum_a, sum_b, sum_c = col < D, zero, zero, zero
+    wy, wz = tl.load(mix + D + col, inside, 0.0), tl.load(mix + 2 * D + col, inside, 0.0)
+    for first in tl.range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        at, live, opens = row * D + col, (row < T) & inside, (row < T) & (col < W)
+        y, z = tl.load(b + at, live, 0.0).to(tl.float32), tl.load(c + at, live, 0.0).to(tl.float32)
+        blend, x, wx = y * wy + z * wz, y, wy
+        if a is not None:
+            x, wx = tl.load(a + at, live, 0.0).to(tl.float32), tl.load(mix + col, inside, 0.0)
+            blend += x * wx
+        blend = blend.to(tl.bfloat16).to(tl.float32)
+        rstd = tl.rsqrt(tl.sum(blend * blend, 1, keep_dims=True) / D + 1.1920929e-07)
+        if dmix is None:
+            tl.store(mixed + at, blend, live)
+            tl.store(out + at, blend * (rstd * factor), live)
+            tl.store(start + row * W + col, blend * (rstd * factor), opens)
+        else:
+            grad = tl.load(out + at, live, 0.0).to(tl.float32)
+            if start is not None: grad += tl.load(start + row * W + col, opens, 0.0)
+            grad *= factor * rstd
+            grad -= blend * (tl.sum(grad * blend, 1, keep_dims=True) / D * rstd * rstd)
+            if mixed is not None: grad += tl.load(mixed + at, live, 0.0).to(tl.float32)
+            tl.store(db + at, grad * wy, live)
+            tl.store(dc + at, grad * wz, live)
+            sum_b += grad * y
+            sum_c += grad * z
             if a is not None:
-                x, wx = tl.load(a + at, live, 0.0).to(tl.float32), tl.load(mix + col, inside, 0.0)
-                blend += x * wx
-            blend = blend.to(tl.bfloat16).to(tl.float32)
-            rstd = tl.rsqrt(tl.sum(blend * blend, 1, keep_dims=True) / D + 1.1920929e-07)
-            if dmix is None:
-                tl.store(mixed + at, blend, live)
-                tl.store(out + at, blend * (rstd * factor), live)
-                tl.store(start + row * W + col, blend * (rstd * factor), opens)
-            else:
-                grad = tl.load(out + at, live, 0.0).to(tl.float32)
-                if start is not None: grad += tl.load(start + row * W + col, opens, 0.0)
-                grad *= factor * rstd
-                grad -= blend * (tl.sum(grad * blend, 1, keep_dims=True) / D * rstd * rstd)
-                if mixed is not None: grad += tl.load(mixed + at, live, 0.0).to(tl.float32)
-                tl.store(db + at, grad * wy, live)
-                tl.store(dc + at, grad * wz, live)
-                sum_b += grad * y
-                sum_c += grad * z
-                if a is not None:
-                    sum_a += grad * x
-                    tl.store(da + at, grad * wx, live)
-        if dmix is not None:
-            place = dmix + tl.program_id(0) * 3 * D + col
-            tl.store(place, tl.sum(sum_a, 0, keep_dims=True), inside)
-            tl.store(place + D, tl.sum(sum_b, 0, keep_dims=True), inside)
-            tl.store(place + 2 * D, tl.sum(sum_c, 0, keep_dims=True), inside)
-
-    return triton.jit(mix_norm_kernel)
+                sum_a += grad * x
+                tl.store(da + at, grad * wx, live)
+    if dmix is not None:
+        place = dmix + tl.program_id(0) * 3 * D + col
+        tl.store(place, tl.sum(sum_a, 0, keep_dims=True), inside)
+        tl.store(place + D, tl.sum(sum_b, 0, keep_dims=True), inside)
+        tl.store(place + 2 * D, tl.sum(sum_c, 0, keep_dims=True), inside)
 
 
 @functools.cache
@@ -1198,7 +1290,7 @@ def load_mix_norm() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 
     The sums over tokens for the gradient of mix are made where the streams' own gradients are: nothing is read twice.
     """
-    kernel = load_mix_norm_kernel()
+    kernel = triton.jit(mix_norm_kernel)
 
     def launch(window: int, *arrays: Any) -> None:
         programs, (tokens, width) = len(arrays[-1]), arrays[1].shape  # one for each row of the last array
@@ -1226,11 +1318,12 @@ def choose_kernels(config: Config, device: torch.device) -> Kernels:
             f"{config.device}: needs products of 8-bit floats (this is {device.type} {major}.{minor}) and widths that "
             f"are multiples of 16, not {odd}; set FP8_MATMUL=0")
     kernels = Kernels(Fp8Linear.apply) if config.fp8_matmul else PLAIN
-    heads = not (config.head_dim & (config.head_dim - 1) or config.value_residual)
-    even = not (odd or config.fp8_matmul)
+    heads, even = not config.head_dim & (config.head_dim - 1), not (odd or config.fp8_matmul)
     leaky2 = even and config.mlp_activation == "leaky2" and not config.projection_norm
-    loaders = {"rotate_heads": (load_rotate_heads, heads), "mix_norm": (load_mix_norm, True),
-               "linear_add": (load_linear_add, even), "leaky2": (load_leaky2, leaky2)}
+    capped = config.logit_softcap <= 30 and config.softcap_type != "poly5" and not (config.vocab_bias or config.z_loss)
+    loaders = {"linear_add": (load_linear_add, even), "leaky2": (load_leaky2, leaky2), "exclude": (load_exclude, heads),
+               "rotate_heads": (load_rotate_heads, heads and not config.value_residual),
+               "mix_norm": (load_mix_norm, True), "cross_entropy": (load_cross_entropy, capped)}
     for name, (load, fits) in loaders.items():
         try: kernels = kernels._replace(**{name: load()}) if fits and config.fused_kernels and major == 9 else kernels
         except Exception as error: kernels = kernels._replace(note=f" (no {name}: {first_line(error)})")
@@ -1349,10 +1442,8 @@ def load_varlen() -> Attention:
     from torch.nn.attention.varlen import varlen_attn
     options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, s: Segments) -> Any:  # any distance back, none ahead
-        bounds, most = s.boundaries, s.max_length
-        return varlen_attn(q, k, v, bounds, bounds, most, most, window_size=(-1, 0), **options)
-    return attention
+    return lambda q, k, v, s: varlen_attn(  # any distance back, none ahead
+        q, k, v, s.boundaries, s.boundaries, s.max_length, s.max_length, window_size=(-1, 0), **options)
 
 
 def load_fa3() -> Attention:
@@ -1493,7 +1584,6 @@ def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return {name: tuple(map(int, shape)) for name, shape in sizes.items() if math.prod(shape)}
 
 
-EMPTY: Mapping[str, Any] = {}  # no adapters
 Forward = Callable[..., Tensor]  # a GPT or its compiled form: (ids, targets, segments) -> nats
 SKIP_ROLES, GLOBAL_ROLES = {"skip_weight", "skip_gate"}, {  # a row per skip; one for the whole model; else per layer
     "embedding", "head", "vocab_bias", "embed_in", "embed_out", "bigram_table", "bigram_proj", "bigram_scale",
@@ -1530,10 +1620,8 @@ class GPT(nn.Module):
         depth = torch.arange(1, config.num_layers + 1, dtype=torch.float32)
         self.register_buffer("ln_scale", depth ** -0.5 if config.ln_scale else torch.ones_like(depth), persistent=False)
 
-    @property
-    def active_kernels(self) -> Kernels:
-        """Those of training, there and where `fused` says so; plain torch in other scoring."""
-        return self.kernels if self.training or self.fused else PLAIN
+    # those of training, there and where `fused` says so; plain torch in other scoring
+    active_kernels = property(lambda self: self.kernels if self.training or self.fused else PLAIN)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -1615,13 +1703,13 @@ class GPT(nn.Module):
             q = q * w["q_gain"][:, None]
             if "value_mix" in w and first_value is not None: v = w["value_mix"][0] * first_value + w["value_mix"][1] * v
             own = v
-        y = self.attention(q, k, v, segments)
-        y = exclusive(y, own) if exclude else y
+        y, opened = self.attention(q, k, v, segments), torch.ones_like(q[:, :, 0], dtype=torch.float32)
         if "attn_gate" in w:
             inner = config.sparse_attn_gate_scale if config.attn_gate == "sparse" else 1.0
             gate = F.linear(n if config.attn_gate == "dense" else start, w["attn_gate"], w.get("attn_gate_bias"))
-            y = y * ((inner * gate).sigmoid() * (2 if config.attn_gate == "output" else 1))[:, :, None]
-        y = y.flatten(1).to(self.dtype)
+            opened = (inner * gate.float()).sigmoid() * (2 if config.attn_gate == "output" else 1)
+        if exclude and kernels.exclude: y = kernels.exclude(y, own, opened)
+        else: y = ((exclusive(y, own) if exclude else y) * opened[:, :, None]).flatten(1).to(self.dtype)
         return adapted(self.project(norm(y) if config.projection_norm else y, w["out_proj"], base), n, w, "out"), own
 
     def project(self, x: Tensor, weight: Tensor, base: Tensor | None = None) -> Tensor:
@@ -1680,7 +1768,7 @@ class GPT(nn.Module):
                 stay[1] * mlp_lane + share[0, 1] * attn_out + share[1, 1] * mlp_out), v
 
     def features(self, ids: Tensor, segments: Segments, adapters: Mapping[str, Any] = EMPTY) -> Tensor:
-        """ids (1, T) -> (T, D), normalized: what the head reads."""
+        """ids (1, T) -> what the head reads (T, EMBED_DIM)."""
         config = self.config
         banks = {name: p.unbind(0) for name, p in self.named_parameters() if name not in GLOBAL_ROLES}
         cos, sin = (getattr(self, f"{name}_{self.training}")[segments.positions] for name in ("cos", "sin"))
@@ -1697,18 +1785,25 @@ class GPT(nn.Module):
         return self.merge(lanes[0], lanes[-1])
 
     def merge(self, x: Tensor, mlp_lane: Tensor) -> Tensor:
-        """The two lanes (T, D) -> what the head reads (T, D)."""
-        return norm((x + mlp_lane) * 0.5 if self.config.parallel_start_layer else x)
+        """The two lanes (T, D) -> what the head reads (T, EMBED_DIM)."""
+        features = norm((x + mlp_lane) * 0.5 if self.config.parallel_start_layer else x)
+        return F.linear(features, self.weight("embed_out")[0]) if self.config.embed_dim else features
+
+    def head_weight(self) -> Tensor:
+        """-> (V, EMBED_DIM): the matrix that makes logits."""
+        return self.weight("embedding" if self.config.tie_embeddings else "head")
+
+    def caps(self) -> Tensor:
+        """-> (2,): caps of logits above and below 0; two_sided: learned on a log scale, so that steps are shares."""
+        cap, learned = self.config.logit_softcap, self.config.softcap_type == "two_sided"
+        return cap * (self.softcap_scale.clamp(max=0.6).exp() if learned else self.ln_scale.new_ones(2))
 
     def logits(self, features: Tensor, adapters: Mapping[str, Tensor] = EMPTY) -> Tensor:
-        """features (T, D) -> softcapped logits (T, V) float32."""
+        """features (T, EMBED_DIM) -> softcapped logits (T, V) float32."""
         cap, kind = self.config.logit_softcap, self.config.softcap_type
-        if self.config.embed_dim: features = F.linear(features, self.weight("embed_out")[0])
-        head = self.weight("embedding" if self.config.tie_embeddings else "head")
-        logits = adapted(self.active_kernels.head(features, head), features, adapters, "head").float()
+        logits = adapted(self.active_kernels.head(features, self.head_weight()), features, adapters, "head").float()
         if self.config.vocab_bias: logits = logits + self.vocab_bias
-        if kind == "two_sided":  # learned on a log scale, so that a step of the optimizer is a share of the cap
-            cap = torch.where(logits >= 0, *(cap * self.softcap_scale.clamp(max=0.6).exp()))  # above 0, below
+        if kind == "two_sided": cap = torch.where(logits >= 0, *self.caps())
         squashed = poly5(logits / cap) if kind == "poly5" else 2 * (logits * (2 / cap)).sigmoid() - 1  # = tanh
         return (cap if self.training else cap / self.temperature) * squashed
 
@@ -1728,15 +1823,12 @@ class GPT(nn.Module):
                          {name: part for name, (part, *_) in parts.items() if name.startswith("head")})
 
     def nats(self, features: Tensor, targets: Tensor, adapters: Mapping[str, Tensor] = EMPTY) -> Tensor:
-        """features (T, D), targets (T,) or (T, C) -> nats, shaped like the targets."""
-        logits, cap = self.logits(features, adapters), self.config.logit_softcap
-        columns: Iterable[Tensor] = targets.view(len(targets), -1).unbind(1)
-        if logits.is_cuda and cap <= 30:
-            # no exponential vanishes, and no place is looked up: one pass each way, once this is compiled
-            total, places = (logits - cap).exp().sum(-1).log() + cap, torch.arange(logits.size(1), device=logits.device)
-            columns = [torch.where(column < 0, 0.0, total) - torch.where(places == column[:, None], logits, 0.0).sum(-1)
-                       for column in columns]
-        else: columns = [F.cross_entropy(logits, column, reduction="none", ignore_index=-1) for column in columns]
+        """features (T, EMBED_DIM), targets (T,) or (T, C) -> nats, shaped like the targets."""
+        kernel, plain = self.active_kernels.cross_entropy, bool(adapters) or self.temperature != 1
+        if kernel and targets.dim() == 1 and not plain:
+            return kernel(features, self.head_weight(), targets, self.caps())
+        logits, columns = self.logits(features, adapters), targets.view(len(targets), -1).unbind(1)
+        columns = [F.cross_entropy(logits, column, reduction="none", ignore_index=-1) for column in columns]
         if self.config.z_loss and self.training:
             columns[0] = columns[0] + self.config.z_loss * logits.logsumexp(-1).square()
         return columns[0] if targets.dim() == 1 else torch.stack(columns, 1)
@@ -2061,7 +2153,8 @@ class Trainer:
         self.forward = compile_model(self.model, compiled)
         if compiled: self.optimizer.muon_update = torch.compile(muon_update, dynamic=False)
         for stage in stages(config): config.accumulation_steps(world.size, stage.batch_share)
-        self.num_segments = segment_bound(config.micro_batch_tokens, dataset.max_documents, config) if compiled else 0
+        # one shape for every batch; empty segments cost a little of attention's time
+        self.num_segments = {k: -(-most // 32) * 32 for k, most in dataset.max_segments.items()} if compiled else {}
         self.loader = TrainLoader(config, world, dataset.train, self.num_segments)
         self.averages = {name: p.detach().clone() for name, p in self.params.items()} if config.ema_decay else {}
         self.snapshots, self.num_snapshots = dict[str, Any](), 0  # their sum, by parameter (SWA)
@@ -2134,12 +2227,12 @@ class Trainer:
         config, seconds = self.config, {}
         generator = np.random.default_rng(config.seed)
         window = generator.integers(min(4, config.vocab_size - 1), config.vocab_size, config.micro_batch_tokens + 1)
-        window[::512] = BOS
         for stage in stages(config):
             self.enter(stage)
-            needed = len(cut_segments(window, stage.seq_len, config.document_mask))
-            batch = window_batch(config, window, stage.seq_len, self.num_segments and max(self.num_segments, needed))
-            batch = to_device(batch, self.world.device)
+            length, bound = stage.seq_len, self.num_segments.get(stage.seq_len, 0)
+            documents = max(bound - -(-len(window) // length), 1)  # and no more segments than fit
+            tokens = np.where(np.arange(len(window)) % -(-len(window) // documents), window, BOS)
+            batch = to_device(window_batch(config, tokens, length, bound), self.world.device)
             for _ in range(steps):
                 self.world.synchronize()
                 start = time.perf_counter()
@@ -2280,12 +2373,6 @@ class Trainer:
             self.enter(stage_at(self.config, progress, self.step))
             self.optimizer.load_state_dict(state["optimizer"])
         self.log(f"resumed step:{self.step} train_time:{self.elapsed_seconds * 1000:.0f}ms path:{path}")
-
-
-def segment_bound(tokens: int, max_documents: int, config: Config) -> int:
-    """Segments that a window of `tokens` can hold at most, rounded up to 64: one shape for every batch."""
-    seq_len = min([config.train_seq_len, *(stage.seq_len for stage in stages(config))])
-    return -(-(1 + max_documents * config.document_mask + tokens // seq_len + 1) // 64) * 64
 
 
 # ====================================================================================================================
@@ -2821,15 +2908,8 @@ class Score:
     bytes: int
     seconds: float
 
-    @property
-    def val_loss(self) -> float:
-        """Nats per token."""
-        return self.nats / self.tokens
-
-    @property
-    def val_bpb(self) -> float:
-        """Bits per byte of text."""
-        return self.nats / math.log(2) / max(self.bytes, 1)
+    val_loss = property(lambda self: self.nats / self.tokens)  # nats per token
+    val_bpb = property(lambda self: self.nats / math.log(2) / max(self.bytes, 1))  # bits per byte of text
 
 
 def windows(length: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:

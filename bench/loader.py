@@ -27,7 +27,7 @@ def tokens_a_second(config: Config, world: World, stream: TokenStream, seconds: 
 
     For `seconds`; before each micro-batch the caller is busy with something else for `pause` seconds.
     """
-    loader, count, slowest, waited = TrainLoader(config, world, stream, 0), 0, 0.0, 0.0
+    loader, count, slowest, waited = TrainLoader(config, world, stream), 0, 0.0, 0.0
     loader.micro(0, config.train_seq_len)
     start = time.perf_counter()
     while time.perf_counter() - start < seconds:

@@ -56,10 +56,10 @@ def write_shard(folder: Path, tokens: np.ndarray) -> Path:
 def made_up_dataset(config: Config, folder: Path) -> Dataset:
     """A training stream of a few batches and no validation text."""
     tokens = made_up_tokens(config, max(8 * config.micro_batch_tokens, 1 << 18))
-    places, window = np.flatnonzero(tokens == train_gpt.BOS), config.micro_batch_tokens + 1
-    most = int((np.searchsorted(places, places + window) - np.arange(len(places))).max())
     stream, empty = TokenStream([write_shard(folder, tokens)]), np.zeros(0, np.int64)
-    return Dataset(stream, empty, empty, "", "made up", 0, 2 * most)
+    lengths = {stage.seq_len for stage in train_gpt.stages(config)}
+    scan = train_gpt.scan_shard(stream, 0, empty, set(), config.micro_batch_tokens, lengths)
+    return Dataset(stream, empty, empty, "", "made up", 0, scan.max_segments)
 
 
 def median_seconds(world: World, work: Callable[[], Any], repeats: int) -> float:
@@ -157,6 +157,18 @@ def rotate_heads_twin(qkv: torch.Tensor, gain: torch.Tensor, cos: torch.Tensor, 
     return q * gain[:, None], *(x.repeat_interleave(heads // kv, 1) for x in (k, v)), v.contiguous()
 
 
+def exclude_twin(y: torch.Tensor, v: torch.Tensor, opened: torch.Tensor) -> torch.Tensor:
+    """What load_exclude's kernel computes, in plain torch."""
+    return (train_gpt.exclusive(y, v) * opened[:, :, None]).flatten(1).to(y.dtype)
+
+
+def cross_entropy_twin(x: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, caps: torch.Tensor) -> torch.Tensor:
+    """What load_cross_entropy's kernel computes, in plain torch."""
+    logits = F.linear(x, head).float()
+    cap = torch.where(logits >= 0, *caps)
+    return F.cross_entropy(cap * (logits / cap).tanh(), targets, reduction="none", ignore_index=-1)
+
+
 def mix_norm_twin(a: torch.Tensor | None, b: torch.Tensor, c: torch.Tensor, mix: torch.Tensor, scale: torch.Tensor,
                   window: int) -> tuple[torch.Tensor, ...]:
     """What load_mix_norm's kernel computes, in plain torch."""
@@ -199,6 +211,16 @@ def kernel_cases(config: Config, kernels: train_gpt.Kernels, device: torch.devic
                                          train_gpt.rotary_frequencies(config, True))
         cases["rotate_heads"] = Case(kernels.rotate_heads, rotate_heads_twin, [
             draw(tokens, qkv), draw(heads), *(x.to(device) for x in angles), config.head_dim])
+    if kernels.exclude:
+        values = draw(tokens, config.num_kv_heads, config.head_dim)
+        cases["exclude"] = Case(kernels.exclude, exclude_twin, [
+            draw(tokens, heads, config.head_dim), values, draw(tokens, heads, kind=torch.float32)])
+    if kernels.cross_entropy:
+        targets = torch.randint(config.vocab_size, (tokens,), device=device)
+        cases["cross_entropy"] = Case(kernels.cross_entropy, cross_entropy_twin, [
+            draw(tokens, width), draw(config.vocab_size, width), targets,
+            torch.full((2,), config.logit_softcap, device=device, requires_grad=True)],
+            6.0 * tokens * width * config.vocab_size)
     if kernels.mix_norm:
         scale = torch.tensor(0.7, device=device)
         for name, skipped in (("mix_norm", None), ("mix_norm, with a skip", draw(tokens, width))):

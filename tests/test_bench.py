@@ -36,7 +36,8 @@ def test_made_up_documents_fill_the_stream(tmp_path):
     documents = np.count_nonzero(tokens == train_gpt.BOS)
     assert 500 < len(tokens) / documents < 1100
     for start in range(0, len(tokens), 999):
-        assert np.count_nonzero(dataset.train.slice(start, 4097) == train_gpt.BOS) <= dataset.max_documents
+        pieces = train_gpt.cut_segments(dataset.train.slice(start, 4096), 2048, True)
+        assert len(pieces) <= dataset.max_segments[2048] <= 64
 
 
 @pytest.mark.parametrize("arguments,variables,code", [

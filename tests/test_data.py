@@ -164,7 +164,7 @@ def test_too_many_segments_for_the_fixed_shape_are_a_fault():
 # --- the loader
 def loader(size: int, rank: int, stream: TokenStream, micro_tokens: int, **options) -> TrainLoader:
     config = Config(train_batch_tokens=128, micro_batch_tokens=micro_tokens, train_seq_len=16, **options)
-    return TrainLoader(config, one_world(rank, size), stream, 0)
+    return TrainLoader(config, one_world(rank, size), stream)
 
 
 def read_step(loaders: list[TrainLoader], step: int) -> list:
@@ -264,33 +264,35 @@ def test_padded_batches_have_room_for_all_segments(tmp_path, order):
     random = np.random.default_rng(0)
     tokens = np.where(random.random(4000) < np.linspace(0, 1, 4000) ** 4, BOS, random.integers(2, VOCAB, 4000))
     config = changed(fill(tmp_path, [tokens[:3000], tokens[3000:]], VALIDATION[0]), train_order=order,
-                     micro_batch_tokens=128)
+                     micro_batch_tokens=128, train_seq_schedule="8@0.5,16@1")
     dataset = open_dataset(config, one_world())
-    bound = train_gpt.segment_bound(128, dataset.max_documents, config)
-    worker = TrainLoader(config, one_world(), dataset.train, bound)
-    batches = [worker.micro(index, 16) for index in range(70)]  # more than two epochs
-    assert {batch.segments.boundaries.numel() for batch in batches} == {bound + 1}
-    assert {batch.segments.max_length for batch in batches} == {16}
-    worker.close()
+    for length in (16, 8):
+        worker = TrainLoader(config, one_world(), dataset.train, dataset.max_segments)
+        batches = [worker.micro(index, length) for index in range(70)]  # more than two epochs
+        assert {batch.segments.boundaries.numel() for batch in batches} == {dataset.max_segments[length] + 1}
+        assert {batch.segments.max_length for batch in batches} == {length}
+        worker.close()
 
 
-@given(DOCUMENTS, st.integers(1, 40), st.data())
-def test_the_bound_on_documents_holds_for_every_window(documents, window, data):
+@given(DOCUMENTS, st.integers(1, 40), st.sets(st.integers(1, 12), min_size=1), st.data())
+def test_the_bound_on_segments_holds_for_every_window(documents, window, lengths, data):
+    """With one to spare at most."""
     tokens = np.concatenate([[BOS, *document] for document in documents]).astype(np.uint16)
     window = min(window, len(tokens))
     cuts = sorted(data.draw(st.sets(st.integers(1, len(tokens) - 1), max_size=4))) if len(tokens) > 1 else []
     stream = memory_stream(*np.split(tokens, cuts))
-    scans = [scan_shard(stream, i, np.empty(0, np.uint64), set(), window) for i in range(len(stream.shards))]
-    most = max(int((stream.slice(start, window) == BOS).sum()) for start in range(len(tokens)))
-    assert max(scan.max_documents for scan in scans) == most
+    scans = [scan_shard(stream, i, np.empty(0, np.uint64), set(), window, lengths) for i in range(len(stream.shards))]
+    for length in lengths:
+        most = max(len(cut_segments(stream.slice(start, window), length, True)) for start in range(len(tokens)))
+        assert most <= max(scan.max_segments[length] for scan in scans) <= most + 1
 
 
-def test_the_bound_on_documents_holds_for_windows_longer_than_the_stream():
+def test_the_bound_on_segments_holds_for_windows_longer_than_the_stream():
     """A micro-batch that goes several times round a small stream. On CUDA the padded segments would not suffice."""
     stream = memory_stream([BOS, 5], [BOS, 6, 7])
-    scans = [scan_shard(stream, i, np.empty(0, np.uint64), set(), 33) for i in range(2)]
-    most = max(int((stream.slice(start, 33) == BOS).sum()) for start in range(5))
-    assert max(scan.max_documents for scan in scans) >= most
+    scans = [scan_shard(stream, i, np.empty(0, np.uint64), set(), 33, [2]) for i in range(2)]
+    most = max(len(cut_segments(stream.slice(start, 33), 2, True)) for start in range(5))
+    assert max(scan.max_segments[2] for scan in scans) >= most
 
 
 # --- leaks
@@ -341,7 +343,7 @@ def test_a_leak_is_found_wherever_shards_are_cut(order, cuts, leaked):
     bounds = document_bounds(val)
     keys = np.unique(train_gpt.document_keys(val, bounds))
     digests = {train_gpt.digest(val[a:b]) for a, b in zip(bounds[:-1], bounds[1:])}
-    scans = [scan_shard(stream, i, keys, digests, 33) for i in range(len(stream.shards))]
+    scans = [scan_shard(stream, i, keys, digests, 33, [16]) for i in range(len(stream.shards))]
     assert set().union(*(scan.leaked for scan in scans)) == {train_gpt.digest(VALIDATION[leaked].astype(np.uint16))}
 
 
@@ -615,7 +617,7 @@ def test_a_part_of_the_validation_documents(tmp_path, documents):
     assert np.array_equal(part.val_tokens, whole.val_tokens[:end + 1])
     assert np.array_equal(part.val_bytes, whole.val_bytes[:end]) and len(part.val_tokens) == len(part.val_bytes) + 1
     assert (part.fingerprint == whole.fingerprint) == (documents > len(VALIDATION))
-    assert len(part.train) == len(whole.train) and part.max_documents == whole.max_documents
+    assert len(part.train) == len(whole.train) and part.max_segments == whole.max_segments
 
 
 # --- the proxy corpus

@@ -12,6 +12,7 @@ from train_gpt import (
     GPT,
     PLAIN,
     Config,
+    Kernels,
     UserError,
     attention_sdpa,
     choose_attention,
@@ -19,6 +20,8 @@ from train_gpt import (
     compile_model,
     cut_segments,
     differentiable,
+    load_cross_entropy,
+    load_exclude,
     load_leaky2,
     load_linear_add,
     load_mix_norm,
@@ -32,7 +35,14 @@ from train_gpt import (
 )
 
 sys.path.insert(0, str(program.ROOT / "bench"))
-from speed import leaky2_twin, linear_add_twin, mix_norm_twin, rotate_heads_twin
+from speed import (
+    cross_entropy_twin,
+    exclude_twin,
+    leaky2_twin,
+    linear_add_twin,
+    mix_norm_twin,
+    rotate_heads_twin,
+)
 
 CPU = torch.device("cpu")
 gpu = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
@@ -116,6 +126,43 @@ def test_rotate_heads_is_its_plain_form(tokens, heads, kv, width, pairs):
     torch.autograd.backward(wanted, [grad.float() for grad in grads])
     for a, b in zip((*out, ours[0].grad, ours[1].grad), (*wanted, exact[0].grad, exact[1].grad)):
         assert a.shape == b.shape and error(a, b) < 4e-3
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("tokens, heads, kv, width", [
+    (98304, 8, 4, 64), (1001, 3, 1, 32), (1, 8, 8, 128), (77, 6, 3, 16), (50, 1, 1, 64)])
+def test_exclude_is_its_plain_form(tokens, heads, kv, width):
+    torch.manual_seed(0)
+    y, v, opened = draw(tokens, heads, width), draw(tokens, kv, width), torch.rand(tokens, heads).cuda()
+    ours, exact = ([x.to(kind, copy=True).requires_grad_() for x in (y, v)] + [opened.clone().requires_grad_()]
+                   for kind in (torch.bfloat16, torch.float32))
+    out, wanted = torch.compile(load_exclude(), dynamic=False)(*ours), exclude_twin(*exact)
+    grad = draw(*out.shape)
+    out.backward(grad)
+    wanted.backward(grad.float())
+    for a, b in zip((out, *(x.grad for x in ours)), (wanted, *(x.grad for x in exact))):
+        assert a.shape == b.shape and error(a, b) < 4e-3
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("tokens, width, vocab", [(98304, 512, 8192), (1001, 64, 1024), (3, 48, 300), (1, 16, 16)])
+def test_cross_entropy_is_its_plain_form(tokens, width, vocab):
+    """Some targets count for nothing; logits reach well beyond their caps."""
+    torch.manual_seed(0)
+    x, head, targets = draw(tokens, width), draw(vocab, width), torch.randint(vocab, (tokens,)).cuda()
+    targets[1::7] = -1
+    ours, exact = ([x.to(kind, copy=True).requires_grad_(), head.to(kind, copy=True).requires_grad_(), targets,
+                    torch.tensor([30.0, 20.0], device="cuda", requires_grad=True)]
+                   for kind in (torch.bfloat16, torch.float32))
+    out, wanted = torch.compile(load_cross_entropy(), dynamic=False)(*ours), cross_entropy_twin(*exact)
+    assert not out[1::7].any()
+    weight = torch.rand(tokens).cuda()
+    (out * weight).sum().backward()
+    (wanted * weight).sum().backward()
+    for a, b in zip((out, *(ours[i].grad for i in (0, 1, 3))), (wanted, *(exact[i].grad for i in (0, 1, 3)))):
+        assert a.shape == b.shape and error(a, b) < 8e-3
 
 
 @pytest.mark.gpu
@@ -218,26 +265,29 @@ def test_a_kernel_whose_package_is_missing_or_new_leaves_the_others(monkeypatch,
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     for name in ("linear_add", "leaky2"):
         monkeypatch.setattr(f"train_gpt.load_{name}", missing)
-    for name in ("rotate_heads", "mix_norm"):
+    others = ("rotate_heads", "exclude", "mix_norm", "cross_entropy")
+    for name in others:
         monkeypatch.setattr(f"train_gpt.load_{name}", lambda name=name: name)
     kernels = choose_kernels(tiny_config(), torch.device("cuda"))
-    assert kernels.names == f"torch+rotate_heads+mix_norm (no leaky2: {note})"
-    assert (kernels.rotate_heads, kernels.mix_norm) == ("rotate_heads", "mix_norm")
+    assert kernels.names == f"torch+{'+'.join(others)} (no leaky2: {note})"
+    assert tuple(getattr(kernels, name) for name in others) == others
 
 
 @pytest.mark.gpu
 @gpu
-@pytest.mark.parametrize("changes, names", [
-    ({}, "torch+linear_add+leaky2+rotate_heads+mix_norm"), ({"fused_kernels": False}, "torch"),
-    ({"attn_gate": "dense"}, "torch+linear_add+leaky2+rotate_heads+mix_norm"),
-    ({"value_residual": True}, "torch+linear_add+leaky2+mix_norm"),
-    ({"mlp_activation": "swiglu"}, "torch+linear_add+rotate_heads+mix_norm"),
-    ({"mlp_hidden": 40}, "torch+rotate_heads+mix_norm"),
-    ({"projection_norm": True}, "torch+linear_add+rotate_heads+mix_norm"),
-    ({"model_dim": 192, "num_heads": 4, "mlp_mult": 2.0}, "torch+linear_add+leaky2+mix_norm"),
-    ({"fp8_matmul": True, "num_kv_heads": 2}, "fp8+rotate_heads+mix_norm")])
-def test_settings_choose_the_kernels(changes, names):
-    assert choose_kernels(tiny_config(**changes), torch.device("cuda")).names == names
+@pytest.mark.parametrize("changes, missing", [
+    ({}, ""), ({"attn_gate": "dense"}, ""), ({"value_residual": True}, "rotate_heads"),
+    ({"mlp_activation": "swiglu"}, "leaky2"), ({"projection_norm": True}, "leaky2"),
+    ({"mlp_hidden": 40}, "linear_add leaky2"), ({"logit_softcap": 31.0}, "cross_entropy"),
+    ({"softcap_type": "poly5"}, "cross_entropy"), ({"z_loss": 1e-4}, "cross_entropy"),
+    ({"vocab_bias": True}, "cross_entropy"),
+    ({"model_dim": 192, "num_heads": 4, "mlp_mult": 2.0}, "rotate_heads exclude"),
+    ({"fp8_matmul": True, "num_kv_heads": 2}, "linear_add leaky2"),
+    ({"fused_kernels": False}, "linear_add leaky2 rotate_heads exclude mix_norm cross_entropy")])
+def test_settings_choose_the_kernels(changes, missing):
+    kernels = choose_kernels(tiny_config(**changes), torch.device("cuda"))
+    fused = [name for name in Kernels._fields[3:-1] if name not in missing.split()]
+    assert kernels.names == "+".join(["fp8" if changes.get("fp8_matmul") else "torch", *fused])
 
 
 def test_products_of_8_bit_floats_are_refused_where_the_device_has_none():
