@@ -404,7 +404,8 @@ ALIASES: dict[str, str | dict[str, tuple[str, Any] | None]] = {
     "ATTN_OUT_GATE_ENABLED": {"0": None, "1": ("attn_gate", "output")}, "TTT_MLP_LORA": {"1": None},
     "EMA_ENABLED": {"0": ("ema_decay", 0.0), "1": None}, "SWA_ENABLED": {"0": ("swa_start_frac", 0.0), "1": None},
     "NGRAM_TILT_ENABLED": {"0": ("ngram_order", 0), "1": ("ngram_order", 16)}, "TTT_O_LORA": {"1": None},
-    "LATE_QAT": {"0": ("late_qat_threshold", 0.0), "1": None}, "TTT_ENABLED": {"0": None, "1": ("eval_mode", "adapted")},
+    "LATE_QAT": {"0": ("late_qat_threshold", 0.0), "1": None},
+    "TTT_ENABLED": {"0": None, "1": ("eval_mode", "adapted")},
     "PHASED_TTT_ENABLED": {"0": ("phased_ttt_num_phases", 0), "1": ("eval_mode", "adapted")},
     "TTT_K_LORA": {"0": ("ttt_targets", "q,v,out,mlp,head"), "1": None},
     "TTT_MASK": {"no_qv": ("ttt_targets", "k,out,mlp,head"), "": None},
@@ -1084,11 +1085,11 @@ def load_leaky2() -> Callable[..., Tensor]:
         n, up, _, base, post = kept
         return dpre @ up, dpre.T @ n, grads[0].T @ post, None if base is None else grads[0], None
 
-    operator = differentiable(
-        "leaky2", "TTT?f TT T", (forward, lambda n, up, *_: (torch.empty_like(n), n.new_empty(len(n), len(up)))), (
-            lambda _, __, down, ___, post, grad, ____, slope: product(
-                "leaky2_slope", grad, down, post=post, slope=slope),
-            lambda _, __, ___, ____, post, *_____: torch.empty_like(post)), finish, kept=1)
+    def backward(n: Tensor, up: Tensor, down: Tensor, base: Any, post: Tensor, grad: Tensor, _: Any, slope: float):
+        return product("leaky2_slope", grad, down, post=post, slope=slope)
+
+    operator = differentiable("leaky2", "TTT?f TT T", (forward, lambda n, up, *_: (torch.empty_like(n), n.new_empty(
+        len(n), len(up)))), (backward, lambda *inputs: torch.empty_like(inputs[4])), finish, kept=1)
     return lambda *inputs: operator(*inputs)[0]
 
 
@@ -1297,17 +1298,15 @@ def load_mix_norm() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         kernel[(programs,)](tokens, width, window, MIXED_ROWS, 1 << (width - 1).bit_length(), *arrays,
                             num_warps=MIXED_ROWS)
 
-    def outputs(a: Tensor | None, b: Tensor, c: Tensor, mix: Tensor, scale: Tensor, window: int) -> tuple[Tensor, ...]:
-        return torch.empty_like(b), torch.empty_like(b), b.new_empty(len(b), window)
-
     def gradients(a: Tensor | None, b: Tensor, c: Tensor, *_: Any) -> tuple[Tensor, ...]:
         programs = min(-(-len(b) // MIXED_ROWS), 1056)  # 8 for each multiprocessor of a Hopper GPU
         da = torch.empty_like(b) if a is not None else b.new_empty(0)
         return da, torch.empty_like(b), torch.empty_like(c), b.new_empty(programs, 3, b.size(1), dtype=torch.float32)
 
-    return differentiable("mix_norm", "?TTTTi TTT TTTT", written(launch, outputs), written(launch, gradients), lambda
-                          kept, _, found: (found[0] if kept[0] is not None else None, *found[1:3], found[3].sum(0),
-                                           None, None))
+    return differentiable(
+        "mix_norm", "?TTTTi TTT TTTT", written(launch, lambda a, b, c, mix, scale, window: (
+            torch.empty_like(b), torch.empty_like(b), b.new_empty(len(b), window))), written(launch, gradients),
+        lambda kept, _, found: (None if kept[0] is None else found[0], *found[1:3], found[3].sum(0), None, None))
 
 
 def choose_kernels(config: Config, device: torch.device) -> Kernels:
@@ -1478,11 +1477,9 @@ def load_fa4() -> Attention:
                                      deterministic=torch.are_deterministic_algorithms_enabled())[:3]
         return dq, dk, dv
 
-    operator = differentiable(
-        "fa4", "TTTTi TT TTT", (forward, lambda q, *_: (
-            torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32))),
-        (backward, lambda q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))),
-        lambda kept, _, found: (*found, None, None), kept=2)
+    operator = differentiable("fa4", "TTTTi TT TTT", (forward, lambda q, *_: (torch.empty_like(q), q.new_empty(
+        q.size(1), q.size(0), dtype=torch.float32))), (backward, lambda *inputs: tuple(map(
+            torch.empty_like, inputs[:3]))), lambda kept, _, found: (*found, None, None), kept=2)
     return lambda q, k, v, segments: operator(q, k, v, segments.boundaries, segments.max_length)[0]
 
 
@@ -1562,21 +1559,20 @@ def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     looped = (config.loop_end + 1 - config.loop_start) * (config.num_loops + 1) if config.num_loops else 0
     embed, window = config.embed_dim or width, width if config.attn_gate == "dense" else config.gate_window
     gated, smear = config.attn_gate != "sparse" or config.sparse_attn_gate_scale > 0, config.smear_gate
-    hashed, depth = bool(config.bigram_hash_buckets), (looped, rank)
+    hashed, pair, factored = bool(config.bigram_hash_buckets), config.bigram_hash_dim, bool(config.embed_dim)
     sizes = {  # a parameter of size 0 does not exist
         "embedding": (config.vocab_size, embed), "head": (config.vocab_size * (not config.tie_embeddings), embed),
-        "vocab_bias": (config.vocab_size * config.vocab_bias,),
-        "embed_in": (bool(config.embed_dim), width, embed), "embed_out": (bool(config.embed_dim), embed, width),
-        "bigram_table": (config.bigram_hash_buckets, config.bigram_hash_dim), "bigram_scale": (
-            hashed * (config.bigram_hash == "36313"),), "bigram_proj": (hashed, embed, config.bigram_hash_dim),
+        "vocab_bias": (config.vocab_size * config.vocab_bias,), "embed_in": (factored, width, embed),
+        "embed_out": (factored, embed, width), "bigram_table": (config.bigram_hash_buckets, pair),
+        "bigram_scale": (hashed * (config.bigram_hash == "36313"),), "bigram_proj": (hashed, embed, pair),
         "q_proj": (layers, width, width), "k_proj": (layers, kv, width), "v_proj": (layers, kv, width),
         "out_proj": (layers, width, width), "down_proj": (layers, width, mlp),
         "up_proj": (layers, mlp * (2 if config.mlp_activation == "swiglu" else 1), width),
-        "q_adapter_in": (*depth, width), "q_adapter_out": (looped, width, rank), "v_adapter_in": (*depth, width),
-        "v_adapter_out": (looped, kv, rank), "q_gain": (layers, heads), "attn_scale": (layers, width),
-        "mlp_scale": (layers, width), "resid_mix": (layers, 2, width), "skip_weight": (rows, width),
-        "skip_gate": (rows * config.skip_gates_enabled, width), "attn_gate": (layers * gated, heads, window),
-        "attn_gate_bias": (layers * (config.attn_gate == "dense"), heads),
+        "q_adapter_in": (looped, rank, width), "q_adapter_out": (looped, width, rank),
+        "v_adapter_in": (looped, rank, width), "v_adapter_out": (looped, kv, rank), "q_gain": (layers, heads),
+        "attn_scale": (layers, width), "mlp_scale": (layers, width), "resid_mix": (layers, 2, width),
+        "skip_weight": (rows, width), "skip_gate": (rows * config.skip_gates_enabled, width),
+        "attn_gate": (layers * gated, heads, window), "attn_gate_bias": (layers * (config.attn_gate == "dense"), heads),
         "value_mix": (behind * config.value_residual, 2), "lane_resid": (lanes, 2), "lane_mix": (lanes, 2, 2),
         "smear_gate": (smear == "input", config.gate_window), "smear_scale": (smear == "input",),
         "static_smear": (embed * (smear == "static"),), "mean_smear": (layers * (smear == "mean"), width),
