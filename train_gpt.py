@@ -2150,7 +2150,7 @@ class Trainer:
         if compiled: self.optimizer.muon_update = torch.compile(muon_update, dynamic=False)
         for stage in stages(config): config.accumulation_steps(world.size, stage.batch_share)
         # one shape for every batch; empty segments cost a little of attention's time
-        self.num_segments = {k: -(-most // 32) * 32 for k, most in dataset.max_segments.items()} if compiled else {}
+        self.num_segments = {k: -(-most // 8) * 8 for k, most in dataset.max_segments.items()} if compiled else {}
         self.loader = TrainLoader(config, world, dataset.train, self.num_segments)
         self.averages = {name: p.detach().clone() for name, p in self.params.items()} if config.ema_decay else {}
         self.snapshots, self.num_snapshots = dict[str, Any](), 0  # their sum, by parameter (SWA)

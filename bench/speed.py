@@ -121,8 +121,12 @@ def measure_stage(trainer: Trainer, stage: Stage, repeats: int) -> dict[str, flo
     with torch.no_grad():
         trainer.forward(*batch)  # another graph
         forward = median_seconds(world, lambda: trainer.forward(*batch), repeats)
-    count = config.accumulation_steps(world.size, stage.batch_share)
-    whole = median_seconds(world, lambda: trainer.train_step([batch] * count, 0.0), max(repeats // 2, 3))
+    count, in_a_row = config.accumulation_steps(world.size, stage.batch_share), 3
+
+    def steps() -> None:  # as in training, where the host launches a step while the device works at the one before
+        for _ in range(in_a_row):
+            trainer.train_step([batch] * count, 0.0)
+    whole = median_seconds(world, steps, max(repeats // 3, 1)) / in_a_row
     return {"compile": compiling, "forward": forward, "micro": statistics.median(micro), "whole": whole / count,
             "optimizer": statistics.median(step), "flops": step_flops(config, batch, stage.looping)}
 
