@@ -1245,8 +1245,8 @@ def load_cross_entropy() -> Callable[..., Tensor]:
     return lambda *inputs: operator(*inputs)[0]
 
 
-def mix_norm_kernel(T, D: constexpr, W: constexpr, ROWS: constexpr, BD: constexpr, a, b, c, mix, scale, mixed, out,
-                    start, da=None, db=None, dc=None, dmix=None):
+def mix_norm_kernel(T, D: constexpr, W: constexpr, ROWS: constexpr, BD: constexpr, a, b, c, mix, scale, chain,
+                    mixed, out, start, passed, da=None, db=None, dc=None, dmix=None):
     col, factor, zero = tl.arange(0, BD)[None, :], tl.load(scale), tl.zeros((ROWS, BD), tl.float32)
     inside, sum_a, sum_b, sum_c = col < D, zero, zero, zero
     wy, wz = tl.load(mix + D + col, inside, 0.0), tl.load(mix + 2 * D + col, inside, 0.0)
@@ -1271,7 +1271,9 @@ def mix_norm_kernel(T, D: constexpr, W: constexpr, ROWS: constexpr, BD: constexp
             grad -= blend * (tl.sum(grad * blend, 1, keep_dims=True) / D * rstd * rstd)
             if mixed is not None: grad += tl.load(mixed + at, live, 0.0).to(tl.float32)
             tl.store(db + at, grad * wy, live)
-            tl.store(dc + at, grad * wz, live)
+            dz = grad * wz
+            if passed is not None: dz += tl.load(passed + at, live, 0.0)
+            tl.store(dc + at, dz, live)
             sum_b += grad * y
             sum_c += grad * z
             if a is not None:
@@ -1286,10 +1288,11 @@ def mix_norm_kernel(T, D: constexpr, W: constexpr, ROWS: constexpr, BD: constexp
 
 @functools.cache
 def load_mix_norm() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """(a or None, b, c (T, D), mix (3, D), scale (), W) -> mix[0] a + mix[1] b + mix[2] c, its RMS norm times scale,
-    and the first W channels of that, in bfloat16.
+    """(a or None, b, c (T, D), mix (3, D), scale (), chain (T, D), W) -> mix[0] a + mix[1] b + mix[2] c, its RMS norm
+    times scale, and the first W channels of that, in bfloat16; the next visit's chain, (T, D) without memory.
 
     The sums over tokens for the gradient of mix are made where the streams' own gradients are: nothing is read twice.
+    The gradient of c goes to the chain, and adds up along it: c has none. The first chain is c.
     """
     kernel = triton.jit(mix_norm_kernel)
 
@@ -1304,9 +1307,10 @@ def load_mix_norm() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         return da, torch.empty_like(b), torch.empty_like(c), b.new_empty(programs, 3, b.size(1), dtype=torch.float32)
 
     return differentiable(
-        "mix_norm", "?TTTTi TTT TTTT", written(launch, lambda a, b, c, mix, scale, window: (
-            torch.empty_like(b), torch.empty_like(b), b.new_empty(len(b), window))), written(launch, gradients),
-        lambda kept, _, found: (None if kept[0] is None else found[0], *found[1:3], found[3].sum(0), None, None))
+        "mix_norm", "?TTTTTi TTTT TTTT", written(launch, lambda a, b, c, mix, scale, chain, window: (*map(
+            torch.empty_like, (b, b)), b.new_empty(len(b), window), b.new_empty(()).expand_as(c))),
+        written(launch, gradients), lambda kept, _, found: (
+            None if kept[0] is None else found[0], found[1], None, found[3].sum(0), None, found[2], None))
 
 
 def choose_kernels(config: Config, device: torch.device) -> Kernels:
@@ -1723,20 +1727,21 @@ class GPT(nn.Module):
             out = self.project(norm(hidden) if config.projection_norm else hidden, w["down_proj"], base)
         return adapted(out, n, w, "mlp")
 
-    def mix_norm(self, skipped: Tensor | None, x: Tensor, x0: Tensor, mix: Tensor,
-                 scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Streams (T, D), their weights mix (3, D) -> their blend, its norm, and the norm's first channels."""
+    def mix_norm(self, skipped: Tensor | None, x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor,
+                 chain: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Streams (T, D), their weights mix (3, D) -> their blend, its norm, the norm's first channels, and the chain
+        of x0's gradient (see load_mix_norm)."""
         window, kernel = self.config.gate_window, self.active_kernels.mix_norm
-        if kernel: return kernel(skipped, x, x0, mix, scale, window)
+        if kernel: return kernel(skipped, x, x0, mix, scale, chain, window)
         mixed = mix[1] * x + mix[2] * x0 if skipped is None else mix[0] * skipped + mix[1] * x + mix[2] * x0
         n = norm(mixed := mixed.to(self.dtype), scale)
-        return mixed, n, n[:, :window]
+        return mixed, n, n[:, :window], chain
 
-    def block(self, w: dict[str, Tensor], lanes: Sequence[Tensor], skipped: Tensor | None, x0: Tensor,
+    def block(self, w: dict[str, Tensor], lanes: Sequence[Tensor], skipped: Tensor | None, x0: Tensor, chain: Tensor,
               angles: tuple[Tensor, Tensor], segments: Segments, exclude: bool, parallel: bool,
-              first_value: Tensor | None) -> tuple[Sequence[Tensor], Tensor | None]:
+              first_value: Tensor | None) -> tuple[Sequence[Tensor], Tensor | None, Tensor]:
         """Weights w of a visit and the lanes, (T, D) each -> the lanes behind it; its values (T, K, E) if any layer
-        takes the first one's.
+        takes the first one's; the chain of x0's gradient.
 
         There is one lane until the first parallel block. Scales of outputs go into their matrices.
         """
@@ -1751,31 +1756,31 @@ class GPT(nn.Module):
         w = {name: value.to(self.dtype) for name, value in w.items()}
         if "mean_smear" in w:
             x = torch.lerp(x, segment_mean(x, segments.positions).to(self.dtype), w["mean_smear"].tanh())
-        mixed, attn_in, start = self.mix_norm(skipped, x, x0, mix, scale)
+        mixed, attn_in, start, chain = self.mix_norm(skipped, x, x0, mix, scale, chain)
         base = None if parallel else mixed
         attn_out, v = self.attend(w, attn_in, start, angles, segments, exclude, first_value, base)
         v = v if config.value_residual else None
         if not parallel:
-            return (self.feed_forward(w, attn_in if config.gptj_block else norm(attn_out, scale), attn_out),), v
+            return (self.feed_forward(w, attn_in if config.gptj_block else norm(attn_out, scale), attn_out),), v, chain
         # both sublayers read the old lanes; each lane keeps a share of itself and takes some of both outputs
         mlp_out = self.feed_forward(w, norm(mlp_lane, scale), None)
         stay, share = w["lane_resid"], w["lane_mix"]
         return (stay[0] * x + share[0, 0] * attn_out + share[1, 0] * mlp_out,
-                stay[1] * mlp_lane + share[0, 1] * attn_out + share[1, 1] * mlp_out), v
+                stay[1] * mlp_lane + share[0, 1] * attn_out + share[1, 1] * mlp_out), v, chain
 
     def features(self, ids: Tensor, segments: Segments, adapters: Mapping[str, Any] = EMPTY) -> Tensor:
         """ids (1, T) -> what the head reads (T, EMBED_DIM)."""
         config = self.config
         banks = {name: p.unbind(0) for name, p in self.named_parameters() if name not in GLOBAL_ROLES}
         cos, sin = (getattr(self, f"{name}_{self.training}")[segments.positions] for name in ("cos", "sin"))
-        x0 = self.embed(ids, segments)
+        x0 = chain = self.embed(ids, segments)
         lanes, kept, first_value = (x0,), [], None
         for place, visit in enumerate(self.plans[1 if self.looping else 0]):
             skipped, weights = kept.pop() if visit.skip >= 0 else None, self.visit_weights(banks, visit)
             weights |= {name: parts[place] for name, parts in adapters.items() if not name.startswith("head")}
-            lanes, v = self.block(weights, lanes, skipped, x0, (cos, sin), segments,
-                                  visit.layer >= config.num_layers - config.xsa_last_n, is_lane(config, visit.layer),
-                                  first_value)
+            lanes, v, chain = self.block(
+                weights, lanes, skipped, x0, chain, (cos, sin), segments,
+                visit.layer >= config.num_layers - config.xsa_last_n, is_lane(config, visit.layer), first_value)
             first_value = v if first_value is None else first_value
             if visit.push: kept.append(lanes[0])
         return self.merge(lanes[0], lanes[-1])

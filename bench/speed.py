@@ -174,11 +174,11 @@ def cross_entropy_twin(x: torch.Tensor, head: torch.Tensor, targets: torch.Tenso
 
 
 def mix_norm_twin(a: torch.Tensor | None, b: torch.Tensor, c: torch.Tensor, mix: torch.Tensor, scale: torch.Tensor,
-                  window: int) -> tuple[torch.Tensor, ...]:
-    """What load_mix_norm's kernel computes, in plain torch."""
-    mixed = (mix[1] * b + mix[2] * c + (0 if a is None else mix[0] * a)).to(b.dtype)
+                  chain: torch.Tensor, window: int) -> tuple[torch.Tensor, ...]:
+    """What load_mix_norm's kernel computes, in plain torch: the gradient of c is the chain's."""
+    mixed = (mix[1] * b + mix[2] * (c.detach() + chain - chain.detach()) + (0 if a is None else mix[0] * a)).to(b.dtype)
     n = train_gpt.norm(mixed, scale)
-    return mixed, n, n[:, :window].contiguous()
+    return mixed, n, n[:, :window].contiguous(), chain
 
 
 class Case(NamedTuple):
@@ -229,8 +229,8 @@ def kernel_cases(config: Config, kernels: train_gpt.Kernels, device: torch.devic
         scale = torch.tensor(0.7, device=device)
         for name, skipped in (("mix_norm", None), ("mix_norm, with a skip", draw(tokens, width))):
             cases[name] = Case(kernels.mix_norm, mix_norm_twin, [
-                skipped, draw(tokens, width), draw(tokens, width), draw(3, width, kind=torch.float32), scale,
-                config.gate_window])
+                skipped, draw(tokens, width), draw(tokens, width).detach(), draw(3, width, kind=torch.float32), scale,
+                draw(tokens, width), config.gate_window])
     return cases
 
 
