@@ -30,9 +30,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 if __name__ == "__main__": signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import brotli, constriction, sentencepiece, torch, zstandard
-import numpy as np
-import torch.distributed as dist
-import torch.nn.functional as F
+import numpy as np, torch.distributed as dist, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -40,8 +38,7 @@ from torch.utils._pytree import tree_map
 triton: Any = importlib.import_module("triton") if importlib.util.find_spec("triton") else None
 tl: Any = triton and triton.language
 constexpr, libdevice = (tl.constexpr, tl.extra.cuda.libdevice) if triton else (tl, tl)
-VERSION = "0.1.0"
-MIN_TORCH = (2, 11)
+VERSION, MIN_TORCH = "0.1.0", (2, 11)
 SIZE_LIMIT_BYTES = 16_000_000  # decimal; artifact plus packed code
 LIMIT_SECONDS = 600  # of training with calibration, and of reloading with evaluation
 BOS = 1  # begin of document, the same id in every published tokenizer
@@ -274,11 +271,10 @@ class Config:
     def checks(self) -> Iterator[tuple[object, str]]:
         """Yields (holds, complaint) for every rule; {field} in a complaint is shown as FIELD=value."""
         for f in fields(self):
-            value, kind = getattr(self, f.name), KINDS[f.name]
+            value, kind, known = getattr(self, f.name), KINDS[f.name], CHOICES.get(f.name, ())
             yield kind not in (int, float) or 0 <= value < (2 ** 63 if kind is int else math.inf), \
                 f"{{{f.name}}}: must be a finite number, at least 0"
             if rule := getattr(f.type, "__metadata__", None): yield rule[0](value), f"{{{f.name}}}: {rule[1]}"
-            known = CHOICES.get(f.name, ())
             yield not known or value in known, f"{{{f.name}}}: must be one of {', '.join(known)}"
         yield from self.rules()
 
@@ -354,18 +350,15 @@ class Config:
 
 
 # Newton-Schulz coefficients (a, b, c) per step: x <- a x + (b A + c A^2) x with A = x x^T.
-NEWTON_SCHULZ = {  # polar: Polar Express (arXiv:2505.16932) as in PR #1787: the optimal odd polynomial for each step
-    "polar": (
-        (8.156554524902461, -22.48329292557795, 15.878769915207462),
-        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)),
-    "quintic": ((3.4445, -4.7750, 2.0315),) * 10}  # Keller Jordan's Muon
+NEWTON_SCHULZ = {"quintic": ((3.4445, -4.7750, 2.0315),) * 10,  # Keller Jordan's Muon
+    # Polar Express (arXiv:2505.16932) as in PR #1787: the optimal odd polynomial for each step; all a, all b, all c
+    "polar": (*zip(
+        (8.156554524902461, 4.042929935166739, 3.8916678022926607, 3.285753657755655, 2.3465413258596377),
+        (-22.48329292557795, -2.808917465908714, -2.772484153217685, -2.3681294933425376, -1.7097828382687081),
+        (15.878769915207462, 0.5000178451051316, 0.5060648178503393, 0.46449024233003106, 0.42323551169305323)),)}
 TTT_TARGETS = ("q", "k", "v", "out", "mlp", "head")
-HINTS = get_type_hints(Config)
-CHOICES = {name: get_args(hint) for name, hint in HINTS.items() if get_args(hint)}
-KINDS = {name: str if name in CHOICES else hint for name, hint in HINTS.items()}  # bool, int, float or str
+CHOICES = {name: get_args(hint) for name, hint in get_type_hints(Config).items() if get_args(hint)}
+KINDS: dict[str, type] = {f.name: type(f.default) for f in fields(Config)}  # bool, int, float or str
 FAMILY_WORDS = {"TTT", "EMA", "SWA", "GPTQ", "LQER", "MUON", "LOOP", "LOOPS", "LOOPING", "ROPE", "XSA", "QAT", "SMEAR",
                 "SMEARGATE", "LORA", "WARMDOWN", "BIGRAM", "SOFTCAP", "DOC", "PREQUANT", "INT4", "BITNET", "VAL"}
 
@@ -391,23 +384,21 @@ def accepted(table: str, note: str | None = None) -> dict[str, Any]:
 # Other published names -> ours, or {value: (our field, its value), or None where we do so anyway, or ("", what the log
 # says of it)}; other values are refused.
 ALIASES: dict[str, str | dict[str, tuple[str, Any] | None]] = {
-    "MUON_WEIGHT_DECAY": "muon_wd", "ADAM_WEIGHT_DECAY": "adam_wd", "EMBED_WEIGHT_DECAY": "embed_wd", "SIZE_TARGET":
-    "target_bytes", "VAL_BATCH_SIZE": "val_batch_tokens", "BIGRAM_DIM": "bigram_hash_dim", "SKIP_GATE_ENABLED":
-    "skip_gates_enabled", "BIGRAM_VOCAB_SIZE": "bigram_hash_buckets", "TIED_EMBEDDING_LR": "tied_embed_lr",
-    "EMBEDDING_BITS": "embed_bits", "TTT_EVAL_SEQ_LEN": "eval_seq_len", "TOKEN_ORDER": "ngram_order",
-    "TTT_CHUNK_TOKENS": "global_ttt_chunk_tokens",
+    "MUON_WEIGHT_DECAY": "muon_wd", "ADAM_WEIGHT_DECAY": "adam_wd", "EMBED_WEIGHT_DECAY": "embed_wd",
+    "SIZE_TARGET": "target_bytes", "BIGRAM_DIM": "bigram_hash_dim", "TTT_EVAL_SEQ_LEN": "eval_seq_len",
+    "VAL_BATCH_SIZE": "val_batch_tokens", "TIED_EMBEDDING_LR": "tied_embed_lr", "EMBEDDING_BITS": "embed_bits",
+    "SKIP_GATE_ENABLED": "skip_gates_enabled", "BIGRAM_VOCAB_SIZE": "bigram_hash_buckets", "TOKEN_ORDER": "ngram_order",
     **{f"TTT_{name}": f"global_ttt_{name.lower()}" for name in ("LR", "EPOCHS", "MOMENTUM", "GRAD_CLIP")},
     "SMEAR_GATE_ENABLED": {"0": ("smear_gate", "off"), "1": ("smear_gate", "input")},
     "USE_SMEARGATE": {"0": ("smear_gate", "off"), "1": ("smear_gate", "static")},
     "SPARSE_ATTN_GATE_ENABLED": {"0": ("sparse_attn_gate_scale", 0.0), "1": ("attn_gate", "sparse")},
     **{name: {"0": None, "1": ("attn_gate", "dense")} for name in ("GATED_ATTN_ENABLED", "GATED_ATTENTION")},
     "ATTN_OUT_GATE_ENABLED": {"0": None, "1": ("attn_gate", "output")}, "TTT_MLP_LORA": {"1": None},
-    "EMA_ENABLED": {"0": ("ema_decay", 0.0), "1": None}, "SWA_ENABLED": {"0": ("swa_start_frac", 0.0), "1": None},
-    "NGRAM_TILT_ENABLED": {"0": ("ngram_order", 0), "1": ("ngram_order", 16)}, "TTT_O_LORA": {"1": None},
-    "LATE_QAT": {"0": ("late_qat_threshold", 0.0), "1": None},
-    "TTT_ENABLED": {"0": None, "1": ("eval_mode", "adapted")},
-    "PHASED_TTT_ENABLED": {"0": ("phased_ttt_num_phases", 0), "1": ("eval_mode", "adapted")},
-    "TTT_K_LORA": {"0": ("ttt_targets", "q,v,out,mlp,head"), "1": None},
+    "NGRAM_TILT_ENABLED": {"0": ("ngram_order", 0), "1": ("ngram_order", 16)},
+    "LATE_QAT": {"0": ("late_qat_threshold", 0.0), "1": None}, "SWA_ENABLED": {"0": ("swa_start_frac", 0.0), "1": None},
+    "EMA_ENABLED": {"0": ("ema_decay", 0.0), "1": None}, "TTT_ENABLED": {"0": None, "1": ("eval_mode", "adapted")},
+    "PHASED_TTT_ENABLED": {"0": ("phased_ttt_num_phases", 0), "1": ("eval_mode", "adapted")}, "TTT_O_LORA": {"1": None},
+    "TTT_K_LORA": {"0": ("ttt_targets", "q,v,out,mlp,head"), "1": None}, "TTT_CHUNK_TOKENS": "global_ttt_chunk_tokens",
     "TTT_MASK": {"no_qv": ("ttt_targets", "k,out,mlp,head"), "": None},
     "COMPRESSOR": {"pergroup": ("", "means rans"), **{name: ("compressor", name) for name in CHOICES["compressor"]}},
     **accepted("LQER_ENABLED=0,1 LQER_ASYM_ENABLED=0,1 LQER_RANK=2,4,6 LQER_TOP_K=1,3,4 LQER_FACTOR_BITS=4 "
@@ -418,10 +409,9 @@ ALIASES: dict[str, str | dict[str, tuple[str, Any] | None]] = {
     **accepted("GATED_ATTN_QUANT_GATE=0,1", "changes nothing here: gates are kept in float16"),
     **accepted("CASEOPS_ENABLED=0,1", "chooses no data here: DATA_PATH and TOKENIZER_PATH do"),
     **accepted("PARALLEL_FINAL_LANE=mean SPARSE_ATTN_GATE_INIT_STD=0,0.0 FUSED_CE_ENABLED=0,1 QAT_ENABLED=0 "
-               "OPTROT_ENABLED=0 ROPE_YARN=0 MUON_HUBER_WD=0 TTT_UPDATE_EVERY=1 TTT_GRAD_STEPS=1 "
+               "ROPE_YARN=0 OPTROT_ENABLED=0 MUON_HUBER_WD=0 TTT_UPDATE_EVERY=1 TTT_GRAD_STEPS=1 AGREE_ADD_BOOST=0.0 "
                "GLOBAL_TTT_OPTIMIZER=sgd MATRIX_CLIP_SIGMAS=12.85 QK_GAIN_INIT_SCHEDULE= TTT_LORA_EMA_DECAY=0.0 "
-               "NGRAM_HINT_PRECOMPUTE_OUTSIDE=0 WITHIN_TAU=99.0 WITHIN_BOOST=0.0 WORD_TAU=99.0 WORD_BOOST=0.0 "
-               "AGREE_ADD_BOOST=0.0")}
+               "NGRAM_HINT_PRECOMPUTE_OUTSIDE=0 WITHIN_TAU=99.0 WITHIN_BOOST=0.0 WORD_TAU=99.0 WORD_BOOST=0.0")}
 NAMES = {name.upper(): name for name in KINDS} | ALIASES
 
 
@@ -647,8 +637,7 @@ def cut_segments(ids: np.ndarray, seq_len: int, document_mask: bool) -> np.ndarr
     """Segment starts in ids (T,): 0, every BOS (if document_mask), and every seq_len tokens after those."""
     starts = np.union1d([0], np.flatnonzero(ids == BOS)) if document_mask else np.zeros(1, np.int64)
     counts = -(-np.diff(starts, append=len(ids)) // seq_len)  # pieces of each document
-    piece = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.repeat(starts, counts) + piece * seq_len
+    return np.repeat(starts - (np.cumsum(counts) - counts) * seq_len, counts) + np.arange(counts.sum()) * seq_len
 
 
 def make_segments(starts: np.ndarray, total: int, seq_len: int, num_segments: int) -> Segments:
@@ -658,8 +647,7 @@ def make_segments(starts: np.ndarray, total: int, seq_len: int, num_segments: in
     """
     lengths = np.diff(starts, append=total)
     assert len(starts) <= (num_segments or len(starts)) and lengths.max() <= seq_len, (len(starts), lengths.max())
-    boundaries = np.full(max(num_segments, len(starts)) + 1, total, np.int32)
-    boundaries[:len(starts)] = starts
+    boundaries = np.pad(starts, (0, max(num_segments - len(starts), 0) + 1), constant_values=total).astype(np.int32)
     positions = np.arange(total, dtype=np.int32) - np.repeat(starts, lengths).astype(np.int32)
     longest = seq_len if num_segments else int(lengths.max())
     return Segments(torch.from_numpy(boundaries), torch.from_numpy(positions), longest)
@@ -703,8 +691,7 @@ class TrainLoader:
 
     def __init__(self, config: Config, world: World, stream: TokenStream, num_segments: Mapping[int, int] = EMPTY):
         self.config, self.world, self.stream, self.num_segments = config, world, stream, num_segments
-        self.worker = ThreadPoolExecutor(1)
-        self.pending: dict[tuple[int, int], Any] = {}
+        self.worker, self.pending = ThreadPoolExecutor(1), dict[tuple[int, int], Any]()
         self.num_rows = max(len(stream) // config.train_seq_len, 1)
         self.stride = coprime_stride(self.num_rows)
 
@@ -823,16 +810,14 @@ def open_dataset(config: Config, world: World) -> Dataset:
     rows = 1 if config.train_order == "sequential" else config.micro_batch_tokens // config.train_seq_len
     window, lengths = config.micro_batch_tokens // rows, {config.train_seq_len, *map(int, dict(parse_schedule(
         config.train_seq_schedule)))}
-    mine = [scan_shard(train, i, keys, digests, window, lengths)
-            for i in range(world.rank, len(train.shards), world.size)]
-    by_rank = world.gather(mine)
+    by_rank = world.gather([scan_shard(train, i, keys, digests, window, lengths)
+                            for i in range(world.rank, len(train.shards), world.size)])
     scans = [by_rank[i % world.size][i // world.size] for i in range(len(train.shards))]
     for scan, path in zip(scans, train_paths): check_tokens(scan.max_token, config, path)
     leaked = len(set().union(*(scan.leaked for scan in scans)))
-    if leaked > config.max_leaked_documents:
-        culprit = next(path for scan, path in zip(scans, train_paths) if scan.leaked)
-        raise UserError(f"{culprit}: {leaked} of {len(digests)} validation documents occur in training shards, first "
-                        f"in this one; remove them, or accept them with MAX_LEAKED_DOCUMENTS={leaked}")
+    culprit = next((path for scan, path in zip(scans, train_paths) if scan.leaked), None)
+    require(leaked <= config.max_leaked_documents, f"{culprit}: {leaked} of {len(digests)} validation documents occur "
+            f"in training shards, first in this one; remove them, or accept them with MAX_LEAKED_DOCUMENTS={leaked}")
     parts = [hashlib.sha256(x.data).hexdigest() for x in (val_tokens, val_bytes)] + [scan.sha256 for scan in scans]
     fingerprint = hashlib.sha256(" ".join(parts).encode()).hexdigest()
     most = {length: rows * (max(scan.max_segments[length] for scan in scans) if config.document_mask else
@@ -876,8 +861,7 @@ def table_bytes(tokens: np.ndarray, tokenizer: Any) -> np.ndarray:
     no byte of the text. UserError where table and decoder disagree, or many documents encode to other tokens.
     """
     count, space, silent = byte_table(tokenizer)
-    spaced = next((i for i in np.flatnonzero(space) if count[i]), None)
-    drops_space = spaced is not None and not tokenizer.decode([int(spaced)]).startswith(" ")
+    drops_space = any(not tokenizer.decode([int(i)]).startswith(" ") for i in np.flatnonzero(space & (count > 0))[:1])
     previous, target = tokens[:-1], tokens[1:]
     val_bytes, bounds = count[target] + (space[target] & ~(silent[previous] & drops_space)), document_bounds(tokens)
     documents, strange = len(bounds) - 1, 0  # strange: this tokenizer would have cut them differently
@@ -1894,8 +1878,7 @@ def muon_update(grad: Tensor, state: Mapping[str, Tensor], momentum: Tensor, tal
     """
     update = grad.float() + state["momentum"].mul_(momentum).add_(grad) * momentum
     if row_normalize:
-        norms = torch.where(tall, update.norm(dim=-2, keepdim=True), update.norm(dim=-1, keepdim=True))
-        update = update / norms.clamp_min(1e-7)
+        update = update / torch.where(tall, update.norm(2, -2, True), update.norm(2, -1, True)).clamp_min(1e-7)
     update = orthogonalize(update.to(grad.dtype), coefficients)
     if beta2:
         square, before = update.float().square(), update.float().norm(dim=(-2, -1), keepdim=True)
@@ -1916,10 +1899,9 @@ class MuonGroup:
         self.count = sum(len(p) for p in self.params)  # matrices
         self.share = -(-self.count // world.size)  # of them per rank; the last slots may be empty
         device, (rows, columns) = self.params[0].device, sorted(self.params[0].shape[1:])
-        self.state = {"momentum": torch.zeros(self.share, rows, columns, device=device)}
-        if config.normuon_beta2:
-            self.state |= {"row_square": torch.zeros(self.share, rows, 1, device=device),
-                           "column_square": torch.zeros(self.share, 1, columns, device=device)}
+        sizes = {"momentum": (rows, columns)}
+        if config.normuon_beta2: sizes |= {"row_square": (rows, 1), "column_square": (1, columns)}
+        self.state = {key: torch.zeros(self.share, *size, device=device) for key, size in sizes.items()}
         tall = [flag for p, flag in zip(self.params, self.tall) for _ in p] + [False] * world.size * self.share
         self.own_tall = torch.tensor(tall[world.rank * self.share:][:self.share], device=device)[:, None, None]
 
@@ -1955,21 +1937,19 @@ class Optimizer:
     def __init__(self, config: Config, world: World, params: Mapping[str, Tensor]):
         assert set(params) <= set(PARAM_TABLE), set(params) - set(PARAM_TABLE)
         self.config, self.world, self.params = config, world, dict(params)
-        shapes: dict[tuple[int, ...], list[str]] = {}
-        adam: dict[tuple[str, str], list[Tensor]] = {}
+        shapes, adam = dict[tuple[int, ...], list[str]](), dict[tuple[str, str], list[Tensor]]()
         for name, parameter in params.items():
             role = PARAM_TABLE[name]
             if role.optimizer == "muon": shapes.setdefault(tuple(sorted(parameter.shape[1:])), []).append(name)
             else: adam.setdefault((role.lr, role.weight_decay), []).append(parameter)
         order = sorted(shapes, key=math.prod, reverse=True)  # the most work first
         self.groups = [MuonGroup(config, shapes[shape], self.params, world) for shape in order]
-        self.adam = torch.optim.AdamW(
-            [{"params": members, "weight_decay": getattr(config, decay), "base_lr": getattr(config, lr)}
-             for (lr, decay), members in adam.items()],
-            betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
+        settings = [{"params": members, "weight_decay": getattr(config, decay), "base_lr": getattr(config, lr)}
+                    for (lr, decay), members in adam.items()]
+        self.adam = torch.optim.AdamW(settings, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
         self.adam_params = [p for members in adam.values() for p in members]
-        self.momentum = torch.zeros((), device=world.device)  # a tensor, so that a new value compiles nothing
-        self.muon_update = muon_update
+        # the momentum is a tensor, so that a new value compiles nothing
+        self.muon_update, self.momentum = muon_update, torch.zeros((), device=world.device)
 
     def reset(self) -> None:
         """Forgets all momentum, as before the first step."""
@@ -1983,9 +1963,8 @@ class Optimizer:
         buffer = torch.cat([loss.reshape(1), *(grad.reshape(-1) for grad in small)]) if self.world.size > 1 else None
         started = [] if buffer is None else [dist.all_reduce(buffer, async_op=True)]
         grads = {name: p.grad for name, p in self.params.items() if p.grad is not None}
-        scattered = [group.scatter([grads[name] for name in group.names]) for group in self.groups]
-        own = [grad for grad, _ in scattered]
-        for work in filter(None, [*started, *(work for _, work in scattered)]): work.wait()
+        own, works = zip(*(group.scatter([grads[name] for name in group.names]) for group in self.groups))
+        for work in filter(None, (*started, *works)): work.wait()
         if buffer is not None:
             loss, *reduced = (buffer / self.world.size).split([1, *(grad.numel() for grad in small)])
             for grad, value in zip(small, reduced): grad.copy_(value.view_as(grad))
@@ -2003,7 +1982,7 @@ class Optimizer:
         torch._foreach_zero_([p.grad for p in self.params.values() if p.grad is not None])
         return loss.reshape(()), norm
 
-    def clip(self, own: list[Tensor], small: list[Tensor]) -> Tensor:
+    def clip(self, own: tuple[Tensor, ...], small: list[Tensor]) -> Tensor:
         """Scales the reduced gradients down to grad_clip_norm -> their global norm before that."""
         shares = torch.stack(torch._foreach_norm(own, dtype=torch.float32)).square().sum()
         if self.world.size > 1: dist.all_reduce(shares)
@@ -2174,15 +2153,13 @@ class Trainer:
     def train_step(self, micro_batches: Sequence[Batch], progress: float) -> Tensor:
         """Forward, backward, reduce, update, average -> loss (nats per token) averaged over all ranks."""
         config, step = self.config, self.step
-        total = torch.zeros((), device=self.world.device)
         self.micro_weight.fill_(1 / len(micro_batches))
-        for batch in micro_batches: total += self.micro_step(batch)
+        total = sum(map(self.micro_step, micro_batches), torch.zeros((), device=self.world.device))
         loss, _ = self.optimizer.step(total, lr_multiplier(config, progress, step), muon_momentum(config, step),
                                       decay_multiplier(config, progress))
-        if self.averages:
-            with torch.no_grad():  # corrected so that the initial weights have no share
-                share = (1 - config.ema_decay) / (1 - config.ema_decay ** (step + 1))
-                torch._foreach_lerp_(list(self.averages.values()), list(self.params.values()), share)
+        if self.averages:  # corrected so that the initial weights have no share
+            share = (1 - config.ema_decay) / (1 - config.ema_decay ** (step + 1))
+            with torch.no_grad(): torch._foreach_lerp_([*self.averages.values()], [*self.params.values()], share)
         return loss
 
     def micro_step(self, batch: Batch) -> Tensor:
@@ -2201,23 +2178,21 @@ class Trainer:
 
         All graphs share memory, and gradients stay where they are: the optimizer zeroes them in place.
         """
-        if not (self.config.cuda_graphs and self.compiled) or self.stage._replace(batch_share=1.0) in self.graphs:
-            return
+        key = self.stage._replace(batch_share=1.0)
+        if not (self.config.cuda_graphs and self.compiled) or key in self.graphs: return
         graph, inputs = torch.cuda.CUDAGraph(), map_tensors(torch.clone, batch)
         with torch.cuda.graph(graph, self.graph_pool, capture_error_mode="thread_local"): loss = self.micro_step(inputs)
-        self.graph_pool = graph.pool()
-        self.graphs[self.stage._replace(batch_share=1.0)] = graph, inputs, loss
+        self.graphs[key], self.graph_pool = (graph, inputs, loss), graph.pool()
 
     def enter(self, stage: Stage) -> None:
         """Switches the model to the graph of a stage."""
         self.stage, self.model.looping = stage, stage.looping
         self.model.fake_quantize = self.fake_quantize if stage.quantizing else None
 
-    @torch.no_grad()
     def take_snapshot(self) -> None:
         """Adds the averaged weights, or the present ones, to the sum (SWA)."""
         for name, value in (self.averages or self.params).items():
-            self.snapshots[name] = value + self.snapshots.get(name, 0)
+            self.snapshots[name] = value.detach() + self.snapshots.get(name, 0)
         self.num_snapshots += 1
 
     def warmup(self, steps: int) -> dict[Stage, float]:
@@ -2277,14 +2252,12 @@ class Trainer:
         self.elapsed_seconds = self.world.gather(time.perf_counter() - self.start)[0]
         self.log.progress("")
         stop.deferred = False
-        if self.world.sum([stop.received])[0]:
-            self.save()
-            raise Interrupted(self.checkpoint_path)
-        if self.step < last_step:
+        self.finished = not self.world.sum([stop.received])[0]
+        if self.finished and self.step < last_step:
             self.log(f"stopping_early: wallclock_cap train_time:{self.elapsed_seconds * 1000:.0f}ms "
                      f"step:{self.step}/{config.iterations}")
-        self.finished = True
         self.save()
+        if not self.finished: raise Interrupted(self.checkpoint_path)
 
     def next_batches(self, progress: float) -> list[Batch]:
         """Enters the stage of this progress and takes the micro-batches of its step."""
@@ -2300,10 +2273,9 @@ class Trainer:
         """Sends the loss of a step on its way to the host; waits for that of the step before, checks it, logs it."""
         pending, self.pending = self.pending, None
         if loss is not None:
-            host, done = loss.to("cpu", non_blocking=True), torch.cuda.Event() if loss.is_cuda else None
-            if done: done.record()
-            scale, looping = lr_multiplier(self.config, progress, self.step - 1), int(self.stage.looping)
-            self.pending = self.step, f"lr_multiplier:{scale:.3f} looping:{looping}", host, done
+            scale, host = lr_multiplier(self.config, progress, self.step - 1), loss.to("cpu", non_blocking=True)
+            done = torch.cuda.current_stream().record_event() if loss.is_cuda else None
+            self.pending = self.step, f"lr_multiplier:{scale:.3f} looping:{self.stage.looping:d}", host, done
         if pending is None: return
         step, schedule, host, done = pending
         if done: done.synchronize()
@@ -2333,17 +2305,16 @@ class Trainer:
         self.log(f"step:{self.step}/{self.config.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
                  f"train_time:{seconds * 1000:.0f}ms paused_seconds:{paused:.1f}")
 
-    @torch.no_grad()
     def use_averages(self) -> None:
         """Replaces the last weights by the averaged ones: of the snapshots, else the EMA, if any."""
         for name, average in (self.snapshots or self.averages).items():
-            self.params[name].copy_(average / max(self.num_snapshots, 1))
+            self.params[name].detach().copy_(average / max(self.num_snapshots, 1))
 
     # --- checkpoints
     def save(self) -> None:
         """Writes the checkpoint over the older one, whole or not at all; all ranks take part."""
-        finite = all(bool(p.isfinite().all()) for p in self.params.values())  # the loss shows it one step later
-        self.check(finite, "weights that are not finite", self.step)
+        # the loss would show it one step later
+        self.check(all(p.isfinite().all() for p in self.params.values()), "weights that are not finite", self.step)
         optimizer = {} if self.finished else self.optimizer.state_dict()
         if self.world.rank == 0:
             state = {"model": model_fields(self.config), "fingerprint": self.fingerprint, "looping": self.model.looping,
@@ -2353,7 +2324,6 @@ class Trainer:
         self.last_checkpoint = str(self.checkpoint_path)
         self.log(f"checkpoint step:{self.step} path:{self.checkpoint_path}")
 
-    @torch.no_grad()
     def load(self, path: str) -> None:
         """Continues from a checkpoint. UserError for a file that is none, or belongs to another model or other data."""
         with refusing(Exception, f"RESUME={path}: no readable checkpoint ({{}})"):  # whatever a broken file leads to
@@ -2367,13 +2337,12 @@ class Trainer:
         for name, average in self.averages.items(): average.copy_(state["averages"][name])
         self.snapshots = {name: value.to(self.world.device) for name, value in state["snapshots"].items()}
         for name in COUNTERS: setattr(self, name, state[name])
-        self.saved_seconds = self.elapsed_seconds
+        self.saved_seconds = seconds = self.elapsed_seconds
         if self.finished: self.model.looping = state["looping"]
         else:  # what this run's own schedule says
-            progress = training_progress(self.config, self.step, self.elapsed_seconds)
-            self.enter(stage_at(self.config, progress, self.step))
+            self.enter(stage_at(self.config, training_progress(self.config, self.step, seconds), self.step))
             self.optimizer.load_state_dict(state["optimizer"])
-        self.log(f"resumed step:{self.step} train_time:{self.elapsed_seconds * 1000:.0f}ms path:{path}")
+        self.log(f"resumed step:{self.step} train_time:{seconds * 1000:.0f}ms path:{path}")
 
 
 # ====================================================================================================================
