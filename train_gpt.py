@@ -2437,9 +2437,8 @@ def search_codes(weight: Tensor, levels: int, feedback: Tensor, states: int) -> 
     Fischer 1990) carries its own errors along. After 128 columns only the best goes on.
     """
     following, odd = (x.to(weight.device) for x in trellis(states))
-    edges = [[2 * state + parity for state in range(states) for parity in (0, 1) if following[state, parity] == target]
-             for target in range(states)]  # into each state, numbered 2 x origin + parity
-    into, targets, parity = (torch.tensor(x, device=weight.device) for x in (edges, range(states), (0, 1)))
+    into = following.flatten().argsort(stable=True).view(states, 2)  # edges to each state, as 2 x origin + parity
+    targets, parity = (torch.arange(n, device=weight.device) for n in (states, 2))
     most = levels - (levels + parity) % 2  # the largest code of each parity
     weight, codes, state = weight.clone(), torch.zeros_like(weight), torch.zeros_like(weight[..., :1], dtype=torch.long)
     for first in range(0, weight.size(-1), 128):
@@ -2478,8 +2477,7 @@ def search_encode(states: int, weight: Tensor, steps: Tensor, levels: int, guide
     scale = 2 ** (finer / 3)[:, None]
     weight, steps = weight * scale, steps.view(*weight.shape[:2], 1)
     if guide: steps = steps.maximum(weight.abs().amax(-1, keepdim=True) / 120)  # no row is clipped
-    steps = round_steps(steps)
-    return coded(search_codes(weight / steps, levels, feedback * scale, states), steps, finer)
+    return coded(search_codes(weight / (steps := round_steps(steps)), levels, feedback * scale, states), steps, finer)
 
 
 def tcq_decode(arrays: Arrays, shape: tuple[int, ...], states: int = 8) -> Tensor:
@@ -2487,16 +2485,14 @@ def tcq_decode(arrays: Arrays, shape: tuple[int, ...], states: int = 8) -> Tenso
     codes, (following, odd) = torch.from_numpy(arrays["codes"]).long(), trellis(states)
     values, state = torch.empty(codes.shape), torch.zeros(len(codes), dtype=torch.long)
     for j, code in enumerate(codes.t().contiguous()):
-        values[:, j] = code + odd[state] / 2
-        state = following[state, code & 1]
+        values[:, j], state = code + odd[state] / 2, following[state, code & 1]
     return rescaled(values, arrays, shape)
 
 
-QUANTIZERS = {
-    "rtn": Pair(rtn_encode, rtn_decode), "gptq": Pair(functools.partial(search_encode, 1), rtn_decode),
-    "tcq": Pair(functools.partial(search_encode, 8), tcq_decode), "fp16": Pair(  # the nearest in its range
-        lambda weight, *_: {"values": weight.clamp(-65504.0, 65504.0).half().cpu().numpy()},
-        lambda arrays, shape: torch.from_numpy(arrays["values"]).float().view(shape))}
+QUANTIZERS = {"rtn": Pair(rtn_encode, rtn_decode), "gptq": Pair(functools.partial(search_encode, 1), rtn_decode),
+              "tcq": Pair(functools.partial(search_encode, 8), tcq_decode), "fp16": Pair(  # the nearest in its range
+                  lambda weight, *_: {"values": weight.clamp(-65504.0, 65504.0).half().cpu().numpy()},
+                  lambda arrays, shape: torch.from_numpy(arrays["values"]).float().view(shape))}
 
 
 BLOCK_PRODUCTS = (("q_proj", "k_proj", "v_proj"), ("out_proj",), ("up_proj",), ("down_proj",))  # in order
@@ -2516,8 +2512,7 @@ def calibrate(config: Config, world: World, model: GPT, batches: Iterable[Batch]
     """
     head = "embedding" if config.tie_embeddings else "head"
     order = [(names, visit.layer) for visit in model.plans[model.looping] for names in BLOCK_PRODUCTS] + [((head,), 0)]
-    shapes = {name: (1, *shape)[-3:] for name, shape in param_shapes(config).items()
-              if name in {head, *(name for names in BLOCK_PRODUCTS for name in names)}}
+    shapes = {name: (1, *param_shapes(config)[name])[-3:] for names, _ in order for name in names}
     source = {"k_proj": "q_proj", "v_proj": "q_proj"}  # whose input is theirs
     hessian = {name: torch.zeros(n, columns, columns, device=world.device)
                for name, (n, _, columns) in shapes.items() if name not in source}
@@ -2529,7 +2524,7 @@ def calibrate(config: Config, world: World, model: GPT, batches: Iterable[Batch]
         names, layer = next(calls)
 
         def record(x: Tensor, grad: Tensor) -> None:  # in the backward pass
-            if names[0] in hessian: hessian[names[0]][layer] += gram(x)
+            hessian[names[0]][layer] += gram(x)
             for name, part in zip(names, grad.split([shapes[name][1] for name in names], -1)):
                 gain[name][layer] += part.float().square().sum(0)
                 count[name][layer] += len(x)
@@ -2579,10 +2574,9 @@ def inverse_factor(hessian: Tensor) -> Tensor:
 
     By the reversed Cholesky factor (PR #1948): no inverse is formed.
     """
-    hessian, diagonal = hessian.clone(), hessian.diagonal(dim1=1, dim2=2)
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
     damped = torch.where(diagonal > 0, diagonal, 1) + 0.01 * diagonal.mean(-1, keepdim=True)
-    hessian.diagonal(dim1=1, dim2=2).copy_(damped)
-    factor = torch.linalg.cholesky(hessian.flip(1, 2)).flip(1, 2)
+    factor = torch.linalg.cholesky(hessian.diagonal_scatter(damped, dim1=1, dim2=2).flip(1, 2)).flip(1, 2)
     return torch.linalg.solve_triangular(factor, torch.eye(len(factor[0]), device=factor.device), upper=True)
 
 
@@ -2641,10 +2635,9 @@ def fake_quantizer(config: Config) -> FakeQuantize:
         # of what adam trains embedding, head and hashed pairs have a quantizer
         if quantizer == "fp16" or (PARAM_TABLE[name].optimizer == "adam" and not config.qat_embedding): return weight
         with torch.no_grad():
-            scale, levels = round_steps(sigma_steps(weight, bits, clip_sigmas)), 2 ** (bits - 1) - 1
-            if config.qat_noise and config.num_loops and config.loop_start <= layer <= config.loop_end:
-                change = (torch.rand_like(weight) - 0.5) * scale
-            else: change = nearest(weight, scale, levels) * scale - weight
+            step, levels = round_steps(sigma_steps(weight, bits, clip_sigmas)), 2 ** (bits - 1) - 1
+            noisy = config.qat_noise and config.num_loops and config.loop_start <= layer <= config.loop_end
+            change = (torch.rand_like(weight) - 0.5) * step if noisy else nearest(weight, step, levels) * step - weight
         return weight + change
     return fake
 
@@ -2683,8 +2676,8 @@ def quantize(config: Config, weights: Mapping[str, Tensor], guides: Mapping[str,
         quantizer, bits, _ = quantizer_of(config, piece)
         levels = 127 if bits > 2 and (piece in known or config.target_bytes) else 2 ** (bits - 1) - 1
         size = steps[piece] * (multiplier if bits > 2 else 1) if piece in steps else weight  # not looked at by float16
-        if levels == 127:  # no row is clipped; feedback may add a little
-            size = size.maximum(weight.abs().amax(-1, keepdim=True) / 120)
+        # no row is clipped; feedback may add a little
+        if levels == 127: size = size.maximum(weight.abs().amax(-1, keepdim=True) / 120)
         result[piece] = quantizer, QUANTIZERS[quantizer].encode(weight.float(), size, levels, known.get(piece))
     return result
 
@@ -2744,11 +2737,10 @@ def rans_decode(data: bytes) -> bytes:
     return ((symbols + first).astype(np.uint8) ^ 0x80).tobytes()
 
 
-CODECS = {
-    "rans": Pair(rans_encode, rans_decode), "zlib": Pair(functools.partial(zlib.compress, level=9), zlib.decompress),
-    "brotli": Pair(functools.partial(brotli.compress, quality=11, lgwin=24), brotli.decompress),
-    "zstd": Pair(functools.partial(zstandard.compress, level=22), zstandard.decompress),
-    "lzma": Pair(functools.partial(lzma.compress, preset=9 | lzma.PRESET_EXTREME), lzma.decompress)}
+CODECS = {"rans": Pair(rans_encode, rans_decode)} | {
+    name: Pair(functools.partial(module.compress, **options), module.decompress) for name, module, options in (
+        ("zlib", zlib, {"level": 9}), ("brotli", brotli, {"quality": 11, "lgwin": 24}),
+        ("zstd", zstandard, {"level": 22}), ("lzma", lzma, {"preset": 9 | lzma.PRESET_EXTREME}))}
 SIDE_CODECS = {**dict(zip(CODECS, CODECS)), "rans": "brotli"}  # of float16 values: an order-0 coder sees no repeats
 ARTIFACT_MAGIC = b"PGOLF\x00\x00\x04"  # the last byte is the version
 
@@ -2773,15 +2765,13 @@ def by_class(rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndar
     Codes of one class, of all tensors, share a stream: they have nearly one distribution, so an order-0 coder needs
     fewer bits for them apart than together, by more than the classes cost.
     """
-    classes = rows.reshape(len(columns), -1, 1).astype(np.int16) + columns[:, None]
-    classes = np.clip(classes, 0, CLASSES - 1).astype(np.uint8).reshape(-1)
+    classes = np.clip(rows.reshape(len(columns), -1, 1) + columns[:, None].astype(np.int16), 0, CLASSES - 1).ravel()
     return np.argsort(classes, kind="stable"), np.bincount(classes, minlength=CLASSES)
 
 
 def pack_artifact(config: Config, quantized: Mapping[str, tuple[str, Arrays]], info: Mapping[str, Any]) -> bytes:
     """Quantized tensors -> the artifact's bytes: a stream of codes for each class, the classes, float16 values."""
-    specs, side = [], []
-    groups: list[list[bytes]] = [[] for _ in range(CLASSES)]
+    specs, side, groups = [], [], [list[bytes]() for _ in range(CLASSES)]
     for name, (quantizer, arrays) in quantized.items():
         specs.append([name, quantizer, {key: array.shape for key, array in arrays.items()}])
         for key, array in arrays.items():
@@ -2790,8 +2780,8 @@ def pack_artifact(config: Config, quantized: Mapping[str, tuple[str, Arrays]], i
                 side.append(rows.tobytes())
                 for group, part in zip(groups, np.split(array.reshape(-1)[order], np.cumsum(sizes)[:-1])):
                     group.append(part.tobytes())
-            else:  # bytes of one significance side by side
-                side.append(array.reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T.tobytes())
+            # bytes of one significance side by side
+            else: side.append(array.reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T.tobytes())
     with ThreadPoolExecutor() as pool:  # the compressors release the interpreter lock
         streams = [*pool.map(CODECS[config.compressor].encode, (b"".join(group) for group in groups)),
                    CODECS[SIDE_CODECS[config.compressor]].encode(b"".join(side))]
@@ -2894,20 +2884,17 @@ def windows(length: int, seq_len: int, stride: int) -> list[tuple[int, int, int]
 
 def score_windows(ids: np.ndarray, seq_len: int, stride: int, document_mask: bool) -> np.ndarray:
     """Windows over ids (n,), within documents if document_mask -> (W, 3) start, end, first scored; cover all once."""
-    bounds = document_bounds(ids) if document_mask else np.array([0, len(ids)])
-    return np.array([(a + s, a + e, a + f) for a, b in zip(bounds[:-1].tolist(), bounds[1:].tolist())
-                     for s, e, f in windows(b - a, seq_len, stride)], np.int64)
+    bounds = document_bounds(ids).tolist() if document_mask else [0, len(ids)]
+    return np.concatenate([np.array(windows(b - a, seq_len, stride)) + a for a, b in zip(bounds, bounds[1:])])
 
 
 def batch_windows(rows: np.ndarray, tokens: int) -> list[np.ndarray]:
     """Consecutive windows (W, 3) -> groups of at most `tokens` tokens."""
-    groups, first, size = [], 0, 0
-    for i, length in enumerate((rows[:, 1] - rows[:, 0]).tolist()):
-        if size + length > tokens and i > first:
-            groups.append(rows[first:i])
-            first, size = i, 0
-        size += length
-    return [*groups, rows[first:]] if len(rows) else []
+    groups, first, before = [], 0, np.cumsum([0, *(rows[:, 1] - rows[:, 0])])
+    while first < len(rows):
+        groups.append(rows[first:max(int(np.searchsorted(before, before[first] + tokens, "right")) - 1, first + 1)])
+        first += len(groups[-1])
+    return groups
 
 
 # --- n-gram smoothing: the model's probabilities are the prior of counts of what followed the same tokens before
@@ -2984,8 +2971,7 @@ class Ledger:
 
     def smooth(self, order: int, device: torch.device) -> None:
         """Changes all nats to those with n-gram smoothing of all NGRAM_ORDERS up to this one."""
-        tokens = torch.from_numpy(self.dataset.val_tokens.astype(np.int64)).to(device)
-        nats = torch.from_numpy(self.nats).to(device)
+        tokens, nats = (torch.from_numpy(x).to(device) for x in (self.dataset.val_tokens.astype(np.int64), self.nats))
         for order, at, *counts in ngram_counts(tokens, [x for x in NGRAM_ORDERS if x <= order]):
             nats[at - 1] = smoothed(nats[at - 1], order, *counts)
         self.nats = np.where(self.times > 0, nats.cpu().numpy(), 0.0)
@@ -3140,8 +3126,7 @@ class Slots:
         """New documents: all as at the beginning, but for inner matrices under TTT_WARM_START_A."""
         for name, value in self.adapters.items():
             if not (self.config.ttt_warm_start_a and name.endswith("in")): value[:] = self.first[name]
-        states = (x for values in self.optimizer.state.values() for x in values.values())
-        for state in (self.memory, *states): state.zero_()
+        for kept in (self.memory, *(x for state in self.optimizer.state.values() for x in state.values())): kept.zero_()
 
     def score(self, table: Tensor) -> Tensor:
         """table (count, ...): ids of a pass, with two more before them for SmearGate and BigramHash; targets of the
@@ -3151,13 +3136,12 @@ class Slots:
             self.recorded[0].replay()
             return self.recorded[3]
         ids, targets, place, _ = table.split([self.tokens + 2, self.size, 1, 1], 1)
-        count, tokens, row = self.count, self.tokens, self.config.eval_seq_len
+        config, count, tokens, row = self.config, self.count, self.tokens, self.config.eval_seq_len
         slot, column = (torch.arange(n, device=table.device) for n in (count, row + 2))
         slot, start = slot[:, None], (place + self.size - tokens).clamp(0)
         own = column[:tokens] < (column[:tokens + 2, None] - 1).clamp(1)  # a query sees up to its own key
         seen = torch.cat([x.expand(count, tokens + 2, -1) for x in ((column[:row] < start)[:, None], own)], -1)
-        mask = torch.where(seen, 0.0, -math.inf).to(self.model.dtype)
-        mask = mask.repeat(1, self.config.num_heads // self.config.num_kv_heads, 1)[:, None]
+        mask = torch.where(seen, 0.0, -math.inf).to(self.memory).repeat(1, config.num_heads // config.num_kv_heads, 1)
         rows, visits = (slot * row + start + column[:tokens]).flatten(), iter(self.memory.unbind(1))
 
         def attention(q: Tensor, k: Tensor, v: Tensor, _: Segments) -> Tensor:  # queries that share keys lie in a row
@@ -3167,7 +3151,7 @@ class Slots:
                 whole.append(torch.cat((memory, x), 1).transpose(1, 2))
                 memory.flatten(0, 1).index_copy_(0, rows, x.detach().flatten(0, 1))
             q = q.unflatten(0, (count, -1)).unflatten(2, (kept.size(3), -1)).permute(0, 2, 3, 1, 4)
-            y = F.scaled_dot_product_attention(q.flatten(2, 3), *whole, attn_mask=mask).view(q.shape)
+            y = F.scaled_dot_product_attention(q.flatten(2, 3), *whole, attn_mask=mask[:, None]).view(q.shape)
             return y.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)
         self.leaves = {name: x.detach().requires_grad_() for name, x in self.adapters.items()}
         self.model.attention, usual = attention, self.model.attention
@@ -3205,12 +3189,11 @@ class TestTimeTrainer:
     def __init__(self, config: Config, evaluator: Evaluator, model: GPT, started: float):
         self.config, self.world, self.evaluator, self.model = config, evaluator.world, evaluator, model
         self.dataset, self.ledger = evaluator.dataset, Ledger(evaluator.dataset)
-        self.deadline = started + config.eval_budget_seconds
-        self.bounds = document_bounds(self.dataset.val_tokens[:-1])
-        self.lengths = np.diff(self.bounds)
-        known = evaluator.stages.get("quantized")  # what scoring a target takes, if nothing learns
-        self.plain_seconds = known.seconds / known.tokens if known else 0.0
-        self.unscored, self.done_work, self.done_seconds, self.step_seconds = int(self.bounds[-1]), 0, 0.0, 0.0
+        self.deadline, self.bounds = started + config.eval_budget_seconds, document_bounds(self.dataset.val_tokens[:-1])
+        self.lengths, self.unscored = np.diff(self.bounds), int(self.bounds[-1])
+        # what scoring a target takes, if nothing learns
+        self.plain_seconds = known.seconds / known.tokens if (known := evaluator.stages.get("quantized")) else 0.0
+        self.done_work, self.done_seconds, self.step_seconds = 0, 0.0, 0.0
         self.scored_chunks, self.learned_chunks, self.skipped = 0, 0, 0
         self.slots_for = functools.cache(functools.partial(Slots, config, model))  # of two sizes, usually
         model.requires_grad_(False).fused = True
@@ -3222,8 +3205,7 @@ class TestTimeTrainer:
         optimizer = self.weight_optimizer()
         for epoch in range(config.ttt_unsafe_multi_epoch):  # not legal: learns from what has no score yet
             self.learn_from(order, optimizer, epoch / config.ttt_unsafe_multi_epoch, 1 / config.ttt_unsafe_multi_epoch)
-        parts = self.parts(order)
-        for i, part in enumerate(parts):
+        for i, part in enumerate(parts := self.parts(order)):
             (self.score_windows if streams else self.score_documents)(part)
             self.unscored -= int(self.lengths[part].sum())
             share, seconds = 1 - self.unscored / self.bounds[-1], time.perf_counter() - self.ledger.start
@@ -3314,8 +3296,7 @@ class TestTimeTrainer:
         """Trains all weights on documents; the learning rate follows a cosine from `progress` over `span`."""
         start, tokens = time.perf_counter(), self.config.global_ttt_chunk_tokens or 32768
         assert self.config.ttt_unsafe_multi_epoch or self.lengths[documents].sum() <= self.bounds[-1] - self.unscored
-        chunks = batch_windows(self.windows_of(documents), tokens)
-        for i, rows in enumerate(chunks):
+        for i, rows in enumerate(chunks := batch_windows(self.windows_of(documents), tokens)):
             if not self.world.gather(self.in_time((time.perf_counter() - start) / max(i, 1)))[0]: break
             for _ in range(self.config.global_ttt_epochs):
                 self.learn(rows, optimizer, 0.5 + 0.5 * math.cos(math.pi * (progress + span * i / len(chunks))))
@@ -3323,23 +3304,21 @@ class TestTimeTrainer:
     def learn(self, rows: np.ndarray, optimizer: torch.optim.Optimizer, lr_scale: float) -> None:
         """One step of all weights on the targets of windows (W, 3), shared out over ranks."""
         config, params, total = self.config, dict(self.model.named_parameters()), int((rows[:, 1] - rows[:, 0]).sum())
-        grads = [torch.zeros_like(p) for p in params.values()]
-        for p, grad in zip(params.values(), grads): p.requires_grad_(True).grad = grad
+        grads = {name: torch.zeros_like(p) for name, p in params.items()}
+        frozen = {name: p.detach()[:max(config.ttt_freeze_blocks + len(p) - config.num_layers, 0)].clone()
+                  for name, p in params.items() if name not in GLOBAL_ROLES | SKIP_ROLES and "adapter" not in name}
+        for name, p in params.items(): p.requires_grad_(True).grad = grads[name]
         for group in batch_windows(rows[self.world.rank::self.world.size], self.evaluator.batch_tokens):
             (self.model(*to_device(self.evaluator.build(group)[0], self.world.device)).sum() / total).backward()
-        frozen = [(p, grad, max(config.ttt_freeze_blocks + len(p) - config.num_layers, 0))
-                  for (name, p), grad in zip(params.items(), grads)
-                  if name not in GLOBAL_ROLES | SKIP_ROLES and "adapter" not in name]
-        for grad in grads if self.world.size > 1 else (): dist.all_reduce(grad)
-        for _, grad, count in frozen: grad[:count] = 0
+        for grad in grads.values() if self.world.size > 1 else (): dist.all_reduce(grad)
+        for name, kept in frozen.items(): grads[name][:len(kept)] = 0
         if config.global_ttt_grad_clip: torch.nn.utils.clip_grad_norm_(params.values(), config.global_ttt_grad_clip)
         for settings in optimizer.param_groups: settings["lr"] = settings["base_lr"] * lr_scale
-        before = [p.detach()[:count].clone() for p, _, count in frozen]
-        self.skipped += not (sound := all(bool(grad.isfinite().all()) for grad in grads))
+        self.skipped += not (sound := all(bool(grad.isfinite().all()) for grad in grads.values()))
         if sound: optimizer.step()  # else the weights stay as they were
         self.learned_chunks += sound and config.ttt_strategy == "stream"  # elsewhere these are chunks of adapters
         self.model.requires_grad_(False)
-        for (p, _, count), value in zip(frozen, before): p[:count] = value  # adamw lets weights decay
+        for name, kept in frozen.items(): params[name][:len(kept)] = kept  # adamw lets weights decay
 
     def weight_optimizer(self) -> torch.optim.Optimizer:
         """Of all weights: sgd in phases. adamw has the factors of PR #532: output projections 3, up projections 0.5."""
@@ -3352,9 +3331,8 @@ class TestTimeTrainer:
 
 def score_model(config: Config, evaluator: Evaluator, model: GPT, started: float) -> Ledger:
     """Scores all targets as EVAL_MODE and NGRAM_ORDER say; `started` on the evaluation's clock."""
-    stride = config.eval_stride if config.eval_mode == "sliding" else config.eval_seq_len
     ledger = TestTimeTrainer(config, evaluator, model, started).run() if config.eval_mode == "adapted" else \
-        evaluator.score_all(model, stride)
+        evaluator.score_all(model, config.eval_stride if config.eval_mode == "sliding" else config.eval_seq_len)
     if config.ngram_order:
         evaluator.keep(config.eval_mode, ledger.score(evaluator.world))
         ledger.smooth(config.ngram_order, evaluator.world.device)
@@ -3368,10 +3346,9 @@ def audit(config: Config, evaluator: Evaluator, make: Callable[[], GPT]) -> dict
     rows, may any token that could stand there. `make` gives a model as the artifact has it. Also: how far a sum of
     probabilities over the vocabulary is from 1.
     """
-    dataset, world, random = evaluator.dataset, evaluator.world, np.random.default_rng(config.seed)
-    tokens = np.array(dataset.val_tokens[:4096])
+    dataset, world, tokens = evaluator.dataset, evaluator.world, np.array(evaluator.dataset.val_tokens[:4096])
     brief = replace(config, global_ttt_chunk_tokens=min(config.global_ttt_chunk_tokens, 1024))  # several steps of it
-    inside = np.flatnonzero(tokens[2:] != BOS) + 2
+    inside, random = np.flatnonzero(tokens[2:] != BOS) + 2, np.random.default_rng(config.seed)
     place, changed = int(random.choice(inside)) if len(inside) else len(tokens), tokens.copy()
     changed[place:place + 1] = max((int(tokens[place % len(tokens)]) + 1) % config.vocab_size, BOS + 1)
 
@@ -3411,8 +3388,7 @@ def write_run_header(log: Log, config: Config, world: World, source: bytes) -> i
 
     -> the bytes of code to count: of this file if tools/pack.py made it, else some that the packed file stays below.
     """
-    packed = source.startswith(b"#coding:latin1\n")
-    code_bytes = len(source if packed else lzma.compress(source))
+    code_bytes = len(source if (packed := source.startswith(b"#coding:latin1\n")) else lzma.compress(source))
     log(source.decode("latin1" if packed else "utf8"), to_terminal=False)
     log("\n".join(["=" * 100, *(f"{f.name}:{getattr(config, f.name)}" for f in fields(config))]), to_terminal=False)
     log(f"train_gpt:{VERSION} python:{sys.version.split()[0]} torch:{torch.__version__} numpy:{np.__version__} "
@@ -3426,27 +3402,26 @@ def check_disk(config: Config, trainer: Trainer, artifact_path: Path) -> None:
     """Tries out, before anything costs time, whether checkpoints and the artifact can be written. UserError if not."""
     needed = 8 * 4 * trainer.num_params + predicted_bytes(config)  # weights, averages, moments, in two checkpoints
     for path, variable in ((trainer.checkpoint_path, "LOG_DIR"), (artifact_path, "ARTIFACT_PATH")):
-        probe = path.with_name(f".{path.name}.probe")
-        write_atomic(probe, lambda file: file.write(b"probe"), variable)
+        write_atomic(probe := path.with_name(f".{path.name}.probe"), lambda file: file.write(b"probe"), variable)
         probe.unlink()
         require((free := shutil.disk_usage(path.parent).free) >= needed and not path.is_dir(), f"{variable}: {path} is "
                 f"a folder, or its disk is full ({free:,} bytes free, {needed:,} needed); free some or set {variable}")
 
 
-def preflight(config: Config, log: Log, trainer: Trainer, code_bytes: int) -> None:
-    """Measures a step of every stage; predicts steps, seconds, memory and bytes."""
+def preflight(config: Config, log: Log, trainer: Trainer, code_bytes: int) -> int:
+    """Measures a step of every stage; predicts steps, seconds, memory and bytes -> exit code."""
     seconds, shares = trainer.warmup(max(config.warmup_steps, 2)), stages(config)
     for stage, taken in seconds.items():
         log(f"preflight step_seconds:{taken:.4f} share:{shares[stage]:.3f} "
             + " ".join(f"{k}:{v:g}" for k, v in stage._asdict().items()))
-    budget = training_budget_seconds(config)
+    budget, predicted = training_budget_seconds(config), predicted_bytes(config)
     steps = int(min(config.iterations, budget * sum(share / seconds[stage] for stage, share in shares.items())))
     projected = min(budget, config.iterations * sum(share * seconds[stage] for stage, share in shares.items()))
     log(f"preflight projected_steps:{steps} projected_train_seconds:{projected:.0f} "
         f"peak_memory:{trainer.world.peak_memory_bytes() // 2**20}MiB")
-    total = (predicted := predicted_bytes(config)) + code_bytes
-    log(f"preflight predicted_artifact_bytes:{predicted} code_bytes:{code_bytes} predicted_submission_bytes:{total} "
-        f"limit_bytes:{SIZE_LIMIT_BYTES}\npreflight ok")
+    log(f"preflight predicted_artifact_bytes:{predicted} code_bytes:{code_bytes} predicted_submission_bytes:"
+        f"{predicted + code_bytes} limit_bytes:{SIZE_LIMIT_BYTES}\npreflight ok")
+    return 0
 
 
 def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequest) -> int:
@@ -3455,8 +3430,7 @@ def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequ
     attention_name, attention = choose_attention(config.attention, world.device)
     compiled = use_compile(config, world, attention_name)
     artifact_path = Path(config.eval_only or config.artifact_path or Path(config.log_dir) / f"{config.run_id}.artifact")
-    if config.eval_only:
-        config = replace(config, **model_fields(reload(config, world, artifact_path, attention)[0].config))
+    if config.eval_only: config = reload(config, world, artifact_path, attention)[0].config
     dataset = open_dataset(config, world)
     for note in notes + ["this score is not legal"] * bool(config.ttt_unsafe_multi_epoch): log(f"warning: {note}")
     log(f"train_shards:{len(dataset.train.shards)} train_tokens:{len(dataset.train)} "
@@ -3471,9 +3445,7 @@ def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequ
         log(f"num_params:{trainer.num_params} attention:{attention_name} compile:{int(compiled)} kernels:"
             f"{trainer.model.kernels.names} accumulation_steps:{config.accumulation_steps(world.size)}")
         if world.rank == 0: check_disk(config, trainer, artifact_path)
-        if config.preflight:
-            preflight(config, log, trainer, code_bytes)
-            return 0
+        if config.preflight: return preflight(config, log, trainer, code_bytes)
         facts |= make_artifact(config, trainer, evaluator, stop, artifact_path, code_bytes)
 
     start = time.perf_counter()
@@ -3531,15 +3503,13 @@ def calibrate_on_training_text(config: Config, trainer: Trainer, dataset: Datase
     guided = re.search("gptq|tcq", f"{config.matrix_quantizer} {config.embed_quantizer} {config.quant_overrides}")
     if not guided and config.eval_temperature: return {}, 0.0
     tokens = min(config.micro_batch_tokens, 16384)  # without compilation more would not fit
-    count = max(config.gptq_calibration_batches * config.micro_batch_tokens // (world.size * tokens), 1)
-
-    def piece(i: int) -> Batch:
-        window = stream.slice((i * world.size + world.rank) * len(stream) // (count * world.size), tokens + 1)
-        return to_device(window_batch(config, window, config.train_seq_len), world.device)
-    guides = calibrate(config, world, trainer.model, map(piece, range(count))) if guided else {}
+    count = world.size * max(config.gptq_calibration_batches * config.micro_batch_tokens // (world.size * tokens), 1)
+    pieces = (stream.slice(i * len(stream) // count, tokens + 1) for i in range(world.rank, count, world.size))
+    batches = (to_device(window_batch(config, piece, config.train_seq_len), world.device) for piece in pieces)
+    guides = calibrate(config, world, trainer.model, batches) if guided else {}
     world.synchronize()
     seconds = max(world.gather(time.perf_counter() - start))
-    trainer.log(f"calibration tokens:{count * world.size * tokens} temperature:{temperature} seconds:{seconds:.3f}")
+    trainer.log(f"calibration tokens:{count * tokens} temperature:{temperature} seconds:{seconds:.3f}")
     return guides, seconds
 
 
@@ -3567,8 +3537,7 @@ def reload(config: Config, world: World, path: Path, attention: Attention) -> tu
 
     UserError where the environment asks for another model.
     """
-    header, weights, size = None, {}, 0
-    if world.rank == 0: (header, weights), size = read_artifact(path), path.stat().st_size
+    (header, weights), size = (read_artifact(path), path.stat().st_size) if world.rank == 0 else (({}, {}), 0)
     header, size = world.gather((header, size))[0]
     for name, kept in header["model"].items() if config.eval_only else ():
         require((wanted := getattr(config, name)) in (getattr(Config, name), kept),
@@ -3594,10 +3563,9 @@ def use_compile(config: Config, world: World, attention: str) -> bool:
 def report_result(config: Config, world: World, log: Log, dataset: Dataset, stages: Mapping[str, Score],
                   measured: Mapping[str, Any], audited: Mapping[str, Any]) -> int:
     """Logs sizes and the result line -> exit code: 3 where the submission is too large, else 0."""
-    submission = measured["submission_bytes"]
+    submission, training = measured["submission_bytes"], measured["train_seconds"] + measured["calibration_seconds"]
     official, fits = [*stages][-1], submission <= SIZE_LIMIT_BYTES  # the last one is the score
-    score, training = stages[official], measured["train_seconds"] + measured["calibration_seconds"]
-    in_time = max(measured["eval_seconds"], training) <= LIMIT_SECONDS
+    score, in_time = stages[official], max(measured["eval_seconds"], training) <= LIMIT_SECONDS
     log(f"artifact_bytes:{measured['artifact_bytes']} code_bytes:{measured['code_bytes']} "
         f"submission_bytes:{submission} limit_bytes:{SIZE_LIMIT_BYTES} fits:{int(fits)}")
     if not fits:
@@ -3607,9 +3575,8 @@ def report_result(config: Config, world: World, log: Log, dataset: Dataset, stag
         "device": world.describe(), "torch": torch.__version__, "data_fingerprint": dataset.fingerprint,
         "overrides": config.overrides(), "peak_memory_bytes": max(world.gather(world.peak_memory_bytes())),
         "stages": {name: {**vars(x), "val_loss": x.val_loss, "val_bpb": x.val_bpb, "seconds": round(x.seconds, 3)}
-                   for name, x in stages.items()}, "official_stage": official,
-        "val_loss": score.val_loss, "val_bpb": score.val_bpb, **measured,
-        "headroom_bytes": SIZE_LIMIT_BYTES - submission, "fits": fits,
+                   for name, x in stages.items()}, "official_stage": official, "val_loss": score.val_loss,
+        "val_bpb": score.val_bpb, **measured, "headroom_bytes": SIZE_LIMIT_BYTES - submission, "fits": fits,
         "legal": fits and in_time and not (dataset.leaked_documents or config.ttt_unsafe_multi_epoch or config.val_docs)
         and audited.get("causal", True) and audited.get("probability_error", 0) < 1e-4,
         "audit": {"scored_targets": score.tokens, "targets": len(dataset.val_tokens) - 1, "scored_bytes": score.bytes,
@@ -3631,15 +3598,14 @@ def main(environ: Mapping[str, str], arguments: Sequence[str] = ()) -> int:
         config, notes = Config.from_env(environ)
         world = World.start(config, environ)
         config = replace(config, run_id=config.run_id or world.gather(time.strftime("%Y%m%d-%H%M%S"))[0])
-        log = Log(world, config)
-        return run(config, notes, world, log, stop)
+        return run(config, notes, world, log := Log(world, config), stop)
     except UserError as error: message, code = f"error: {error}", 2
     except torch.OutOfMemoryError as error:
         message, code = f"error: out of memory ({first_line(error)}); lower MICRO_BATCH_TOKENS", 2
     except Interrupted as interruption: message, code = f"interrupted; RESUME={interruption} continues", 130
     except (Exception, KeyboardInterrupt) as error:
-        if stop.ending:  # a KeyboardInterrupt; libraries turn some into errors of their own
-            message, code = "interrupted; nothing was left half-written", 130
+        # a KeyboardInterrupt; libraries turn some into errors of their own
+        if stop.ending: message, code = "interrupted; nothing was left half-written", 130
         elif isinstance(error, dist.DistError) or "gloo" in str(error).lower():
             message, code = f"error: another process is gone ({first_line(error):.200})", 2
         else: raise
