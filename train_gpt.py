@@ -1424,7 +1424,7 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tenso
     return y if place is None else y[place]
 
 
-def load_varlen() -> Attention:
+def load_varlen() -> Any:
     """torch.nn.attention.varlen: the FlashAttention-2 kernels that come with torch."""
     from torch.nn.attention.varlen import varlen_attn
     options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}

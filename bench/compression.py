@@ -143,9 +143,9 @@ def visit_errors(model: GPT, batch: Batch, weights: Mapping[str, torch.Tensor],
         kept: list[torch.Tensor] = []
 
         def watched(*arguments: Any, kept: list[torch.Tensor] = kept) -> Any:
-            lanes, value = block(*arguments)
+            lanes, *others = block(*arguments)
             kept.append((lanes[0] + lanes[-1]).float())
-            return lanes, value
+            return lanes, *others
         model.load_state_dict(values)
         model.block = watched  # pyright: ignore[reportAttributeAccessIssue]
         try:

@@ -176,7 +176,7 @@ def cross_entropy_twin(x: torch.Tensor, head: torch.Tensor, targets: torch.Tenso
 def mix_norm_twin(a: torch.Tensor | None, b: torch.Tensor, c: torch.Tensor, mix: torch.Tensor, scale: torch.Tensor,
                   chain: torch.Tensor, window: int) -> tuple[torch.Tensor, ...]:
     """What load_mix_norm's kernel computes, in plain torch: the gradient of c is the chain's."""
-    mixed = (mix[1] * b + mix[2] * (c.detach() + chain - chain.detach()) + (0 if a is None else mix[0] * a)).to(b.dtype)
+    mixed = (mix[1] * b + mix[2] * (chain + (c - chain).detach()) + (0 if a is None else mix[0] * a)).to(b.dtype)
     n = train_gpt.norm(mixed, scale)
     return mixed, n, n[:, :window].contiguous(), chain
 
@@ -228,9 +228,10 @@ def kernel_cases(config: Config, kernels: train_gpt.Kernels, device: torch.devic
     if kernels.mix_norm:
         scale = torch.tensor(0.7, device=device)
         for name, skipped in (("mix_norm", None), ("mix_norm, with a skip", draw(tokens, width))):
+            chain = draw(tokens, width)
             cases[name] = Case(kernels.mix_norm, mix_norm_twin, [
-                skipped, draw(tokens, width), draw(tokens, width).detach(), draw(3, width, kind=torch.float32), scale,
-                draw(tokens, width), config.gate_window])
+                skipped, draw(tokens, width), chain.detach(), draw(3, width, kind=torch.float32), scale, chain,
+                config.gate_window])
     return cases
 
 

@@ -84,14 +84,20 @@ def plain_kernels(config):
         k_all, v_all = (x.repeat_interleave(config.num_heads // config.num_kv_heads, 1) for x in (k, v))
         return q * gain[:, None], k_all, v_all, v + 0
 
-    def mix(a, b, c, weights, scale, window):
-        mixed = weights[1] * b + weights[2] * c + (0 if a is None else weights[0] * a)
-        return mixed, train_gpt.norm(mixed, scale), train_gpt.norm(mixed, scale)[:, :window] + 0
+    def mix(a, b, c, weights, scale, chain, window):  # no gradient reaches c
+        mixed = weights[1] * b + weights[2] * (chain + (c - chain).detach()) + (0 if a is None else weights[0] * a)
+        return mixed, train_gpt.norm(mixed, scale), train_gpt.norm(mixed, scale)[:, :window] + 0, chain + 0
+
+    def cross_entropy(x, head, targets, caps):
+        logits = x @ head.T
+        squashed = torch.where(logits >= 0, caps[0] * (logits / caps[0]).tanh(), caps[1] * (logits / caps[1]).tanh())
+        return squashed.logsumexp(-1) - squashed.gather(1, targets[:, None])[:, 0]
 
     def linear_add(x, weight, base):
         return x @ weight.T + (0 if base is None else base)
     return train_gpt.PLAIN._replace(
-        linear_add=linear_add, rotate_heads=rotate, mix_norm=mix,
+        linear_add=linear_add, rotate_heads=rotate, mix_norm=mix, cross_entropy=cross_entropy,
+        exclude=lambda y, v, opened: (train_gpt.exclusive(y, v) * opened[:, :, None]).flatten(1),
         leaky2=lambda n, up, down, base, slope: linear_add(
             torch.nn.functional.leaky_relu(n @ up.T, slope).square(), down, base))
 
@@ -100,8 +106,8 @@ def test_speed_compares_kernels_with_their_twins(capsys):
     config, cpu = tiny_config(), torch.device("cpu")
     world = train_gpt.World(0, 1, cpu, torch.float32)
     names = check_cases(config, plain_kernels(config), cpu, torch.float32, 1e-5)
-    assert names == ["linear_add", "linear_add, to nothing", "leaky2", "rotate_heads", "mix_norm",
-                     "mix_norm, with a skip"]
+    assert names == ["linear_add", "linear_add, to nothing", "leaky2", "rotate_heads", "exclude", "cross_entropy",
+                     "mix_norm", "mix_norm, with a skip"]
     speed.report_kernels(config, world, plain_kernels(config), 1e9, False, 1)
     lines = capsys.readouterr().out.splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:-1]]
@@ -119,9 +125,9 @@ def test_speed_compares_kernels_with_their_twins(capsys):
 def test_speed_compares_the_real_kernels_with_their_twins(capsys):
     config, device = Config(micro_batch_tokens=8192, train_batch_tokens=8192), torch.device("cuda")
     kernels = train_gpt.choose_kernels(config, device)
-    assert len(check_cases(config, kernels, device, torch.bfloat16, 0.02)) == 6
+    assert len(check_cases(config, kernels, device, torch.bfloat16, 0.02)) == 8
     speed.report_kernels(config, train_gpt.World(0, 1, device, torch.bfloat16), kernels, 7e14, True, 2)
-    assert capsys.readouterr().out.count("\n") == 9
+    assert capsys.readouterr().out.count("\n") == 11
 
 
 # --- bench/compression.py
