@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, cast, get_args, get_type_hints
 
 # torch takes seconds to import: until main decides otherwise, Ctrl-C just ends the process
 if __name__ == "__main__": signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -35,9 +35,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 # pyright: reportInvalidTypeForm=false
-triton: Any = importlib.import_module("triton") if importlib.util.find_spec("triton") else None
-tl: Any = triton and triton.language
-constexpr, libdevice = (tl.constexpr, tl.extra.cuda.libdevice) if triton else (tl, tl)
+TRITON = "triton", "triton.language", "triton.language.extra.cuda.libdevice"
+try: triton, tl, libdevice = map(cast(Any, importlib.import_module), TRITON)
+except ImportError: triton = tl = libdevice = cast(Any, None)
+constexpr = tl and tl.constexpr
 VERSION, MIN_TORCH = "0.1.0", (2, 11)
 SIZE_LIMIT_BYTES = 16_000_000  # decimal; artifact plus packed code
 LIMIT_SECONDS = 600  # of training with calibration, and of reloading with evaluation
@@ -1042,6 +1043,12 @@ def written(launch: Callable[..., None], empty: Callable[..., Any]) -> tuple[Any
     return function, empty
 
 
+def jitted(kernel: Callable[..., None]) -> Any:
+    """-> the Triton kernel. ImportError where there is no Triton that these kernels know."""
+    for name in TRITON if triton is None else (): importlib.import_module(name)
+    return cast(Any, triton).jit(kernel)
+
+
 @functools.cache
 def load_linear_add() -> Callable[..., Tensor]:
     """(x (T, K), weight (N, K), base (T, N) or None) -> base + x weight^T in bfloat16, rounded once, on Hopper."""
@@ -1124,7 +1131,7 @@ def load_rotate_heads() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     that share them: attention's backward pass is faster that way than with sums over heads of its own. Each direction
     reads and writes every tensor once; the backward pass makes the norms again.
     """
-    kernel = triton.jit(rotate_heads_kernel)
+    kernel = jitted(rotate_heads_kernel)
 
     def launch(width: int, qkv: Tensor, gain: Tensor, cos: Tensor, *rest: Any) -> None:
         tokens, heads, total = len(qkv), len(gain), qkv.size(1) // width  # of queries; with keys and values
@@ -1171,7 +1178,7 @@ def load_exclude() -> Callable[..., Tensor]:
 
     Each direction reads and writes every tensor once.
     """
-    kernel = triton.jit(exclude_kernel)
+    kernel = jitted(exclude_kernel)
 
     def launch(y: Tensor, v: Tensor, *rest: Tensor | None) -> None:
         (tokens, heads, width), kv = y.shape, v.size(1)
@@ -1208,7 +1215,7 @@ def load_cross_entropy() -> Callable[..., Tensor]:
 
     The forward pass reads the logits once and leaves their gradients in their place.
     """
-    kernel = triton.jit(cross_entropy_kernel)
+    kernel = jitted(cross_entropy_kernel)
 
     def empty(x: Tensor, head: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         return *(x.new_empty(len(x), *n, dtype=torch.float32) for n in ((), (2,))), x.new_empty(len(x), len(head))
@@ -1225,7 +1232,9 @@ def load_cross_entropy() -> Callable[..., Tensor]:
         weight = grads[0][:, None]
         return ((dlogits @ head) * weight).to(x.dtype), dlogits.T @ (x * weight).to(x.dtype), None, grads[0] @ dcaps
 
-    operator = differentiable("cross_entropy", "TTTT TTT", (forward, empty), None, finish, kept=2)
+    operator, x = differentiable("cross_entropy", "TTTT TTT", (forward, empty), None, finish, kept=2), torch.ones(
+        2, 16, dtype=torch.bfloat16, device="cuda")
+    operator(x, x, torch.zeros(2, dtype=torch.long, device="cuda"), x[0, :2].float())  # another Triton may not do
     return lambda *inputs: operator(*inputs)[0]
 
 
@@ -1278,7 +1287,7 @@ def load_mix_norm() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     The sums over tokens for the gradient of mix are made where the streams' own gradients are: nothing is read twice.
     The gradient of c goes to the chain, and adds up along it: c has none. The first chain is c.
     """
-    kernel = triton.jit(mix_norm_kernel)
+    kernel = jitted(mix_norm_kernel)
 
     def launch(window: int, *arrays: Any) -> None:
         programs, (tokens, width) = len(arrays[-1]), arrays[1].shape  # one for each row of the last array

@@ -258,6 +258,16 @@ def test_a_cpu_uses_plain_torch(changes):
     assert choose_kernels(tiny_config(**changes), CPU) == PLAIN
 
 
+def test_a_kernel_without_triton_says_so(monkeypatch):
+    monkeypatch.setattr("train_gpt.triton", None)
+    monkeypatch.setattr("train_gpt.TRITON", ("tritone",))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    for load in (load_rotate_heads, load_exclude, load_mix_norm, load_cross_entropy):
+        load.cache_clear()
+    kernels = choose_kernels(tiny_config(mlp_hidden=40), torch.device("cuda"))
+    assert kernels == PLAIN._replace(note=" (no cross_entropy: No module named 'tritone')")
+
+
 @pytest.mark.parametrize("error, note", [
     (ModuleNotFoundError("No module named 'quack'"), "No module named 'quack'"),
     (TypeError("__call__() got an unexpected keyword\nand more"), "__call__() got an unexpected keyword")])
