@@ -1232,9 +1232,9 @@ def load_cross_entropy() -> Callable[..., Tensor]:
         weight = grads[0][:, None]
         return ((dlogits @ head) * weight).to(x.dtype), dlogits.T @ (x * weight).to(x.dtype), None, grads[0] @ dcaps
 
-    operator, x = differentiable("cross_entropy", "TTTT TTT", (forward, empty), None, finish, kept=2), torch.ones(
-        2, 16, dtype=torch.bfloat16, device="cuda")
-    operator(x, x, torch.zeros(2, dtype=torch.long, device="cuda"), x[0, :2].float())  # another Triton may not do
+    operator = differentiable("cross_entropy", "TTTT TTT", (forward, empty), None, finish, kept=2)
+    x = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")
+    operator(x, x, torch.zeros(16, dtype=torch.long, device="cuda"), x[0, :2].float())  # another Triton may not do
     return lambda *inputs: operator(*inputs)[0]
 
 
