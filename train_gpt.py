@@ -43,6 +43,7 @@ VERSION, MIN_TORCH = "0.1.0", (2, 11)
 SIZE_LIMIT_BYTES = 16_000_000  # decimal; artifact plus packed code
 LIMIT_SECONDS = 600  # of training with calibration, and of reloading with evaluation
 BOS = 1  # begin of document, the same id in every published tokenizer
+EMPTY: Mapping[Any, Any] = {}  # a default that nobody changes
 
 
 class UserError(ValueError):
@@ -346,6 +347,7 @@ class Config:
         return int(count)
 
     head_dim = property(lambda self: self.model_dim // self.num_heads)
+    seq_lens = property(lambda self: {self.train_seq_len, *map(int, dict(parse_schedule(self.train_seq_schedule)))})
     mlp_dim = property(lambda self: self.mlp_hidden or int(self.mlp_mult * self.model_dim))
     embedding_lr = property(lambda self: self.tied_embed_lr if self.tie_embeddings else self.embed_lr)
 
@@ -625,9 +627,6 @@ class Segments(NamedTuple):
     max_length: int  # no segment is longer
 
 
-EMPTY: Mapping[Any, Any] = {}
-
-
 class Batch(NamedTuple):
     ids: Tensor  # (1, T) int64
     targets: Tensor  # (1, T) or (1, T, C) int64
@@ -809,9 +808,8 @@ def open_dataset(config: Config, world: World) -> Dataset:
     keys = np.unique(document_keys(val_tokens, bounds))
     digests = {digest(val_tokens[a:b]) for a, b in zip(bounds[:-1], bounds[1:]) if b - a > 1}  # empty: all equal
     rows = 1 if config.train_order == "sequential" else config.micro_batch_tokens // config.train_seq_len
-    window, lengths = config.micro_batch_tokens // rows, {config.train_seq_len, *map(int, dict(parse_schedule(
-        config.train_seq_schedule)))}
-    by_rank = world.gather([scan_shard(train, i, keys, digests, window, lengths)
+    window = config.micro_batch_tokens // rows
+    by_rank = world.gather([scan_shard(train, i, keys, digests, window, config.seq_lens)
                             for i in range(world.rank, len(train.shards), world.size)])
     scans = [by_rank[i % world.size][i // world.size] for i in range(len(train.shards))]
     for scan, path in zip(scans, train_paths): check_tokens(scan.max_token, config, path)
@@ -822,7 +820,7 @@ def open_dataset(config: Config, world: World) -> Dataset:
     parts = [hashlib.sha256(x.data).hexdigest() for x in (val_tokens, val_bytes)] + [scan.sha256 for scan in scans]
     fingerprint = hashlib.sha256(" ".join(parts).encode()).hexdigest()
     most = {length: rows * (max(scan.max_segments[length] for scan in scans) if config.document_mask else
-                            -(-window // length)) for length in lengths}
+                            -(-window // length)) for length in config.seq_lens}
     return Dataset(train, val_tokens, val_bytes, sha256, fingerprint, leaked, most)
 
 
@@ -923,7 +921,7 @@ class Kernels(NamedTuple):
     leaky2: Callable[..., Tensor] | None = None  # the whole MLP
     rotate_heads: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None  # norm, rotation, gain of heads
     exclude: Callable[..., Tensor] | None = None  # exclusive self attention, times a gate
-    mix_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None  # blend of streams, and its norm
+    mix_norm: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None  # blend of streams, and its norm
     cross_entropy: Callable[..., Tensor] | None = None  # the head, its softcap and the nats
     note: str = ""  # for the log
 
@@ -1217,11 +1215,11 @@ def load_cross_entropy() -> Callable[..., Tensor]:
     """
     kernel = jitted(cross_entropy_kernel)
 
-    def empty(x: Tensor, head: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-        return *(x.new_empty(len(x), *n, dtype=torch.float32) for n in ((), (2,))), x.new_empty(len(x), len(head))
+    def sums(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.new_empty(len(x), dtype=torch.float32), x.new_empty(len(x), 2, dtype=torch.float32)
 
     def forward(x: Tensor, head: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, ...]:
-        (nats, dcaps, _), logits, size = empty(x, head[:0]), F.linear(x, head), 1 << (len(head) - 1).bit_length()
+        (nats, dcaps), logits, size = sums(x), F.linear(x, head), 1 << (len(head) - 1).bit_length()
         warps = min(max(size // 1024, 1), 32)
         kernel[(len(x),)](len(head), size, logits, targets, caps, nats, dcaps, num_warps=warps,
                           maxnreg=min(max(1024 // warps, 64), 255))  # so that two programs fit
@@ -1232,7 +1230,8 @@ def load_cross_entropy() -> Callable[..., Tensor]:
         weight = grads[0][:, None]
         return ((dlogits @ head) * weight).to(x.dtype), dlogits.T @ (x * weight).to(x.dtype), None, grads[0] @ dcaps
 
-    operator = differentiable("cross_entropy", "TTTT TTT", (forward, empty), None, finish, kept=2)
+    operator = differentiable("cross_entropy", "TTTT TTT", (forward, lambda x, head, *_: (*sums(x), x.new_empty(
+        len(x), len(head)))), None, finish, kept=2)
     x = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")
     operator(x, x, torch.zeros(16, dtype=torch.long, device="cuda"), x[0, :2].float())  # another Triton may not do
     return lambda *inputs: operator(*inputs)[0]
@@ -1280,7 +1279,7 @@ def mix_norm_kernel(T, D: constexpr, W: constexpr, ROWS: constexpr, BD: constexp
 
 
 @functools.cache
-def load_mix_norm() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def load_mix_norm() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     """(a or None, b, c (T, D), mix (3, D), scale (), chain (T, D), W) -> mix[0] a + mix[1] b + mix[2] c, its RMS norm
     times scale, and the first W channels of that, in bfloat16; the next visit's chain, (T, D) without memory.
 
@@ -1696,11 +1695,12 @@ class GPT(nn.Module):
             q = q * w["q_gain"][:, None]
             if "value_mix" in w and first_value is not None: v = w["value_mix"][0] * first_value + w["value_mix"][1] * v
             own = v
-        y, opened = self.attention(q, k, v, segments), torch.ones_like(q[:, :, 0], dtype=torch.float32)
+        y = self.attention(q, k, v, segments)
         if "attn_gate" in w:
             inner = config.sparse_attn_gate_scale if config.attn_gate == "sparse" else 1.0
             gate = F.linear(n if config.attn_gate == "dense" else start, w["attn_gate"], w.get("attn_gate_bias"))
             opened = (inner * gate.float()).sigmoid() * (2 if config.attn_gate == "output" else 1)
+        else: opened = torch.ones_like(q[:, :, 0], dtype=torch.float32)
         if exclude and kernels.exclude: y = kernels.exclude(y, own, opened)
         else: y = ((exclusive(y, own) if exclude else y) * opened[:, :, None]).flatten(1).to(self.dtype)
         return adapted(self.project(norm(y) if config.projection_norm else y, w["out_proj"], base), n, w, "out"), own
@@ -1818,8 +1818,8 @@ class GPT(nn.Module):
 
     def nats(self, features: Tensor, targets: Tensor, adapters: Mapping[str, Tensor] = EMPTY) -> Tensor:
         """features (T, EMBED_DIM), targets (T,) or (T, C) -> nats, shaped like the targets."""
-        kernel, plain = self.active_kernels.cross_entropy, bool(adapters) or self.temperature != 1
-        if kernel and targets.dim() == 1 and not plain:
+        kernel = self.active_kernels.cross_entropy
+        if kernel and targets.dim() == 1 and not adapters and self.temperature == 1:
             return kernel(features, self.head_weight(), targets, self.caps())
         logits, columns = self.logits(features, adapters), targets.view(len(targets), -1).unbind(1)
         columns = [F.cross_entropy(logits, column, reduction="none", ignore_index=-1) for column in columns]

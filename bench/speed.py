@@ -57,8 +57,7 @@ def made_up_dataset(config: Config, folder: Path) -> Dataset:
     """A training stream of a few batches and no validation text."""
     tokens = made_up_tokens(config, max(8 * config.micro_batch_tokens, 1 << 18))
     stream, empty = TokenStream([write_shard(folder, tokens)]), np.zeros(0, np.int64)
-    lengths = {stage.seq_len for stage in train_gpt.stages(config)}
-    scan = train_gpt.scan_shard(stream, 0, empty, set(), config.micro_batch_tokens, lengths)
+    scan = train_gpt.scan_shard(stream, 0, empty, set(), config.micro_batch_tokens, config.seq_lens)
     return Dataset(stream, empty, empty, "", "made up", 0, scan.max_segments)
 
 
