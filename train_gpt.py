@@ -572,8 +572,9 @@ class StopRequest:
 # ====================================================================================================================
 # 3. data: shard files -> one circular training stream and the validation tokens with their byte counts.
 #    Micro-slice m is tokens [m T, m T + T] of all shards in a row (or the m-th set of rows from all over them), for any
-#    number of ranks: a batch is a function of the step alone, so every world size sees the same data and resuming needs
-#    no state. No shard's tail is dropped; orders of rows leave out the last part of a row, once for all shards.
+#    number of ranks, its longest segments first: a batch is a function of the step alone, so every world size sees the
+#    same data and resuming needs no state. No shard's tail is dropped; orders of rows leave out the last part of a row,
+#    once for all shards.
 # ====================================================================================================================
 
 SHARD_MAGIC, SHARD_HEADER_INTS = 20240520, 256
@@ -640,6 +641,17 @@ def cut_segments(ids: np.ndarray, seq_len: int, document_mask: bool) -> np.ndarr
     return np.repeat(starts - (np.cumsum(counts) - counts) * seq_len, counts) + np.arange(counts.sum()) * seq_len
 
 
+def longest_first(starts: np.ndarray, total: int) -> tuple[np.ndarray, np.ndarray]:
+    """Segment starts (S,) in `total` tokens -> those of the same segments in order of length, where each token was.
+
+    Attention's kernels end evenly when the longest come first; nothing else depends on the order.
+    """
+    lengths = np.diff(starts, append=total)
+    order = np.argsort(-lengths, kind="stable")
+    moved = np.cumsum(lengths[order]) - lengths[order]
+    return moved, np.arange(total) + np.repeat(starts[order] - moved, lengths[order])
+
+
 def make_segments(starts: np.ndarray, total: int, seq_len: int, num_segments: int) -> Segments:
     """starts (S,) of segments in `total` tokens -> Segments; padded to num_segments unless that is 0.
 
@@ -704,8 +716,9 @@ class TrainLoader:
         windows = np.stack([self.stream.slice(i * row, row + 1) for i in rows])
         starts = np.concatenate([i * row + cut_segments(window[:-1], seq_len, config.document_mask)
                                  for i, window in enumerate(windows)])
+        starts, places = longest_first(starts, tokens)
         segments = make_segments(starts, tokens, seq_len, self.num_segments.get(seq_len, 0))
-        batch = make_batch(windows[:, :-1].reshape(-1), windows[:, 1:].reshape(-1), segments)
+        batch = make_batch(windows[:, :-1].reshape(-1)[places], windows[:, 1:].reshape(-1)[places], segments)
         return map_tensors(Tensor.pin_memory, batch) if self.world.device.type == "cuda" else batch
 
     def row(self, epoch: int, place: int) -> int:
@@ -957,7 +970,7 @@ class Fp8Linear(torch.autograd.Function):
 
 @functools.cache
 def load_product() -> Callable[..., Tensor]:
-    """-> product(end, a (M, K), b (K, N), **operands) -> (M, N): a b, ended in a way that costs no pass of its own.
+    """-> product(a (M, K), b (K, N), end, **operands) -> (M, N): a b, ended in a way that costs no pass of its own.
 
     Ends: "plain"; "add", res (M, N) on top, in float32; "leaky2", leaky_relu(a b, slope)^2 with the sign of what was
     squared in the last bit, since the gradient needs no more of it; "leaky2_slope", a b times that activation's slope,
@@ -979,19 +992,19 @@ def load_product() -> Callable[..., Tensor]:
         return {"D": value(bits(z * z) + ((1 << 16) - sign) & -2 << 16 | sign)}  # the nearest number with that bit
 
     def leaky2_slope(acc, post, slope):
-        negative = (bits(post) >> 16 & 1).to(Float32)
-        return {"D": acc * cute.math.sqrt(post, fastmath=True) * (2.0 - negative * (2.0 + 2.0 * slope))}
+        root = value(bits(cute.math.sqrt(post, approx=True, ftz=True)) | bits(post) << 15)  # with the sign
+        return {"D": (acc + acc) * cute.arch.fmax(root, root * slope)}
 
     ends = {name: gemm_epilogue()(end) for name, end in {
         "plain": plain, "add": add, "leaky2": leaky2, "leaky2_slope": leaky2_slope}.items()}
     wide, narrow = ({"config": GemmConfig(*tile, is_dynamic_persistent=False, cluster_m=m, cluster_n=3 - m)}
                     for tile, m in (((128, 192), 2), ((192, 128), 1)))  # the fastest of eleven tiles, on an H200
 
-    def product(end: str, a: Tensor, b: Tensor, **operands: Any) -> Tensor:
-        return ends[end](a, b, **operands, **(wide if b.size(1) > 1024 else narrow))["D"]
+    def product(a: Tensor, b: Tensor, end: str = "plain", **operands: Any) -> Tensor:
+        return ends[end](a, b, **operands, **(narrow if b.size(1) <= 1024 or "post" in operands else wide))["D"]
 
     x = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")  # quack is young: another version may not do
-    require(product("add", x, x, res=x)[0, 0] == 17, "quack: a product is wrong")
+    require(product(x, x, "add", res=x)[0, 0] == 17, "quack: a product is wrong")
     return product
 
 
@@ -1024,8 +1037,7 @@ def differentiable(name: str, signature: str, forward: tuple[Any, Any], backward
 
     def gradient(ctx: Any, *grads: Tensor | None):
         given = [None if grad is None else grad.contiguous() for grad in grads]
-        made = operators[1](*ctx.saved_tensors, *given, *ctx.numbers) if backward else None
-        return finish(ctx.saved_tensors, given, made)
+        return finish(ctx.saved_tensors, given, backward and operators[1](*ctx.saved_tensors, *given, *ctx.numbers))
 
     operators[0].register_autograd(gradient, setup_context=remember)
     return operators[0]
@@ -1051,10 +1063,11 @@ def jitted(kernel: Callable[..., None]) -> Any:
 def load_linear_add() -> Callable[..., Tensor]:
     """(x (T, K), weight (N, K), base (T, N) or None) -> base + x weight^T in bfloat16, rounded once, on Hopper."""
     product = load_product()
-    return differentiable("linear_add", "TT? T", (
-        lambda x, weight, res: product("plain", x, weight.T) if res is None else product("add", x, weight.T, res=res),
-        lambda x, weight, _: x.new_empty(len(x), len(weight))), None, lambda kept, grads, _: (
-            grads[0] @ kept[1], grads[0].T @ kept[0], None if kept[2] is None else grads[0]))
+    return differentiable("linear_add", "TT? T T", (
+        lambda x, weight, res: product(x, weight.T) if res is None else product(x, weight.T, "add", res=res),
+        lambda x, weight, _: x.new_empty(len(x), len(weight))), (lambda x, weight, _, grad: product(
+            grad, weight), lambda x, *_: torch.empty_like(x)), lambda kept, grads, dx: (
+                dx, grads[0].T @ kept[0], None if kept[2] is None else grads[0]))
 
 
 @functools.cache
@@ -1067,18 +1080,18 @@ def load_leaky2() -> Callable[..., Tensor]:
     product = load_product()
 
     def forward(n: Tensor, up: Tensor, down: Tensor, base: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
-        post = product("leaky2", n, up.T, slope=slope)
-        return F.linear(post, down) if base is None else product("add", post, down.T, res=base), post
+        post = product(n, up.T, "leaky2", slope=slope)
+        return product(post, down.T) if base is None else product(post, down.T, "add", res=base), post
 
-    def finish(kept: Sequence[Tensor], grads: Sequence[Tensor], dpre: Tensor):
-        n, up, _, base, post = kept
-        return dpre @ up, dpre.T @ n, grads[0].T @ post, None if base is None else grads[0], None
+    def finish(kept: Sequence[Tensor], grads: Sequence[Tensor], found: Sequence[Tensor]):
+        return found[0], found[1].T @ kept[0], grads[0].T @ kept[4], None if kept[3] is None else grads[0], None
 
     def backward(n: Tensor, up: Tensor, down: Tensor, base: Any, post: Tensor, grad: Tensor, _: Any, slope: float):
-        return product("leaky2_slope", grad, down, post=post, slope=slope)
+        dpre = product(grad, down, "leaky2_slope", post=post, slope=slope)
+        return product(dpre, up), dpre
 
-    operator = differentiable("leaky2", "TTT?f TT T", (forward, lambda n, up, *_: (torch.empty_like(n), n.new_empty(
-        len(n), len(up)))), (backward, lambda *inputs: torch.empty_like(inputs[4])), finish, kept=1)
+    def empty(n: Tensor, up: Tensor, *_: Any): return torch.empty_like(n), n.new_empty(len(n), len(up))
+    operator = differentiable("leaky2", "TTT?f TT TT", (forward, empty), (backward, empty), finish, kept=1)
     return lambda *inputs: operator(*inputs)[0]
 
 
@@ -1133,9 +1146,8 @@ def load_rotate_heads() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
 
     def launch(width: int, qkv: Tensor, gain: Tensor, cos: Tensor, *rest: Any) -> None:
         tokens, heads, total = len(qkv), len(gain), qkv.size(1) // width  # of queries; with keys and values
-        kernel[(-(-tokens // HEAD_ROWS),)](
-            tokens, heads, (total - heads) // 2, width, cos.size(-1), HEAD_ROWS, 1 << (total - 1).bit_length(), qkv,
-            gain, cos, *rest, num_warps=HEAD_ROWS)
+        kernel[(-(-tokens // HEAD_ROWS),)](tokens, heads, (total - heads) // 2, width, cos.size(-1), HEAD_ROWS, 1 << (
+            total - 1).bit_length(), qkv, gain, cos, *rest, num_warps=HEAD_ROWS)
 
     def outputs(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, width: int) -> tuple[Tensor, ...]:
         heads, total = len(gain), qkv.size(1) // width
@@ -1213,14 +1225,15 @@ def load_cross_entropy() -> Callable[..., Tensor]:
 
     The forward pass reads the logits once and leaves their gradients in their place.
     """
-    kernel = jitted(cross_entropy_kernel)
+    kernel, product = jitted(cross_entropy_kernel), None
+    with contextlib.suppress(Exception): product = load_product()  # faster, where it is there
 
     def sums(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.new_empty(len(x), dtype=torch.float32), x.new_empty(len(x), 2, dtype=torch.float32)
 
     def forward(x: Tensor, head: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, ...]:
-        (nats, dcaps), logits, size = sums(x), F.linear(x, head), 1 << (len(head) - 1).bit_length()
-        warps = min(max(size // 1024, 1), 32)
+        (nats, dcaps), size, even = sums(x), 1 << (len(head) - 1).bit_length(), (x.size(1) | len(head)) % 8 == 0
+        logits, warps = (product if product and even else torch.mm)(x, head.T), min(max(size // 1024, 1), 32)
         kernel[(len(x),)](len(head), size, logits, targets, caps, nats, dcaps, num_warps=warps,
                           maxnreg=min(max(1024 // warps, 64), 255))  # so that two programs fit
         return nats, dcaps, logits
@@ -1461,17 +1474,15 @@ def load_fa4() -> Attention:
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd  # pyright: ignore[reportMissingImports]
     warnings.filterwarnings("ignore", "Argument aux_data")  # harmless, but long
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
-        y, lse = _flash_attn_fwd(q, k, v, cu_seqlens_q=boundaries, cu_seqlens_k=boundaries, max_seqlen_q=max_length,
-                                 max_seqlen_k=max_length, causal=True, return_lse=True)[:2]
-        return y, lse
+    def forward(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, max_length: int) -> tuple[Tensor, ...]:
+        return tuple(_flash_attn_fwd(q, k, v, cu_seqlens_q=boundaries, cu_seqlens_k=boundaries, max_seqlen_q=max_length,
+                                     max_seqlen_k=max_length, causal=True, return_lse=True)[:2])
 
     def backward(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, y: Tensor, lse: Tensor, dy: Tensor, _: Any,
-                 max_length: int) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = _flash_attn_bwd(q, k, v, y, dy, lse, q.size(-1) ** -0.5, True, cu_seqlens_q=boundaries,
+                 max_length: int) -> tuple[Tensor, ...]:
+        return tuple(_flash_attn_bwd(q, k, v, y, dy, lse, q.size(-1) ** -0.5, True, cu_seqlens_q=boundaries,
                                      cu_seqlens_k=boundaries, max_seqlen_q=max_length, max_seqlen_k=max_length,
-                                     deterministic=torch.are_deterministic_algorithms_enabled())[:3]
-        return dq, dk, dv
+                                     deterministic=torch.are_deterministic_algorithms_enabled())[:3])
 
     operator = differentiable("fa4", "TTTTi TT TTT", (forward, lambda q, *_: (torch.empty_like(q), q.new_empty(
         q.size(1), q.size(0), dtype=torch.float32))), (backward, lambda *inputs: tuple(map(
@@ -1504,6 +1515,7 @@ class Visit(NamedTuple):
     push: bool  # keep the output for a skip
     skip: int  # row of skip_weight that blends the newest kept output in before the block; -1 = none
     adapter: int  # row of the depth adapters; -1 = none
+    parallel: bool  # a two-lane block
 
 
 def layer_order(config: Config, looping: bool) -> list[int]:
@@ -1534,13 +1546,8 @@ def visit_plan(config: Config, looping: bool) -> tuple[Visit, ...]:
     for i, layer in enumerate(order):
         skip = rows[keys[i - encoder]] if encoder <= i < encoder + len(keys) else -1
         adapter = order[:i].count(layer) * len(looped) + layer - config.loop_start if layer in looped else -1
-        plan.append(Visit(layer, i < encoder, skip, adapter))
+        plan.append(Visit(layer, i < encoder, skip, adapter, 0 < config.parallel_start_layer <= layer))
     return tuple(plan)
-
-
-def is_lane(config: Config, layer: int) -> bool:
-    """Whether the layer is a two-lane block."""
-    return 0 < config.parallel_start_layer <= layer
 
 
 def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -1698,7 +1705,8 @@ class GPT(nn.Module):
         y = self.attention(q, k, v, segments)
         if "attn_gate" in w:
             inner = config.sparse_attn_gate_scale if config.attn_gate == "sparse" else 1.0
-            gate = F.linear(n if config.attn_gate == "dense" else start, w["attn_gate"], w.get("attn_gate_bias"))
+            read, gate = n if config.attn_gate == "dense" else start, w["attn_gate"]  # start may be wider
+            gate = F.linear(read, F.pad(gate, (0, read.size(1) - gate.size(1))), w.get("attn_gate_bias"))
             opened = (inner * gate.float()).sigmoid() * (2 if config.attn_gate == "output" else 1)
         else: opened = torch.ones_like(q[:, :, 0], dtype=torch.float32)
         if exclude and kernels.exclude: y = kernels.exclude(y, own, opened)
@@ -1723,9 +1731,9 @@ class GPT(nn.Module):
     def mix_norm(self, skipped: Tensor | None, x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor,
                  chain: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Streams (T, D), their weights mix (3, D) -> their blend, its norm, the norm's first channels, and the chain
-        of x0's gradient (see load_mix_norm)."""
+        of x0's gradient (see load_mix_norm). A kernel gives 16 of those channels for 12: their products are faster."""
         window, kernel = self.config.gate_window, self.active_kernels.mix_norm
-        if kernel: return kernel(skipped, x, x0, mix, scale, chain, window)
+        if kernel: return kernel(skipped, x, x0, mix, scale, chain, min(-(-window // 16) * 16, x.size(1)))
         mixed = mix[1] * x + mix[2] * x0 if skipped is None else mix[0] * skipped + mix[1] * x + mix[2] * x0
         n = norm(mixed := mixed.to(self.dtype), scale)
         return mixed, n, n[:, :window], chain
@@ -1771,9 +1779,8 @@ class GPT(nn.Module):
         for place, visit in enumerate(self.plans[1 if self.looping else 0]):
             skipped, weights = kept.pop() if visit.skip >= 0 else None, self.visit_weights(banks, visit)
             weights |= {name: parts[place] for name, parts in adapters.items() if not name.startswith("head")}
-            lanes, v, chain = self.block(
-                weights, lanes, skipped, x0, chain, (cos, sin), segments,
-                visit.layer >= config.num_layers - config.xsa_last_n, is_lane(config, visit.layer), first_value)
+            lanes, v, chain = self.block(weights, lanes, skipped, x0, chain, (cos, sin), segments, visit.layer >= (
+                config.num_layers - config.xsa_last_n), visit.parallel, first_value)
             first_value = v if first_value is None else first_value
             if visit.push: kept.append(lanes[0])
         return self.merge(lanes[0], lanes[-1])
@@ -1858,13 +1865,10 @@ TABLE = Role("adam", "embedding_lr", "embed_wd", "embed_quantizer", "embed_bits"
 PARAM_TABLE = {
     "embedding": TABLE, "head": TABLE._replace(lr="head_lr"),
     "bigram_table": TABLE._replace(quantizer="matrix_quantizer", bits="matrix_bits"),
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "out_proj", "embed_in", "embed_out", "bigram_proj", "q_adapter_in",
-                     "q_adapter_out", "v_adapter_in", "v_adapter_out"), ATTN),
+    **dict.fromkeys(MATRICES - {"up_proj"} | {"out_proj", "bigram_proj", "q_adapter_out", "v_adapter_out"}, ATTN),
     **dict.fromkeys(("up_proj", "down_proj"), ATTN._replace(clip_sigmas="mlp_clip_sigmas")),
-    **dict.fromkeys(("q_gain", "attn_scale", "mlp_scale", "resid_mix", "skip_weight", "skip_gate", "attn_gate",
-                     "attn_gate_bias", "value_mix", "lane_resid", "lane_mix", "smear_gate", "smear_scale", "mean_smear",
-                     "static_smear", "bigram_scale", "softcap_scale", "vocab_bias"),
-                    Role("adam", "scalar_lr", "adam_wd"))}
+    **dict.fromkeys((*CONSTANTS, "q_gain", "resid_mix", "skip_gate", "attn_gate", "smear_gate", "smear_scale",
+                     "mean_smear", "softcap_scale", "vocab_bias"), Role("adam", "scalar_lr", "adam_wd"))}
 
 
 def orthogonalize(x: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:

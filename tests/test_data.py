@@ -173,8 +173,31 @@ def read_step(loaders: list[TrainLoader], step: int) -> list:
     return [worker.micro(step * count + micro, 16) for micro in range(count) for worker in loaders]
 
 
+@pytest.fixture
+def as_read(monkeypatch):
+    """Segments stay where the stream has them."""
+    monkeypatch.setattr(train_gpt, "longest_first", lambda starts, total: (starts, np.arange(total)))
+
+
+@pytest.mark.parametrize("order, document_mask", [("sequential", True), ("shuffled", True), ("sequential", False)])
+def test_the_longest_segments_come_first(order, document_mask, request):
+    """They are those of the stream, whole, with their targets and positions; equally long ones keep their order."""
+    stream = memory_stream(*(np.concatenate(make_documents(s, 4)) for s in range(3)))
+    worker = loader(1, 0, stream, 64, train_order=order, document_mask=document_mask)
+
+    def pieces(batch) -> list[tuple]:
+        cuts, positions = batch.segments.boundaries.tolist(), batch.segments.positions.tolist()
+        assert all(positions[a:b] == list(range(b - a)) for a, b in zip(cuts, cuts[1:]))
+        return [(*batch.ids[0, a:b].tolist(), *batch.targets[0, a:b].tolist()) for a, b in zip(cuts, cuts[1:])]
+
+    ours = [pieces(worker.build(index, 16)) for index in range(20)]
+    request.getfixturevalue("as_read")
+    wanted = [sorted(pieces(worker.build(index, 16)), key=len, reverse=True) for index in range(20)]
+    assert ours == wanted
+
+
 @pytest.mark.parametrize("size, micro_tokens", [(1, 32), (2, 32), (4, 32), (1, 128), (2, 16), (8, 16)])
-def test_every_number_of_ranks_reads_the_same_stream(size, micro_tokens):
+def test_every_number_of_ranks_reads_the_same_stream(size, micro_tokens, as_read):
     """Epoch after epoch: no token skipped or repeated, and any step can be read without those before it."""
     stream = memory_stream(*(np.concatenate(make_documents(s, 4)) for s in range(3)))
     steps = 3 * len(stream) // 128 + 2
@@ -196,7 +219,7 @@ def test_every_number_of_ranks_reads_the_same_stream(size, micro_tokens):
     late.close()
 
 
-def test_a_stage_changes_segments_of_batches_prepared_ahead():
+def test_a_stage_changes_segments_of_batches_prepared_ahead(as_read):
     """The tokens stay those of the index; nothing that was prepared for the stage before is handed out."""
     stream = memory_stream(np.concatenate(make_documents(0, 9)))
     worker, random = loader(1, 0, stream, 64), np.random.default_rng(1)
@@ -218,7 +241,7 @@ def test_without_document_mask_rows_are_plain():
 
 @pytest.mark.parametrize("order", ["strided", "shuffled"])
 @pytest.mark.parametrize("size, micro_tokens", [(1, 32), (2, 32), (4, 32), (1, 128), (2, 16)])
-def test_rows_are_the_same_for_every_number_of_ranks_and_each_comes_once_an_epoch(size, micro_tokens, order):
+def test_rows_are_the_same_for_every_number_of_ranks_and_each_comes_once_an_epoch(size, micro_tokens, order, as_read):
     stream = memory_stream(*(np.concatenate(make_documents(s, 4)) for s in range(3)))
     rows = len(stream) // 16
     loaders = [loader(size, rank, stream, micro_tokens, train_order=order) for rank in range(size)]

@@ -14,7 +14,6 @@ from train_gpt import (
     Segments,
     cut_segments,
     exclusive,
-    is_lane,
     make_segments,
     norm,
     param_shapes,
@@ -34,7 +33,7 @@ PLAIN = {  # the naive baseline's model
 
 def describe_plan(config, plan) -> str:
     """'0+ 1+ 3-0 8-3|': + keeps its output, -r takes a skip through row r, | is a two-lane block."""
-    return " ".join(f"{v.layer}{'+' * v.push}{f'-{v.skip}' if v.skip >= 0 else ''}{'|' * is_lane(config, v.layer)}"
+    return " ".join(f"{v.layer}{'+' * v.push}{f'-{v.skip}' if v.skip >= 0 else ''}{'|' * v.parallel}"
                     for v in plan)
 
 
@@ -82,7 +81,7 @@ def test_plan_of_the_defaults_is_the_published_one():
             else:
                 kept.append(i)
         assert taken == pairs
-    assert [is_lane(config, v.layer) for v in on] == [False] * 14 + [True] * 3
+    assert [v.parallel for v in on] == [False] * 14 + [True] * 3
     assert {v.adapter for v in (*on, *off)} == {-1}
     assert len(skip_rows(config)) == 8
     assert describe_plan(config, off) == "0+ 1+ 2+ 3+ 4+ 5-0 6-4 7-5 8-6| 9-7| 10|"

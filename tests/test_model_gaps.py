@@ -17,7 +17,6 @@ from train_gpt import (
     UserError,
     attention_sdpa,
     choose_attention,
-    is_lane,
     load_fa4,
     make_batch,
     make_segments,
@@ -87,7 +86,7 @@ def test_plans_of_any_settings(config):
         assert len(set(rows)) == len(rows) == sum(v.push for v in plan)
         assert not any(v.push and v.skip >= 0 for v in plan)
         assert all(layer_of[v.skip] == v.layer for v in plan if v.skip >= 0)
-        lanes = [is_lane(config, v.layer) for v in plan]
+        lanes = [v.parallel for v in plan]
         assert lanes == sorted(lanes) and not any(v.push and lane for v, lane in zip(plan, lanes))
         lane_layers = {v.layer for v, lane in zip(plan, lanes) if lane}
         count = param_shapes(config).get("lane_mix", (0,))[0]  # rows of the last layers

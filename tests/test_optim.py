@@ -371,12 +371,12 @@ def test_every_parameter_has_a_row(name, config):
 
 
 def written_keys(table: ast.Dict) -> list[str]:
-    """Names as they stand in the source of PARAM_TABLE, with those in **dict.fromkeys((...), ROLE)."""
+    """Names as they stand in the source of PARAM_TABLE, with those in **dict.fromkeys(..., ROLE)."""
     names = []
     for key, value in zip(table.keys, table.values):
         if key is None:
             assert isinstance(value, ast.Call) and ast.unparse(value.func) == "dict.fromkeys"
-            names += ast.literal_eval(value.args[0])
+            names += eval(ast.unparse(value.args[0]), vars(train_gpt))
         else:
             names.append(ast.literal_eval(key))
     return names
