@@ -98,7 +98,7 @@ def test_linear_add_is_its_plain_form(tokens, inner, out, based):
 def test_leaky2_keeps_the_sign_and_nothing_else_of_what_it_squares():
     torch.manual_seed(1)
     n, up = draw(300, 64), draw(208, 64, scale=0.125)
-    post = load_product()("leaky2", n, up.T, slope=0.5)
+    post = load_product()(n, up.T, "leaky2", slope=0.5)
     before = n.double() @ up.double().T
     clear = before.abs() > 1e-3  # sums in float32 may differ in sign below
     assert torch.equal(((post.view(torch.int16) & 1) == 1)[clear], (before < 0)[clear]) and (post >= 0).all()
