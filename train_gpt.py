@@ -972,9 +972,10 @@ class Fp8Linear(torch.autograd.Function):
 def load_product() -> Callable[..., Tensor]:
     """-> product(a (M, K), b (K, N), end, **operands) -> (M, N): a b, ended in a way that costs no pass of its own.
 
-    Ends: "plain"; "add", res (M, N) on top, in float32; "leaky2", leaky_relu(a b, slope)^2 with the sign of what was
-    squared in the last bit, since the gradient needs no more of it; "leaky2_slope", a b times that activation's slope,
-    from what "leaky2" gave, post (M, N). slope is at most 1. Products of quack, which flash-attn-4 brings, on Hopper.
+    Ends: "plain"; "add", res (M, N), if that is not None, on top, in float32; "leaky2", leaky_relu(a b, slope)^2 with
+    the sign of what was squared in the last bit, since the gradient needs no more of it; "leaky2_slope", a b times that
+    activation's slope, from what "leaky2" gave, post (M, N). slope is at most 1. Products of quack, which flash-attn-4
+    brings, on Hopper.
     """
     from cutlass import Float32, Int32, cute  # pyright: ignore[reportMissingImports]
     from cutlass._mlir.extras import types  # pyright: ignore[reportMissingImports]
@@ -1001,7 +1002,8 @@ def load_product() -> Callable[..., Tensor]:
                     for tile, m in (((128, 192), 2), ((192, 128), 1)))  # the fastest of eleven tiles, on an H200
 
     def product(a: Tensor, b: Tensor, end: str = "plain", **operands: Any) -> Tensor:
-        return ends[end](a, b, **operands, **(narrow if b.size(1) <= 1024 or "post" in operands else wide))["D"]
+        if operands.get("res", a) is None: end, operands = "plain", {}
+        return ends[end](a, b, **operands, **(wide if b.size(1) > 1024 and end != "leaky2_slope" else narrow))["D"]
 
     x = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")  # quack is young: another version may not do
     require(product(x, x, "add", res=x)[0, 0] == 17, "quack: a product is wrong")
@@ -1063,11 +1065,10 @@ def jitted(kernel: Callable[..., None]) -> Any:
 def load_linear_add() -> Callable[..., Tensor]:
     """(x (T, K), weight (N, K), base (T, N) or None) -> base + x weight^T in bfloat16, rounded once, on Hopper."""
     product = load_product()
-    return differentiable("linear_add", "TT? T T", (
-        lambda x, weight, res: product(x, weight.T) if res is None else product(x, weight.T, "add", res=res),
-        lambda x, weight, _: x.new_empty(len(x), len(weight))), (lambda x, weight, _, grad: product(
-            grad, weight), lambda x, *_: torch.empty_like(x)), lambda kept, grads, dx: (
-                dx, grads[0].T @ kept[0], None if kept[2] is None else grads[0]))
+    return differentiable("linear_add", "TT? T T", (lambda x, weight, base: product(
+        x, weight.T, "add", res=base), lambda x, weight, _: x.new_empty(len(x), len(weight))), (
+            lambda x, weight, _, grad: product(grad, weight), lambda x, *_: torch.empty_like(x)),
+        lambda kept, grads, dx: (dx, grads[0].T @ kept[0], None if kept[2] is None else grads[0]))
 
 
 @functools.cache
@@ -1081,9 +1082,10 @@ def load_leaky2() -> Callable[..., Tensor]:
 
     def forward(n: Tensor, up: Tensor, down: Tensor, base: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
         post = product(n, up.T, "leaky2", slope=slope)
-        return product(post, down.T) if base is None else product(post, down.T, "add", res=base), post
+        return product(post, down.T, "add", res=base), post
 
     def finish(kept: Sequence[Tensor], grads: Sequence[Tensor], found: Sequence[Tensor]):
+        # kept: n, up, down, base, post; found: the gradients of n and of what leaky2 squares
         return found[0], found[1].T @ kept[0], grads[0].T @ kept[4], None if kept[3] is None else grads[0], None
 
     def backward(n: Tensor, up: Tensor, down: Tensor, base: Any, post: Tensor, grad: Tensor, _: Any, slope: float):
@@ -1225,7 +1227,7 @@ def load_cross_entropy() -> Callable[..., Tensor]:
 
     The forward pass reads the logits once and leaves their gradients in their place.
     """
-    kernel, product = jitted(cross_entropy_kernel), None
+    kernel, product = jitted(cross_entropy_kernel), torch.mm
     with contextlib.suppress(Exception): product = load_product()  # faster, where it is there
 
     def sums(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -1233,7 +1235,7 @@ def load_cross_entropy() -> Callable[..., Tensor]:
 
     def forward(x: Tensor, head: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, ...]:
         (nats, dcaps), size, even = sums(x), 1 << (len(head) - 1).bit_length(), (x.size(1) | len(head)) % 8 == 0
-        logits, warps = (product if product and even else torch.mm)(x, head.T), min(max(size // 1024, 1), 32)
+        logits, warps = (product if even else torch.mm)(x, head.T), min(max(size // 1024, 1), 32)
         kernel[(len(x),)](len(head), size, logits, targets, caps, nats, dcaps, num_warps=warps,
                           maxnreg=min(max(1024 // warps, 64), 255))  # so that two programs fit
         return nats, dcaps, logits
