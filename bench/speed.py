@@ -11,6 +11,7 @@ Where the model has kernels of its own, a second table compares each with the co
 that its bytes take at the rate of a copy, or its products at the fastest rate.
 """
 import argparse
+import functools
 import os
 import statistics
 import sys
@@ -146,18 +147,20 @@ def linear_add_twin(x: torch.Tensor, weight: torch.Tensor, base: torch.Tensor | 
 
 
 def leaky2_twin(n: torch.Tensor, up: torch.Tensor, down: torch.Tensor, base: torch.Tensor | None,
-                slope: float) -> torch.Tensor:
+                rows: torch.Tensor | None, slope: float) -> torch.Tensor:
     """What load_leaky2's kernel computes, in plain torch."""
+    if rows is not None and base is not None:
+        scale = (2 / base.size(-1) * rows[0] / rows[1]).sqrt()[:, None]  # the norm's
+        n = (base * (base.float().square().mean(-1, keepdim=True) + train_gpt.RMS_EPS).rsqrt() * scale).to(base.dtype)
     return linear_add_twin(train_gpt.ACTIVATIONS["leaky2"](F.linear(n, up), slope), down, base)
 
 
-def rotate_heads_twin(qkv: torch.Tensor, gain: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-                      width: int) -> tuple[torch.Tensor, ...]:
+def rotate_heads_twin(vkq: torch.Tensor, gain: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+                      width: int) -> torch.Tensor:
     """What load_rotate_heads' kernel computes, in plain torch."""
-    heads, kv = len(gain), (qkv.size(1) // width - len(gain)) // 2
-    qk, v = qkv.unflatten(-1, (-1, width)).split([heads + kv, kv], 1)
-    q, k = train_gpt.rotary(train_gpt.norm(qk), cos, sin).split([heads, kv], 1)
-    return q * gain[:, None], *(x.repeat_interleave(heads // kv, 1) for x in (k, v)), v.contiguous()
+    kv = (vkq.size(1) // width - len(gain)) // 2
+    kq = train_gpt.rotary(train_gpt.norm(vkq.unflatten(-1, (-1, width))[:, kv:]), cos, sin)
+    return (kq * F.pad(gain, (kv, 0), value=1.0)[:, None]).to(vkq.dtype)
 
 
 def exclude_twin(y: torch.Tensor, v: torch.Tensor, opened: torch.Tensor) -> torch.Tensor:
@@ -165,10 +168,21 @@ def exclude_twin(y: torch.Tensor, v: torch.Tensor, opened: torch.Tensor) -> torc
     return (train_gpt.exclusive(y, v) * opened[:, :, None]).flatten(1).to(y.dtype)
 
 
-def cross_entropy_twin(x: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, caps: torch.Tensor) -> torch.Tensor:
+def attend_twin(vkq: torch.Tensor, gain: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, opened: torch.Tensor,
+                boundaries: torch.Tensor, longest: int, exclude: int, *, width: int) -> torch.Tensor:
+    """What load_attend's kernels compute, in plain torch."""
+    places, kv = torch.arange(len(vkq), device=vkq.device), (vkq.size(1) // width - len(gain)) // 2
+    positions = places - boundaries[torch.searchsorted(boundaries, places, right=True) - 1]
+    kq, v = rotate_heads_twin(vkq, gain, cos, sin, width), vkq.unflatten(-1, (-1, width))[:, :kv]
+    y = train_gpt.attention_sdpa(kq[:, kv:], kq[:, :kv], v, train_gpt.Segments(boundaries, positions, longest))
+    return ((train_gpt.exclusive(y, v) if exclude else y) * opened[:, :, None]).flatten(1).to(vkq.dtype)
+
+
+def cross_entropy_twin(x: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, caps: torch.Tensor,
+                       learned: int) -> torch.Tensor:
     """What load_cross_entropy's kernel computes, in plain torch."""
     logits = F.linear(x, head).float()
-    cap = torch.where(logits >= 0, *caps)
+    cap = torch.where(logits >= 0, *caps) if learned else caps[0].detach()
     return F.cross_entropy(cap * (logits / cap).tanh(), targets, reduction="none", ignore_index=-1)
 
 
@@ -198,6 +212,7 @@ def kernel_cases(config: Config, kernels: train_gpt.Kernels, device: torch.devic
     """The kernels that the model has, each with inputs of a micro-batch."""
     tokens, width, hidden, cases = config.micro_batch_tokens, config.model_dim, config.mlp_dim, {}
     heads, qkv = config.num_heads, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    scale = torch.tensor(0.7, device=device)
 
     def draw(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
         return torch.randn(shape, device=device, dtype=kind).requires_grad_()
@@ -206,26 +221,33 @@ def kernel_cases(config: Config, kernels: train_gpt.Kernels, device: torch.devic
             cases[name] = Case(kernels.linear_add, linear_add_twin, [draw(tokens, width), draw(out, width), base],
                                6.0 * tokens * width * out)
     if kernels.leaky2:
-        cases["leaky2"] = Case(kernels.leaky2, leaky2_twin, [
-            draw(tokens, width), draw(hidden, width), draw(width, hidden), draw(tokens, width),
-            config.leaky_relu_slope], 12.0 * tokens * width * hidden)
+        base, matrices = draw(tokens, width), [draw(hidden, width), draw(width, hidden)]
+        for name, inputs in (("leaky2", [train_gpt.norm(base.detach(), scale), *matrices, base, train_gpt.norm_rows(
+                base.detach(), scale)]), ("leaky2, to nothing", [draw(tokens, width), *matrices, None, None])):
+            cases[name] = Case(kernels.leaky2, leaky2_twin, [*inputs, config.leaky_relu_slope],
+                               12.0 * tokens * width * hidden)
+    angles = train_gpt.rotary_angles(torch.arange(tokens) % config.train_seq_len,
+                                     train_gpt.rotary_frequencies(config, True))
+    turned = [draw(tokens, qkv), draw(heads), *(x.to(device) for x in angles)]
+    opened = draw(tokens, heads, kind=torch.float32)
     if kernels.rotate_heads:
-        angles = train_gpt.rotary_angles(torch.arange(tokens) % config.train_seq_len,
-                                         train_gpt.rotary_frequencies(config, True))
-        cases["rotate_heads"] = Case(kernels.rotate_heads, rotate_heads_twin, [
-            draw(tokens, qkv), draw(heads), *(x.to(device) for x in angles), config.head_dim])
+        cases["rotate_heads"] = Case(kernels.rotate_heads, rotate_heads_twin, [*turned, config.head_dim])
     if kernels.exclude:
         values = draw(tokens, config.num_kv_heads, config.head_dim)
-        cases["exclude"] = Case(kernels.exclude, exclude_twin, [
-            draw(tokens, heads, config.head_dim), values, draw(tokens, heads, kind=torch.float32)])
+        cases["exclude"] = Case(kernels.exclude, exclude_twin, [draw(tokens, heads, config.head_dim), values, opened])
+    if kernels.attend:
+        length = min(config.train_seq_len, tokens)
+        bounds = torch.arange(0, tokens + length, length, dtype=torch.int32, device=device).clamp_max(tokens)
+        cases["attend"] = Case(kernels.attend, functools.partial(attend_twin, width=config.head_dim), [
+            *turned, opened, bounds, length, 1], 6.0 * width * tokens * length)
     if kernels.cross_entropy:
         targets = torch.randint(config.vocab_size, (tokens,), device=device)
+        learned = config.softcap_type == "two_sided"
+        caps = torch.full((2,), config.logit_softcap, device=device, requires_grad=learned)
         cases["cross_entropy"] = Case(kernels.cross_entropy, cross_entropy_twin, [
-            draw(tokens, width), draw(config.vocab_size, width), targets,
-            torch.full((2,), config.logit_softcap, device=device, requires_grad=True)],
+            draw(tokens, width), draw(config.vocab_size, width), targets, caps, int(learned)],
             6.0 * tokens * width * config.vocab_size)
     if kernels.mix_norm:
-        scale = torch.tensor(0.7, device=device)
         for name, skipped in (("mix_norm", None), ("mix_norm, with a skip", draw(tokens, width))):
             chain = draw(tokens, width)
             cases[name] = Case(kernels.mix_norm, mix_norm_twin, [

@@ -134,14 +134,15 @@ def test_varlen_call_fits_the_installed_torch(monkeypatch):
 
 def fake_fa4(calls: list[str]) -> types.ModuleType:
     """flash_attn.cute.interface with its two low-level functions, computed by the reference."""
-    def fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, return_lse):
-        assert causal and return_lse and max_seqlen_q == max_seqlen_k == 8 and torch.equal(cu_seqlens_q, cu_seqlens_k)
+    def fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, return_lse, tile_mn):
+        assert causal and return_lse and tile_mn is None and max_seqlen_q == max_seqlen_k == 8
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
         calls.append("forward")
         return reference.attention(q, k, v, segment_starts(cu_seqlens_q)), q.new_zeros(q.size(1), q.size(0)), None
 
     def bwd(q, k, v, y, dy, lse, softmax_scale, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-            deterministic):
-        assert causal and softmax_scale == q.size(-1) ** -0.5 and lse.shape == (q.size(1), q.size(0))
+            dlse, deterministic):
+        assert causal and dlse is None and softmax_scale == q.size(-1) ** -0.5 and lse.shape == (q.size(1), q.size(0))
         assert deterministic == torch.are_deterministic_algorithms_enabled()
         assert dy.is_contiguous(), "the kernels want it so"
         assert max_seqlen_q == max_seqlen_k == 8, "the longest length must reach the backward pass"

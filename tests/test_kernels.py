@@ -1,4 +1,5 @@
 """Section 4, kernels: each against plain torch in float32 on the same rounded inputs, forward and backward."""
+import functools
 import sys
 
 import numpy as np
@@ -20,6 +21,7 @@ from train_gpt import (
     compile_model,
     cut_segments,
     differentiable,
+    load_attend,
     load_cross_entropy,
     load_exclude,
     load_leaky2,
@@ -29,6 +31,8 @@ from train_gpt import (
     load_rotate_heads,
     make_batch,
     make_segments,
+    norm,
+    norm_rows,
     rotary_angles,
     to_device,
     written,
@@ -36,6 +40,7 @@ from train_gpt import (
 
 sys.path.insert(0, str(program.ROOT / "bench"))
 from speed import (
+    attend_twin,
     cross_entropy_twin,
     exclude_twin,
     leaky2_twin,
@@ -75,11 +80,19 @@ def no_worse(fused, twin, inputs: list[torch.Tensor | None], *numbers: float) ->
 @gpu
 @pytest.mark.parametrize("tokens, width, hidden, slope", [
     (98304, 512, 2048, 0.5), (1000, 512, 1504, 0.3), (1, 64, 256, 0.5), (777, 48, 112, 0.0), (130, 16, 16, 1.0)])
-@pytest.mark.parametrize("based", [False, True])
-def test_leaky2_is_its_plain_form(tokens, width, hidden, slope, based):
+@pytest.mark.parametrize("base", ["none", "another", "normed"])
+def test_leaky2_is_its_plain_form(tokens, width, hidden, slope, base):
     torch.manual_seed(0)
-    no_worse(load_leaky2(), leaky2_twin, [draw(tokens, width), draw(hidden, width, scale=width ** -0.5), draw(
-        width, hidden, scale=hidden ** -0.5), draw(tokens, width) if based else None], slope)
+    scale = torch.tensor(0.7, device="cuda")
+
+    def form(function):
+        def with_norm(x, up, down, slope):
+            return function(norm(x, scale), up, down, x, norm_rows(x, scale).detach(), slope)
+        return with_norm if base == "normed" else lambda x, up, down, other, slope: function(
+            x, up, down, other, None, slope)
+    inputs = [draw(tokens, width), draw(hidden, width, scale=width ** -0.5), draw(width, hidden, scale=hidden ** -0.5)]
+    others = {"none": [None], "another": [draw(tokens, width)], "normed": []}
+    no_worse(form(load_leaky2()), form(leaky2_twin), inputs + others[base], slope)
 
 
 @pytest.mark.gpu
@@ -113,19 +126,46 @@ def test_leaky2_keeps_the_sign_and_nothing_else_of_what_it_squares():
     (98304, 8, 4, 64, 8), (1001, 3, 1, 32, 4), (1, 8, 8, 128, 64), (77, 6, 3, 16, 0), (50, 1, 1, 64, 5)])
 def test_rotate_heads_is_its_plain_form(tokens, heads, kv, width, pairs):
     torch.manual_seed(0)
-    qkv, gain = draw(tokens, (heads + 2 * kv) * width), torch.randn(heads).cuda()
+    vkq, gain = draw(tokens, (heads + 2 * kv) * width), torch.randn(heads).cuda()
     frequencies = 1e4 ** -(torch.arange(pairs) / max(pairs, 1))
     cos, sin = (x.cuda() for x in rotary_angles(torch.arange(tokens) % 2048, frequencies))
-    ours, exact = ([qkv.clone().requires_grad_(), gain.clone().requires_grad_()],
-                   [qkv.float().requires_grad_(), gain.clone().requires_grad_()])
+    ours, exact = ([vkq.clone().requires_grad_(), gain.clone().requires_grad_()],
+                   [vkq.float().requires_grad_(), gain.clone().requires_grad_()])
 
     fused = torch.compile(load_rotate_heads(), dynamic=False)
     out, wanted = fused(*ours, cos, sin, width), rotate_heads_twin(*exact, cos, sin, width)
-    grads = [draw(tokens, count, width) for count in (heads, heads, heads, kv)]
-    torch.autograd.backward(out, grads)
-    torch.autograd.backward(wanted, [grad.float() for grad in grads])
-    for a, b in zip((*out, ours[0].grad, ours[1].grad), (*wanted, exact[0].grad, exact[1].grad)):
+    grad = draw(tokens, kv + heads, width)
+    out.backward(grad)
+    wanted.backward(grad.float())
+    for a, b in zip((out, ours[0].grad, ours[1].grad), (wanted, exact[0].grad, exact[1].grad)):
         assert a.shape == b.shape and error(a, b) < 4e-3
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("tokens, heads, kv, width, pairs", [
+    (98304, 8, 4, 64, 8), (1001, 4, 1, 64, 4), (77, 8, 8, 128, 64), (500, 6, 3, 64, 0)])
+@pytest.mark.parametrize("exclude", [0, 1])
+def test_attend_is_its_plain_form(tokens, heads, kv, width, pairs, exclude):
+    """In bfloat16, against float32: no worse than the plain form in bfloat16."""
+    torch.manual_seed(0)
+    inputs = [draw(tokens, (heads + 2 * kv) * width), 1 + torch.randn(heads).cuda(), torch.rand(tokens, heads).cuda()]
+    others = np.random.default_rng(0).integers(0, tokens, 1 + tokens // 700)
+    starts = np.unique(np.append(np.arange(0, tokens, 2048), others))
+    segments = to_device(make_segments(starts, tokens, 2048, 128), torch.device("cuda"))
+    frequencies = 1e4 ** -(torch.arange(pairs) / max(pairs, 1))
+    cos, sin = (x.cuda() for x in rotary_angles(segments.positions.cpu(), frequencies))
+    twin = functools.partial(attend_twin, width=width)
+    forms, grad, found = {"ours": load_attend(heads, kv, width), "exact": twin, "plain": twin}, draw(
+        tokens, heads * width), {}
+    for form, function in forms.items():
+        leaves = [x.to(torch.float32 if form == "exact" else x.dtype, copy=True).requires_grad_() for x in inputs]
+        out = (torch.compile(function, dynamic=False) if form == "ours" else function)(
+            *leaves[:2], cos, sin, leaves[2], segments.boundaries, 2048, exclude)
+        out.backward(grad.to(out.dtype))
+        found[form] = [out, *(x.grad for x in leaves)]
+    for ours, exact, plain in zip(*found.values()):
+        assert ours.shape == exact.shape and error(ours, exact) < 1.1 * error(plain, exact) + 2e-3
 
 
 @pytest.mark.gpu
@@ -148,20 +188,22 @@ def test_exclude_is_its_plain_form(tokens, heads, kv, width):
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize("tokens, width, vocab", [(98304, 512, 8192), (1001, 64, 1024), (3, 48, 300), (1, 16, 16)])
-def test_cross_entropy_is_its_plain_form(tokens, width, vocab):
+@pytest.mark.parametrize("learned", [0, 1])
+def test_cross_entropy_is_its_plain_form(tokens, width, vocab, learned):
     """Some targets count for nothing; logits reach well beyond their caps."""
     torch.manual_seed(0)
     x, head, targets = draw(tokens, width), draw(vocab, width), torch.randint(vocab, (tokens,)).cuda()
     targets[1::7] = -1
     ours, exact = ([x.to(kind, copy=True).requires_grad_(), head.to(kind, copy=True).requires_grad_(), targets,
-                    torch.tensor([30.0, 20.0], device="cuda", requires_grad=True)]
+                    torch.tensor([30.0, 20.0], device="cuda", requires_grad=True), learned]
                    for kind in (torch.bfloat16, torch.float32))
     out, wanted = torch.compile(load_cross_entropy(), dynamic=False)(*ours), cross_entropy_twin(*exact)
     assert not out[1::7].any()
     weight = torch.rand(tokens).cuda()
     (out * weight).sum().backward()
     (wanted * weight).sum().backward()
-    for a, b in zip((out, *(ours[i].grad for i in (0, 1, 3))), (wanted, *(exact[i].grad for i in (0, 1, 3)))):
+    leaves = (0, 1, 3) if learned else (0, 1)
+    for a, b in zip((out, *(ours[i].grad for i in leaves)), (wanted, *(exact[i].grad for i in leaves))):
         assert a.shape == b.shape and error(a, b) < 8e-3
 
 
@@ -262,7 +304,7 @@ def test_a_kernel_without_triton_says_so(monkeypatch):
     monkeypatch.setattr("train_gpt.triton", None)
     monkeypatch.setattr("train_gpt.TRITON", ("tritone",))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    for load in (load_rotate_heads, load_exclude, load_mix_norm, load_cross_entropy):
+    for load in (load_rotate_heads, load_exclude, load_attend, load_mix_norm, load_cross_entropy):
         load.cache_clear()
     kernels = choose_kernels(tiny_config(mlp_hidden=40), torch.device("cuda"))
     assert kernels == PLAIN._replace(note=" (no cross_entropy: No module named 'tritone')")
