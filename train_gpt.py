@@ -19,7 +19,7 @@ V vocabulary, L layers. A batch is one row of T tokens that holds many documents
 at most TRAIN_SEQ_LEN tokens long, and attention never leaves a segment.
 """
 import contextlib, difflib, fnmatch, functools, hashlib, io, json, lzma, math, os, re, signal, struct, sys, time
-import gc, importlib.util, inspect, shutil, types, warnings, zlib
+import gc, importlib.metadata, importlib.util, inspect, shutil, types, warnings, zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -257,8 +257,7 @@ class Config:
         for variable in sorted(environ.keys() - NAMES): refuse_near_miss(variable)
         for variable in sorted(filter(NAMES.__contains__, environ), key=ALIASES.__contains__):
             name, value = resolve(variable, (text := environ[variable]).strip())
-            require(name not in values or values[name] == value,
-                    f"{variable}={text} contradicts {origin.get(name)}: set one of them")
+            require(values.get(name, value) in (value,), f"{variable}={text} contradicts {origin.get(name)}: set one")
             if name: values[name], origin[name] = value, f"{variable}={text}"
             else: notes.append(f"{variable}={text} {value or 'has no effect of its own here'}")
         batch = values.get("train_batch_tokens", 0)
@@ -286,10 +285,9 @@ class Config:
             whole, part = pair.split()
             yield getattr(self, whole) % getattr(self, part) == 0, f"{{{whole}}} is not divisible by {{{part}}}"
         yield self.model_dim >= max(self.gate_window, 2), "{model_dim}: must be at least 2 and {gate_window}"
-        yield self.mlp_hidden > 0 or float(self.mlp_mult * self.model_dim).is_integer(), \
+        yield self.mlp_hidden or self.mlp_mult * self.model_dim % 1 == 0, \
             "{mlp_mult} x {model_dim} is no whole width: change one of them"
-        yield self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim, \
-            f"{{rope_dims}}: must be even and at most the head width {self.head_dim}"
+        yield self.rope_dims in range(0, self.head_dim + 1, 2), f"{{rope_dims}}: must be even, at most {self.head_dim}"
         yield not 0 < self.rope_stretch < 1, "{rope_stretch}: must be 0, or at least 1"
         yield self.gate_window <= (self.embed_dim or self.model_dim), "{gate_window}: at most {model_dim}, {embed_dim}"
         yield not self.parallel_start_layer or self.num_layers // 2 <= self.parallel_start_layer < self.num_layers, \
@@ -350,6 +348,7 @@ class Config:
     seq_lens = property(lambda self: {self.train_seq_len, *map(int, dict(parse_schedule(self.train_seq_schedule)))})
     mlp_dim = property(lambda self: self.mlp_hidden or int(self.mlp_mult * self.model_dim))
     embedding_lr = property(lambda self: self.tied_embed_lr if self.tie_embeddings else self.embed_lr)
+    small_group = property(lambda self: max(self.ttt_batch_size // 8, 1))  # long documents side by side
 
 
 # Newton-Schulz coefficients (a, b, c) per step: x <- a x + (b A + c A^2) x with A = x x^T.
@@ -387,28 +386,27 @@ def accepted(table: str, note: str | None = None) -> dict[str, Any]:
 # Other published names -> ours, or {value: (our field, its value), or None where we do so anyway, or ("", what the log
 # says of it)}; other values are refused.
 ALIASES: dict[str, str | dict[str, tuple[str, Any] | None]] = {
-    "MUON_WEIGHT_DECAY": "muon_wd", "ADAM_WEIGHT_DECAY": "adam_wd", "EMBED_WEIGHT_DECAY": "embed_wd",
-    "SIZE_TARGET": "target_bytes", "BIGRAM_DIM": "bigram_hash_dim", "TTT_EVAL_SEQ_LEN": "eval_seq_len",
-    "VAL_BATCH_SIZE": "val_batch_tokens", "TIED_EMBEDDING_LR": "tied_embed_lr", "EMBEDDING_BITS": "embed_bits",
-    "SKIP_GATE_ENABLED": "skip_gates_enabled", "BIGRAM_VOCAB_SIZE": "bigram_hash_buckets", "TOKEN_ORDER": "ngram_order",
-    **{f"TTT_{name}": f"global_ttt_{name.lower()}" for name in ("LR", "EPOCHS", "MOMENTUM", "GRAD_CLIP")},
-    "SMEAR_GATE_ENABLED": {"0": ("smear_gate", "off"), "1": ("smear_gate", "input")},
-    "USE_SMEARGATE": {"0": ("smear_gate", "off"), "1": ("smear_gate", "static")},
-    "SPARSE_ATTN_GATE_ENABLED": {"0": ("sparse_attn_gate_scale", 0.0), "1": ("attn_gate", "sparse")},
-    **{name: {"0": None, "1": ("attn_gate", "dense")} for name in ("GATED_ATTN_ENABLED", "GATED_ATTENTION")},
-    "ATTN_OUT_GATE_ENABLED": {"0": None, "1": ("attn_gate", "output")}, "TTT_MLP_LORA": {"1": None},
-    "NGRAM_TILT_ENABLED": {"0": ("ngram_order", 0), "1": ("ngram_order", 16)},
-    "LATE_QAT": {"0": ("late_qat_threshold", 0.0), "1": None}, "SWA_ENABLED": {"0": ("swa_start_frac", 0.0), "1": None},
-    "EMA_ENABLED": {"0": ("ema_decay", 0.0), "1": None}, "TTT_ENABLED": {"0": None, "1": ("eval_mode", "adapted")},
-    "PHASED_TTT_ENABLED": {"0": ("phased_ttt_num_phases", 0), "1": ("eval_mode", "adapted")}, "TTT_O_LORA": {"1": None},
-    "TTT_K_LORA": {"0": ("ttt_targets", "q,v,out,mlp,head"), "1": None}, "TTT_CHUNK_TOKENS": "global_ttt_chunk_tokens",
-    "TTT_MASK": {"no_qv": ("ttt_targets", "k,out,mlp,head"), "": None},
     "COMPRESSOR": {"pergroup": ("", "means rans"), **{name: ("compressor", name) for name in CHOICES["compressor"]}},
+    **{name: {"0": None, "1": ("attn_gate", "dense")} for name in ("GATED_ATTN_ENABLED", "GATED_ATTENTION")},
+    **{f"TTT_{name}": f"global_ttt_{name.lower()}" for name in ("LR", "EPOCHS", "MOMENTUM", "GRAD_CLIP")},
+    "SPARSE_ATTN_GATE_ENABLED": {"0": ("sparse_attn_gate_scale", 0.0), "1": ("attn_gate", "sparse")},
+    "PHASED_TTT_ENABLED": {"0": ("phased_ttt_num_phases", 0), "1": ("eval_mode", "adapted")}, "TTT_O_LORA": {"1": None},
+    "SMEAR_GATE_ENABLED": {"0": ("smear_gate", "off"), "1": ("smear_gate", "input")}, "EMBED_WEIGHT_DECAY": "embed_wd",
+    "USE_SMEARGATE": {"0": ("smear_gate", "off"), "1": ("smear_gate", "static")}, "VAL_BATCH_SIZE": "val_batch_tokens",
+    "NGRAM_TILT_ENABLED": {"0": ("ngram_order", 0), "1": ("ngram_order", 16)}, "TIED_EMBEDDING_LR": "tied_embed_lr",
+    "TTT_K_LORA": {"0": ("ttt_targets", "q,v,out,mlp,head"), "1": None}, "TTT_CHUNK_TOKENS": "global_ttt_chunk_tokens",
+    "ATTN_OUT_GATE_ENABLED": {"0": None, "1": ("attn_gate", "output")}, "BIGRAM_VOCAB_SIZE": "bigram_hash_buckets",
+    "TTT_MASK": {"no_qv": ("ttt_targets", "k,out,mlp,head"), "": None}, "SKIP_GATE_ENABLED": "skip_gates_enabled",
+    "LATE_QAT": {"0": ("late_qat_threshold", 0.0), "1": None}, "SWA_ENABLED": {"0": ("swa_start_frac", 0.0), "1": None},
+    "TTT_ENABLED": {"0": None, "1": ("eval_mode", "adapted")}, "EMA_ENABLED": {"0": ("ema_decay", 0.0), "1": None},
+    "TTT_EVAL_SEQ_LEN": "eval_seq_len", "BIGRAM_DIM": "bigram_hash_dim", "MUON_WEIGHT_DECAY": "muon_wd",
+    "ADAM_WEIGHT_DECAY": "adam_wd", "EMBEDDING_BITS": "embed_bits", "SIZE_TARGET": "target_bytes",
+    "TOKEN_ORDER": "ngram_order", "TTT_MLP_LORA": {"1": None},
     **accepted("LQER_ENABLED=0,1 LQER_ASYM_ENABLED=0,1 LQER_RANK=2,4,6 LQER_TOP_K=1,3,4 LQER_FACTOR_BITS=4 "
                "LQER_ASYM_GROUP=32,64 AWQ_LITE_ENABLED=0,1", "is not needed: tcq leaves less error at the same size"),
-    **accepted("SMEAR_GATE_BOS_FIX=0,1", "changes nothing here: no token is ever smeared into another document"),
     **accepted("ASYM_LOGIT_RESCALE=0,1", "changes nothing, as published; SOFTCAP_TYPE=two_sided trains its caps"),
     **accepted("TOKEN_THRESHOLD=0.8,0.800 TOKEN_BOOST=2.625", "is not needed: shares follow from counts"),
+    **accepted("SMEAR_GATE_BOS_FIX=0,1", "changes nothing here: no token is ever smeared into another document"),
     **accepted("GATED_ATTN_QUANT_GATE=0,1", "changes nothing here: gates are kept in float16"),
     **accepted("CASEOPS_ENABLED=0,1", "chooses no data here: DATA_PATH and TOKENIZER_PATH do"),
     **accepted("PARALLEL_FINAL_LANE=mean SPARSE_ATTN_GATE_INIT_STD=0,0.0 FUSED_CE_ENABLED=0,1 QAT_ENABLED=0 "
@@ -503,13 +501,12 @@ class World:
         return f"{torch.cuda.get_device_name()} (compute capability {torch.cuda.get_device_capability()})"
 
 
-def choose_device(config: Config, local_rank: int) -> torch.device:
+def choose_device(config: Config, local: int) -> torch.device:
     """auto -> cuda, else cpu. UserError where the asked device is missing or cannot serve this process."""
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()): return torch.device("cpu")
     require(torch.cuda.is_available(), "DEVICE=cuda: torch finds no CUDA device; check the driver or use DEVICE=cpu")
-    require(local_rank < (gpus := torch.cuda.device_count()),
-            f"{local_rank + 1} or more processes on this host, {gpus} GPUs: lower --nproc_per_node")
-    return torch.device("cuda", local_rank)
+    require(local < (n := torch.cuda.device_count()), f"{local + 1} or more ranks, {n} GPUs: lower --nproc_per_node")
+    return torch.device("cuda", local)
 
 
 class Log:
@@ -838,8 +835,7 @@ def open_dataset(config: Config, world: World) -> Dataset:
 
 
 def check_tokens(largest: int, config: Config, path: Path) -> None:
-    require(largest < config.vocab_size, f"{path}: holds token {largest}, outside VOCAB_SIZE={config.vocab_size}: "
-            "set the vocabulary of these shards")
+    require(largest < (n := config.vocab_size), f"{path}: holds token {largest}, outside VOCAB_SIZE={n}: set theirs")
 
 
 def load_tokenizer(config: Config, optional: bool) -> tuple[Any, str]:
@@ -897,8 +893,7 @@ def read_sidecar(val: TokenStream, paths: Sequence[Path], tokenizer: Any) -> np.
     letters of others, one piece in a thousand, and one space of many, in up to half of the pieces with a space.
     """
     for shard, path in zip(val.shards, paths):
-        require((count := len(read_shard(path))) == len(shard),
-                f"{path}: {count} counts for {len(shard)} tokens: fetch or make it again")
+        require((n := len(read_shard(path))) == len(shard), f"{path}: {n} counts, {len(shard)} tokens: make it again")
     counts, tokens = TokenStream(paths).slice(0, len(val)).astype(np.int64), val.slice(0, len(val))
     require(not counts[tokens == BOS].any(), f"{paths[0]}: counts bytes for BOS; it is not the sidecar of these shards")
     if tokenizer is not None:
@@ -921,7 +916,6 @@ def read_sidecar(val: TokenStream, paths: Sequence[Path], tokenizer: Any) -> np.
 
 Linear = Callable[[Tensor, Tensor], Tensor]  # x (T, K), weight (N, K) -> (T, N)
 HEAD_ROWS, MIXED_ROWS = 2, 1  # tokens, and warps, of a program of kernels that work on heads, and of mix_norm
-E4M3_MAX = 448.0
 
 
 class Kernels(NamedTuple):
@@ -932,9 +926,8 @@ class Kernels(NamedTuple):
     look_up: Linear = F.embedding  # ids (T,), weight (V, D) -> (T, D)
     linear_add: Callable[..., Tensor] | None = None  # a product, and what it is added to
     leaky2: Callable[..., Tensor] | None = None  # the whole MLP
-    rotate_heads: Callable[..., Tensor] | None = None  # norm, rotation, gain of heads
+    rotate_heads: Callable[..., tuple[Tensor, ...]] | None = None  # norm, rotation, gain of heads
     exclude: Callable[..., Tensor] | None = None  # exclusive self attention, times a gate
-    attend: Callable[..., Tensor] | None = None  # these two, and flash-attn-4 between them
     mix_norm: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None  # blend of streams, and its norm
     cross_entropy: Callable[..., Tensor] | None = None  # the head, its softcap and the nats
     note: str = ""  # for the log
@@ -959,8 +952,8 @@ class Fp8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        one, scale = torch.ones((), device=x.device), weight.abs().amax().float().clamp_min(1e-12) / E4M3_MAX
-        a, b = x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), (weight / scale).to(torch.float8_e4m3fn)
+        one, scale = torch.ones((), device=x.device), weight.abs().amax().float().clamp_min(1e-12) / 448
+        a, b = x.clamp(-448, 448).to(torch.float8_e4m3fn), (weight / scale).to(torch.float8_e4m3fn)
         return torch._scaled_mm(a, b.t(), one, scale, out_dtype=x.dtype, use_fast_accum=True)
 
     @staticmethod
@@ -975,22 +968,19 @@ def load_product() -> Callable[..., Tensor]:
 
     Ends: "plain"; "add", res (M, N), if that is not None, on top, in float32; "leaky2", leaky_relu(a b, slope)^2 with
     the sign of what was squared in the last bit, since the gradient needs no more of it; "leaky2_slope", a b times that
-    activation's slope, from what "leaky2" gave, post (M, N), and (M,) the sums of a b post; "norm", rate a b + res
-    - pull n, rate and pull (1, M), n (M, N). slope is at most 1. Products of quack, which flash-attn-4 brings, on
-    Hopper.
+    activation's slope, from what "leaky2" gave, post (M, N). slope is at most 1. Products of quack, which flash-attn-4
+    brings, on Hopper.
     """
     from cutlass import Float32, Int32, cute  # pyright: ignore[reportMissingImports]
     from cutlass._mlir.extras import types  # pyright: ignore[reportMissingImports]
     from cutlass._mlir_helpers import arith  # pyright: ignore[reportMissingImports]
     from quack.epilogue.frontend import gemm_epilogue  # pyright: ignore[reportMissingImports]
-    from quack.epilogue.ops import ColVecLoad, ColVecReduce  # pyright: ignore[reportMissingImports]
     from quack.gemm_config import GemmConfig  # pyright: ignore[reportMissingImports]
 
     def bits(x): return Int32(arith.bitcast(x.ir_value(), types.i32()))
     def value(x): return Float32(arith.bitcast(x.ir_value(), types.f32()))
     def plain(acc): return {"D": acc}
     def add(acc, res): return {"D": acc + res}
-    def norm(acc, res, n, rate, pull): return {"D": acc * rate + res - n * pull}
 
     def leaky2(acc, slope):
         sign, z = bits(acc) >> 15 & 1 << 16, cute.arch.fmax(acc, acc * slope)  # 1 << 16: the last bit of a bfloat16
@@ -998,26 +988,23 @@ def load_product() -> Callable[..., Tensor]:
 
     def leaky2_slope(acc, post, slope):
         root = value(bits(cute.math.sqrt(post, approx=True, ftz=True)) | bits(post) << 15)  # with the sign
-        return {"D": (acc + acc) * cute.arch.fmax(root, root * slope), "dot": (acc, post)}
+        return {"D": (acc + acc) * cute.arch.fmax(root, root * slope)}
 
-    ends = {"plain": gemm_epilogue()(plain), "add": gemm_epilogue()(add), "leaky2": gemm_epilogue()(leaky2)}
-    ends["norm"] = gemm_epilogue(ops={name: ColVecLoad(name) for name in ("rate", "pull")})(norm)
-    ends["leaky2_slope"] = gemm_epilogue(reduces={"dot": ColVecReduce("dot", scaled=True)})(leaky2_slope)
+    ends = {"plain": plain, "add": add, "leaky2": leaky2, "leaky2_slope": leaky2_slope}
+    ends = dict(zip(ends, map(gemm_epilogue(), ends.values())))
     wide, narrow = ({"config": GemmConfig(*tile, is_dynamic_persistent=False, cluster_m=m, cluster_n=3 - m)}
                     for tile, m in (((128, 192), 2), ((192, 128), 1)))  # the fastest of eleven tiles, on an H200
 
-    def product(a: Tensor, b: Tensor, end: str = "plain", **operands: Any) -> Any:
+    def product(a: Tensor, b: Tensor, end: str = "plain", **operands: Any) -> Tensor:
         if operands.get("res", a) is None: end, operands = "plain", {}
-        found = ends[end](a, b, **operands, **(wide if b.size(1) > 1024 else narrow))
-        return (found["D"], found["dot"]) if "dot" in found else found["D"]
+        return ends[end](a, b, **operands, **(wide if b.size(1) > 1024 and end != "leaky2_slope" else narrow))["D"]
 
     x = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")  # quack is young: another version may not do
     require(product(x, x, "add", res=x)[0, 0] == 17, "quack: a product is wrong")
     return product
 
 
-def differentiable(name: str, signature: str, forward: tuple[Any, Any], backward: Any,
-                   finish: Callable[..., Any], kept: int = 0) -> Any:
+def differentiable(name: str, signature: str, forward: Any, backward: Any, finish: Callable, kept: int = 0) -> Any:
     """A torch operator that compiles, from (function, function that makes empty outputs) of both directions; backward
     may be None, where finish is all there is to do.
 
@@ -1061,7 +1048,6 @@ def written(launch: Callable[..., None], empty: Callable[..., Any]) -> tuple[Any
     return function, empty
 
 
-@functools.cache
 def jitted(kernel: Callable[..., None]) -> Any:
     """-> the Triton kernel. ImportError where there is no Triton that these kernels know."""
     for name in TRITON if triton is None else (): importlib.import_module(name)
@@ -1072,142 +1058,131 @@ def jitted(kernel: Callable[..., None]) -> Any:
 def load_linear_add() -> Callable[..., Tensor]:
     """(x (T, K), weight (N, K), base (T, N) or None) -> base + x weight^T in bfloat16, rounded once, on Hopper."""
     product = load_product()
-    return differentiable("linear_add", "TT? T T", (lambda x, weight, base: product(
-        x, weight.T, "add", res=base), lambda x, weight, _: x.new_empty(len(x), len(weight))), (
-            lambda x, weight, _, grad: product(grad, weight), lambda x, *_: torch.empty_like(x)),
-        lambda kept, grads, dx: (dx, grads[0].T @ kept[0], None if kept[2] is None else grads[0]))
+    forward = lambda x, w, base: product(x, w.T, "add", res=base), lambda x, w, _: x.new_empty(len(x), len(w))
+    backward = lambda x, w, base, grad: product(grad, w), lambda x, *_: torch.empty_like(x)
+    return differentiable("linear_add", "TT? T T", forward, backward, lambda kept, grads, dx: (
+        dx, grads[0].T @ kept[0], None if kept[2] is None else grads[0]))
 
 
 @functools.cache
 def load_leaky2() -> Callable[..., Tensor]:
-    """(n (T, D), up (F, D), down (D, F), base (T, D) or None, rows (2, T) or None, slope) -> base + leaky_relu(n up^T,
-    slope)^2 down^T. With rows, norm_rows of base, n is taken for the norm of that: the gradient of base is the whole
-    one, and n has none.
+    """(n (T, D), up (F, D), down (D, F), base (T, D) or None, slope) -> base + leaky_relu(n up^T, slope)^2 down^T.
 
-    In bfloat16, on Hopper. No (T, F) tensor is read or written for the activation alone, the backward pass keeps one
-    instead of two, and that of the norm is the end of a product.
+    In bfloat16, on Hopper. No (T, F) tensor is read or written for the activation alone, and the backward pass keeps
+    one instead of two.
     """
     product = load_product()
 
-    def forward(n: Tensor, up: Tensor, down: Tensor, base: Any, _: Any, slope: float) -> tuple[Tensor, Tensor]:
+    def forward(n: Tensor, up: Tensor, down: Tensor, base: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
         post = product(n, up.T, "leaky2", slope=slope)
         return product(post, down.T, "add", res=base), post
 
     def finish(kept: Sequence[Tensor], grads: Sequence[Tensor], found: Sequence[Tensor]):
-        # kept: n, up, down, base, rows, post; found: the gradients of n, or base, and of what leaky2 squares
-        back = (found[0], None if kept[3] is None else grads[0]) if kept[4] is None else (None, found[0])
-        return back[0], found[1].T @ kept[0], grads[0].T @ kept[5], back[1], None, None
+        # kept: n, up, down, base, post; found: the gradients of n and of what leaky2 squares
+        return found[0], found[1].T @ kept[0], grads[0].T @ kept[4], None if kept[3] is None else grads[0], None
 
-    def backward(n: Tensor, up: Tensor, down: Tensor, base: Any, rows: Any, post: Tensor, grad: Tensor, _: Any,
-                 slope: float) -> tuple[Tensor, Tensor]:
-        dpre, dot = product(grad, down, "leaky2_slope", post=post, slope=slope)
-        if rows is None: return product(dpre, up), dpre
-        return product(dpre, up, "norm", res=grad, n=n, rate=rows[:1], pull=rows[1:] * dot), dpre
+    def backward(n: Tensor, up: Tensor, down: Tensor, base: Any, post: Tensor, grad: Tensor, _: Any, slope: float):
+        dpre = product(grad, down, "leaky2_slope", post=post, slope=slope)
+        return product(dpre, up), dpre
 
     def empty(n: Tensor, up: Tensor, *_: Any): return torch.empty_like(n), n.new_empty(len(n), len(up))
-    operator = differentiable("leaky2", "TTT??f TT TT", (forward, empty), (backward, empty), finish, kept=1)
+    operator = differentiable("leaky2", "TTT?f TT TT", (forward, empty), (backward, empty), finish, kept=1)
     return lambda *inputs: operator(*inputs)[0]
 
 
 # Triton kernels. Without their last arguments they go forward; with them backward, where they read the gradients of
 # what they wrote before (some may have none), and write those of what they read, and sums, a row for each program.
-def rotate_heads_kernel(T, H: constexpr, K: constexpr, E: constexpr, R: constexpr, RP: constexpr, ROWS: constexpr,
-                        HEADS: constexpr, SHARE: constexpr, vkq, gain, cos, sin, turned, dvkq=None, dgain=None,
-                        own=None):
+def rotate_heads_kernel(T, ROWS: constexpr, H: constexpr, K: constexpr, E: constexpr, R: constexpr, RP: constexpr,
+                        HEADS: constexpr, qkv, gain, cos, sin, q, k, v, keys, values, dqkv=None, dgain=None):
     row, head = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None], tl.arange(0, HEADS)[None, :, None]
-    col = tl.arange(0, E)[None, None, :] + 0 * head
-    queries, at = (head >= 2 * K) & (head < H + 2 * K), (row * (H + 2 * K) + head) * E + col
-    is_v, is_k, is_q = (row < T) & (head < K), (row < T) & (head >= K) & (head < 2 * K), (row < T) & queries
-    # turned: K keys and H queries; or SHARE gradients for each of K keys, as many for values if own is there, and H
-    before = K * SHARE if own is None else 2 * K * SHARE
-    place = tl.where(queries, before + head - 2 * K, tl.where(head < K, K + head, head - K) * SHARE)
-    place = (row * (before + H) + place) * E
-    value = tl.load(vkq + at, is_k | is_q, 0.0).to(tl.float32)
-    rstd = tl.where(head < K, 1.0, tl.rsqrt(tl.sum(value * value, 2, keep_dims=True) / E + 1.1920929e-07))
-    factor = rstd * tl.load(gain + head - 2 * K, queries, 1.0)
-    if dvkq is None:
-        tl.store(turned + place + col, value * factor, (is_k | is_q) & (col >= 2 * R))
-        j = tl.arange(0, RP)[None, None, :]
-        turns, first = (is_k | is_q) & (j < R), vkq + (row * (H + 2 * K) + head) * E + j
-        c, s = tl.load(cos + row * R + j, turns, 0.0) * factor, tl.load(sin + row * R + j, turns, 0.0) * factor
-        a, b = tl.load(first, turns, 0.0).to(tl.float32), tl.load(first + R, turns, 0.0).to(tl.float32)
-        tl.store(turned + place + j, a * c + b * s, turns)
-        tl.store(turned + place + R + j, b * c - a * s, turns)
+    col, is_q = tl.arange(0, E)[None, None, :] + 0 * head, (row < T) & (head < H)
+    is_k, is_v = (row < T) & (head >= H) & (head < H + K), (row < T) & (head >= H + K) & (head < H + 2 * K)
+    at, at_q, live = (row * (H + 2 * K) + head) * E, (row * H + head) * E, is_q | is_k | is_v
+    shared, j = tl.where(is_v, head - H - K, head - H), tl.arange(0, RP)[None, None, :]  # which of the K heads
+    at_k, value = (row * K + shared) * E, tl.load(qkv + at + col, live, 0.0).to(tl.float32)
+    rstd = tl.where(is_v, 1.0, tl.rsqrt(tl.sum(value * value, 2, keep_dims=True) / E + 1.1920929e-07))
+    factor = rstd * tl.load(gain + head, head < H, 1.0)
+    if dqkv is None:
+        tl.store(q + at_q + col, value * factor, is_q & (col >= 2 * R))
+        tl.store(k + at_k + col, value * factor, is_k & (col >= 2 * R))
+        tl.store(v + at_k + col, value, is_v)
+        for half in tl.static_range(2):  # of what rotates
+            angle, turns = row * R + j, (is_q | is_k) & (j < R)
+            c, s = tl.load(cos + angle, turns, 0.0), tl.load(sin + angle, turns, 0.0) * (1 - 2 * half)
+            own, other = qkv + at + half * R + j, qkv + at + (1 - half) * R + j
+            value = (tl.load(own, turns, 0.0) * c + tl.load(other, turns, 0.0) * s) * factor
+            tl.store(q + at_q + half * R + j, value, turns & is_q)
+            tl.store(k + at_k + half * R + j, value, turns & is_k)
     else:
-        turns, pair = (is_k | is_q) & (col < 2 * R), tl.where(col < R, col + R, col - R)
+        turns, pair = (is_q | is_k) & (col < 2 * R), tl.where(col < R, col + R, col - R)
         angle = row * R + tl.where(col < R, col, col - R)
         c, s = tl.load(cos + angle, turns, 1.0), tl.load(sin + angle, turns, 0.0) * tl.where(col < R, 1.0, -1.0)
-        grad = tl.load(turned + place + col, is_k | is_q, 0.0).to(tl.float32)
-        other = tl.load(turned + place + pair, turns, 0.0).to(tl.float32)
-        for g in tl.static_range(1, SHARE):
-            grad += tl.load(turned + place + g * E + col, is_k, 0.0)
-            other += tl.load(turned + place + g * E + pair, turns & is_k, 0.0)
-        if own is not None:
-            grad += tl.load(own + (row * K + head) * E + col, is_v, 0.0)
-            for g in tl.static_range(SHARE): grad += tl.load(turned + place + g * E + col, is_v, 0.0)
+        grad = tl.load(q + at_q + col, is_q, 0.0).to(tl.float32)
+        other = tl.load(q + at_q + pair, turns & is_q, 0.0).to(tl.float32)
+        if v is not None: grad += tl.load(v + at_k + col, is_v, 0.0)
+        if k is not None:
+            grad += tl.load(k + at_k + col, is_k, 0.0)
+            other += tl.load(k + at_k + pair, turns & is_k, 0.0)
+        for g in tl.static_range(0 if keys is None else H // K):
+            place = (row * H + shared * (H // K) + g) * E
+            grad += tl.load(keys + place + col, is_k, 0.0)
+            grad += tl.load(values + place + col, is_v, 0.0)
+            other += tl.load(keys + place + pair, turns & is_k, 0.0)
         grad = grad * c - other * s  # turned back
-        inner = tl.sum(value * grad, 2, keep_dims=True) * rstd  # values: 0
-        tl.store(dvkq + at, (grad - value * (inner * rstd / E)) * factor, is_v | is_k | is_q)
-        tl.store(dgain + tl.program_id(0) * H + head - 2 * K, tl.sum(inner, 0, keep_dims=True), queries)
-
-
-def launch_rotation(width: int, vkq: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, turned: Tensor, *rest: Any):
-    heads, total = len(gain), vkq.size(1) // width  # of queries; with keys and values
-    kv = (total - heads) // 2
-    share = max((turned.size(1) - heads) // (2 * kv), 1)  # gradients of a key
-    jitted(rotate_heads_kernel)[(-(-len(vkq) // HEAD_ROWS),)](
-        len(vkq), heads, kv, width, cos.size(-1), 1 << max(cos.size(-1) - 1, 0).bit_length(), HEAD_ROWS, 1 << (
-            total - 1).bit_length(), share, vkq, gain, cos, sin, turned, *rest, num_warps=HEAD_ROWS)
-
-
-def rotation_gradients(vkq: Tensor, gain: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(vkq), vkq.new_empty(-(-len(vkq) // HEAD_ROWS), len(gain), dtype=torch.float32)
+        inner = tl.where(is_v, 0.0, tl.sum(value * grad, 2, keep_dims=True) * rstd)
+        tl.store(dqkv + at + col, (grad - value * (inner * rstd / E)) * factor, live)
+        tl.store(dgain + tl.program_id(0) * H + head, tl.sum(inner, 0, keep_dims=True), head < H)
 
 
 @functools.cache
-def load_rotate_heads() -> Callable[..., Tensor]:
-    """(vkq (T, (2 K + H) E), gain (H,), cos, sin (T, 1, R), E) -> keys and queries, (T, K + H, E); E a power of 2.
+def load_rotate_heads() -> Callable[..., tuple[Tensor, ...]]:
+    """(qkv (T, (H + 2 K) E), gain (H,), cos, sin (T, 1, R), E) -> q (T, H, E), k, v (T, K, E), and two of (T, H, E)
+    without memory; E is a power of 2.
 
-    The RMS norm of each head, its first 2 R channels rotated, queries times gain. Each direction reads and writes every
-    tensor once; the backward pass makes the norms again. Values, the first heads of vkq, have no gradient here.
+    The RMS norm of each head, its first 2 R channels rotated, q times gain. The last two take gradients of k and v for
+    each query head that reads them, which are added up here: faster than in attention. Each direction reads and writes
+    every tensor once; the backward pass makes the norms again.
     """
-    jitted(rotate_heads_kernel)
-    forward = written(launch_rotation, lambda vkq, gain, cos, sin, width: vkq.new_empty(
-        len(vkq), (vkq.size(1) // width + len(gain)) // 2, width))
-    return differentiable("rotate_heads", "TTTTi T TT", forward, written(launch_rotation, rotation_gradients), lambda
+    kernel = jitted(rotate_heads_kernel)
+
+    def launch(width: int, qkv: Tensor, gain: Tensor, cos: Tensor, *rest: Any) -> None:
+        tokens, heads, total, pairs = len(qkv), len(gain), qkv.size(1) // width, cos.size(-1)
+        sizes = heads, (total - heads) // 2, width, pairs, *(1 << max(n - 1, 0).bit_length() for n in (pairs, total))
+        kernel[(-(-tokens // HEAD_ROWS),)](tokens, HEAD_ROWS, *sizes, qkv, gain, cos, *rest, num_warps=HEAD_ROWS)
+
+    def outputs(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, width: int) -> tuple[Tensor, ...]:
+        tokens, heads, kv = len(qkv), len(gain), (qkv.size(1) // width - len(gain)) // 2
+        shared = [qkv.new_empty(tokens + heads // kv, kv, width)[:tokens] for _ in "kv"]  # H heads fit behind each row
+        q = qkv.new_empty(tokens, heads, width)
+        return q, *shared, *(qkv.new_empty(()).expand_as(q) for _ in "kv")
+
+    def gradients(qkv: Tensor, gain: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        return torch.empty_like(qkv), qkv.new_empty(-(-len(qkv) // HEAD_ROWS), len(gain), dtype=torch.float32)
+
+    return differentiable("rotate_heads", "TTTTi TTTTT TT", written(launch, outputs), written(launch, gradients), lambda
                           kept, _, found: (found[0], found[1].sum(0).to(kept[1].dtype), None, None, None))
 
 
-def exclude_kernel(T, H: constexpr, K: constexpr, E: constexpr, ROWS: constexpr, KP: constexpr, v_row: constexpr,
-                   XSA: constexpr, y, v, opened, out, dy=None, dv=None, dopened=None, dlse=None):
+def exclude_kernel(T, H: constexpr, K: constexpr, E: constexpr, ROWS: constexpr, KP: constexpr, y, v, opened, out,
+                   dy=None, dv=None, dopened=None):
     row, kv = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None], tl.arange(0, KP)[None, :, None]
     col, live, down = tl.arange(0, E)[None, None, :], (row < T) & (kv < K), tl.zeros((ROWS, KP, E), tl.float32)
-    own = tl.load(v + row * v_row + kv * E + col, (row < T) & (kv < K * XSA), 0.0).to(tl.float32)
+    own = tl.load(v + (row * K + kv) * E + col, live, 0.0).to(tl.float32)
     size = tl.maximum(tl.sum(own * own, 2, keep_dims=True), 1e-24)
     for g in tl.static_range(H // K):
-        head = kv * (H // K) + g
-        at = (row * H + head) * E + col
-        x, gate = tl.load(y + at, live, 0.0).to(tl.float32), tl.load(opened + row * H + head, live, 0.0)
+        head = row * H + kv * (H // K) + g
+        x, gate = tl.load(y + head * E + col, live, 0.0).to(tl.float32), tl.load(opened + head, live, 0.0)
         share = tl.sum(x * own, 2, keep_dims=True) / size
         rest = x - share * own
-        if dy is None: tl.store(out + at, gate * rest, live)
+        if dy is None: tl.store(out + head * E + col, gate * rest, live)
         else:
-            grad = tl.load(out + at, live, 0.0).to(tl.float32)
-            tl.store(dopened + row * H + head, tl.sum(grad * rest, 2, keep_dims=True), live)
+            grad = tl.load(out + head * E + col, live, 0.0).to(tl.float32)
+            tl.store(dopened + head, tl.sum(grad * rest, 2, keep_dims=True), live)
             grad *= gate
             back = tl.sum(grad * own, 2, keep_dims=True) / size
+            tl.store(dy + head * E + col, grad - back * own, live)
             down -= share * grad + back * (rest - share * own)
-            grad = (grad - back * own).to(tl.bfloat16)
-            tl.store(dy + at, grad, live)
-            if dlse is not None: tl.store(dlse + head * T + row, -tl.sum(grad * x, 2, keep_dims=True), live)
     if dy is not None: tl.store(dv + (row * K + kv) * E + col, down, live)
-
-
-def launch_exclusion(exclude: int, y: Tensor, v: Tensor, *rest: Any):
-    (tokens, heads, width), kv = y.shape, v.size(1)
-    jitted(exclude_kernel)[(-(-tokens // HEAD_ROWS),)](
-        tokens, heads, kv, width, HEAD_ROWS, 1 << (kv - 1).bit_length(), v.stride(0), exclude, y, v, *rest,
-        num_warps=HEAD_ROWS)
 
 
 @functools.cache
@@ -1216,58 +1191,14 @@ def load_exclude() -> Callable[..., Tensor]:
 
     Each direction reads and writes every tensor once.
     """
-    jitted(exclude_kernel)
-    launch = functools.partial(launch_exclusion, 1)
-    return differentiable("exclude", "TTT T TTT", written(launch, lambda y, *_: y.new_empty(len(y), y[0].numel())),
-                          written(launch, lambda y, v, opened, _: tuple(x.new_empty(x.shape) for x in (y, v, opened))),
-                          lambda kept, _, found: found)
+    kernel = jitted(exclude_kernel)
 
-
-@functools.cache
-def load_attend(heads: int, kv: int, width: int) -> Callable[..., Tensor]:
-    """(vkq (T, (2 K + H) E), gain (H,), cos, sin (T, 1, R), opened (T, H) float32, boundaries, longest, XSA: 0 or 1) ->
-    (T, H E): rotate_heads, the attention of flash-attn-4 and, with XSA, exclude as one operator, for H, K, E = heads,
-    kv, width.
-
-    Keys and values are never repeated for the query heads that share them, but have a gradient for each, which
-    rotate_heads adds up: faster than sums over heads in attention. Values are read where their product left them.
-    """
-    jitted(rotate_heads_kernel)
-    attention, attention_backward = load_fa4_passes(heads // kv)
-
-    def outputs(vkq: Tensor, *_: Any) -> tuple[Tensor, ...]:  # of exclude, rotate_heads, attention and its softmax
-        tokens = len(vkq)
-        return (vkq.new_empty(tokens, heads * width), vkq.new_empty(tokens, kv + heads, width),
-                vkq.new_empty(tokens, heads, width), vkq.new_empty(heads, tokens, dtype=torch.float32))
-
-    def forward(vkq: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, opened: Tensor, boundaries: Tensor, longest: int,
-                exclude: int) -> tuple[Tensor, ...]:
-        (out, kq, *_), v = outputs(vkq), vkq.view(len(vkq), -1, width)[:, :kv]
-        launch_rotation(width, vkq, gain, cos, sin, kq)
-        y, lse = attention(kq[:, kv:], kq[:, :kv], v, boundaries, longest)
-        launch_exclusion(exclude, y, v, opened, out)
-        return out, kq, y, lse
-
-    def gradients(vkq: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, opened: Tensor, *_: Any) -> tuple[Tensor, ...]:
-        return *rotation_gradients(vkq, gain), torch.empty_like(opened)
-
-    def backward(vkq: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, opened: Tensor, boundaries: Tensor, kq: Tensor,
-                 y: Tensor, lse: Tensor, grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        (*_, longest, exclude), values, tokens = rest, vkq.view(len(vkq), -1, width), len(vkq)
-        dy, own, dlse = torch.empty_like(y), vkq.new_empty(tokens, kv, width), torch.empty_like(lse)
-        dvkq, dgain, dopened = gradients(vkq, gain, cos, sin, opened)
-        launch_exclusion(exclude, y, values[:, :kv], opened, grad, dy, own, dopened, dlse)
-        dk, dv, dq = (turned := vkq.new_empty(tokens, 3 * heads, width)).split(heads, 1)
-        # dlse is less the sums of dy y over channels, so that attention need not read y for them
-        attention_backward(kq[:, kv:], kq[:, :heads], values[:, :heads], boundaries, y.new_zeros(1, 1, width).expand_as(
-            y), lse, dy, dlse, longest, dq, dk, dv)
-        launch_rotation(width, vkq, gain, cos, sin, turned, dvkq, dgain, own)
-        return dvkq, dgain, dopened
-
-    operator = differentiable(f"attend_{heads}_{kv}_{width}", "TTTTTTii TTTT TTT", (forward, outputs), (
-        backward, gradients), lambda kept, _, found: (found[0], found[1].sum(0).to(kept[1].dtype), None, None, found[2],
-                                                      None, None, None), kept=3)
-    return lambda *inputs: operator(*inputs)[0]
+    def launch(y: Tensor, v: Tensor, *rest: Tensor | None) -> None:
+        sizes = *y.shape[:2], v.size(1), y.size(2), HEAD_ROWS, 1 << (v.size(1) - 1).bit_length()
+        kernel[(-(-len(y) // HEAD_ROWS),)](*sizes, y, v, *rest, num_warps=HEAD_ROWS)
+    forward = written(launch, lambda y, *_: y.new_empty(len(y), y.size(1) * y.size(2)))
+    backward = written(launch, lambda y, v, opened, _: tuple(map(torch.empty_like, (y, v, opened))))
+    return differentiable("exclude", "TTT T TTT", forward, backward, lambda kept, _, found: found)
 
 
 def cross_entropy_kernel(V: constexpr, BV: constexpr, LEARNED: constexpr, logits, targets, caps, nats, dcaps):
@@ -1315,13 +1246,12 @@ def load_cross_entropy() -> Callable[..., Tensor]:
         (nats, dcaps), size, even = sums(x), 1 << (len(head) - 1).bit_length(), (x.size(1) | len(head)) % 8 == 0
         logits, warps = (product if even else torch.mm)(x, head.T), min(max(size // 1024, 1), 32)
         kernel[(len(x),)](len(head), size, learned, logits, targets, caps, nats, dcaps, num_warps=warps,
-                          maxnreg=min(max(1024 // warps, 64), 255))  # so that two programs fit
+                          maxnreg=min(max((1024 if learned else 640) // warps, 64), 255))  # so that two or three fit
         return nats, dcaps, logits
 
     def finish(kept: Sequence[Tensor], grads: Sequence[Tensor], _: None):
-        (x, head), (dcaps, dlogits), weight = kept[:2], kept[4:], grads[0][:, None]
-        return (((dlogits @ head) * weight).to(x.dtype), dlogits.T @ (x * weight).to(x.dtype), None, grads[0] @ dcaps,
-                None)
+        (x, head), (dcaps, dlogits), by = kept[:2], kept[4:], grads[0][:, None]
+        return ((dlogits @ head) * by).to(x.dtype), dlogits.T @ (x * by).to(x.dtype), None, grads[0] @ dcaps, None
 
     operator = differentiable("cross_entropy", "TTTTi TTT", (forward, lambda x, head, *_: (*sums(x), x.new_empty(
         len(x), len(head)))), None, finish, kept=2)
@@ -1382,38 +1312,33 @@ def load_mix_norm() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     kernel = jitted(mix_norm_kernel)
 
     def launch(window: int, *arrays: Any) -> None:
-        programs, (tokens, width) = len(arrays[-1]), arrays[1].shape  # one for each row of the last array
-        kernel[(programs,)](tokens, width, window, MIXED_ROWS, 1 << (width - 1).bit_length(), *arrays,
-                            num_warps=MIXED_ROWS)
+        (rows, width), span = arrays[1].shape, 1 << (arrays[1].size(1) - 1).bit_length()
+        # a program for each row of the last array
+        kernel[(len(arrays[-1]),)](rows, width, window, MIXED_ROWS, span, *arrays, num_warps=MIXED_ROWS)
 
     def gradients(a: Tensor | None, b: Tensor, c: Tensor, *_: Any) -> tuple[Tensor, ...]:
         programs = min(-(-len(b) // MIXED_ROWS), 1056)  # 8 for each multiprocessor of a Hopper GPU
         da = torch.empty_like(b) if a is not None else b.new_empty(0)
         return da, torch.empty_like(b), torch.empty_like(c), b.new_empty(programs, 3, b.size(1), dtype=torch.float32)
 
-    return differentiable(
-        "mix_norm", "?TTTTTi TTTT TTTT", written(launch, lambda a, b, c, mix, scale, chain, window: (*map(
-            torch.empty_like, (b, b)), b.new_empty(len(b), window), b.new_empty(()).expand_as(c))),
-        written(launch, gradients), lambda kept, _, found: (
-            None if kept[0] is None else found[0], found[1], None, found[3].sum(0), None, found[2], None))
+    forward = written(launch, lambda a, b, c, mix, scale, chain, window: (
+        *map(torch.empty_like, (b, b)), b.new_empty(len(b), window), b.new_empty(()).expand_as(c)))
+    return differentiable("mix_norm", "?TTTTTi TTTT TTTT", forward, written(launch, gradients), lambda kept, _, found: (
+        None if kept[0] is None else found[0], found[1], None, found[3].sum(0), None, found[2], None))
 
 
 def choose_kernels(config: Config, device: torch.device) -> Kernels:
     """What this device and these settings allow. UserError where FP8_MATMUL=1 does not fit them."""
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     odd = [width for width in (config.model_dim, config.mlp_dim, config.num_kv_heads * config.head_dim) if width % 16]
-    require(not config.fp8_matmul or (not odd and 10 * major + minor >= 89), "FP8_MATMUL=1 DEVICE="
-            f"{config.device}: needs products of 8-bit floats (this is {device.type} {major}.{minor}) and widths that "
-            f"are multiples of 16, not {odd}; set FP8_MATMUL=0")
+    require(not config.fp8_matmul or (not odd and 10 * major + minor >= 89), f"FP8_MATMUL=1 DEVICE={config.device}: "
+            f"needs 8-bit floats (this is {device.type} {major}.{minor}), multiples of 16, not {odd}; set FP8_MATMUL=0")
     kernels = Kernels(Fp8Linear.apply) if config.fp8_matmul else PLAIN
     heads, even = not config.head_dim & (config.head_dim - 1), not (odd or config.fp8_matmul)
-    rotated = heads and not config.value_residual
     leaky2 = even and config.mlp_activation == "leaky2" and not config.projection_norm
     capped = config.logit_softcap <= 30 and config.softcap_type != "poly5" and not (config.vocab_bias or config.z_loss)
     loaders = {"linear_add": (load_linear_add, even), "leaky2": (load_leaky2, leaky2), "exclude": (load_exclude, heads),
-               "rotate_heads": (load_rotate_heads, rotated), "attend": (lambda: load_attend(
-                   config.num_heads, config.num_kv_heads, config.head_dim), rotated and choose_attention(
-                       config.attention, device)[0] == "fa4"),
+               "rotate_heads": (load_rotate_heads, heads and not config.value_residual),
                "mix_norm": (load_mix_norm, True), "cross_entropy": (load_cross_entropy, capped)}
     for name, (load, fits) in loaders.items():
         try: kernels = kernels._replace(**{name: load()}) if fits and config.fused_kernels and major == 9 else kernels
@@ -1433,13 +1358,6 @@ RMS_EPS = 1.1920929e-07  # float32 machine epsilon, also for bfloat16 input: wha
 def norm(x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     """RMS norm over the last dimension, times scale, no weight; computed in float32, returned in x's dtype."""
     return (F.rms_norm(x.float(), (x.size(-1),), eps=RMS_EPS) * scale).to(x.dtype)
-
-
-def norm_rows(x: Tensor, scale: Tensor) -> Tensor:
-    """x (T, D) -> (2, T) float32 for the gradient of n = norm(x, scale): that of n times the first, less n times the
-    second and half the sum of n times its gradient."""
-    rate = (x.float().square().mean(-1) + RMS_EPS).rsqrt()
-    return torch.stack((rate * scale, rate * (2 / (x.size(-1) * scale))))
 
 
 def rotary_frequencies(config: Config, training: bool) -> Tensor:
@@ -1520,11 +1438,12 @@ def poly5(u: Tensor) -> Tensor:
     return (u * (1 - u.square() / 3 + u.square().square() / 15)).clamp(-1, 1)
 
 
-# --- attention back ends: (q (T, H, E), k (T, K, E), v (T, K, E), segments) -> (T, H, E), causal within segments
-Attention = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
+# --- attention back ends: (q (T, H, E), k, v (T, K, E), segments, spread) -> (T, H, E), causal within segments; spread,
+#     of rotate_heads, may take the gradients of k and v
+Attention = Callable[..., Tensor]
 
 
-def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *_: Any) -> Tensor:
     """torch's scaled_dot_product_attention on segments laid out as rows: any device, any dtype."""
     length, rows, positions = segments.max_length, segments.boundaries.numel() - 1, segments.positions
     place = None if rows * length == q.size(0) else ((positions == 0).cumsum(0) - 1) * length + positions
@@ -1538,81 +1457,79 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tenso
 def load_varlen() -> Any:
     """torch.nn.attention.varlen: the FlashAttention-2 kernels that come with torch."""
     from torch.nn.attention.varlen import varlen_attn
-    options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-    return lambda q, k, v, s: varlen_attn(  # any distance back, none ahead
-        q, k, v, s.boundaries, s.boundaries, s.max_length, s.max_length, window_size=(-1, 0), **options)
+    names = {"enable_gqa"} & {*inspect.signature(varlen_attn).parameters}
+    more: Any = {"window_size": (-1, 0)} | dict.fromkeys(names, True)  # any distance back, none ahead
+    return lambda q, k, v, s, *_: varlen_attn(q, k, v, s.boundaries, s.boundaries, s.max_length, s.max_length, **more)
 
 
 def load_fa3() -> Attention:
     """FlashAttention-3 (Hopper), built from its repository."""
     from flash_attn_interface import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, s: Segments) -> Tensor:
+    def attention(q: Tensor, k: Tensor, v: Tensor, s: Segments, *_: Any) -> Tensor:
         y = flash_attn_varlen_func(q, k, v, s.boundaries, s.boundaries, s.max_length, s.max_length, causal=True,
                                    deterministic=torch.are_deterministic_algorithms_enabled())
         return y[0] if isinstance(y, tuple) else y
     return attention
 
 
-def load_fa4_passes(share: int = 1) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """flash-attn-4's forward pass, (q, k, v, boundaries, longest) -> y, lse, and its backward pass, (q, k, v,
-    boundaries, y, lse, dy, dlse or None, longest, and maybe dq, dk, dv to write to) -> dq, dk, dv.
+@functools.cache
+def load_fa4() -> Attention:
+    """FlashAttention-4 (the flash-attn-4 package), as a torch operator that compiles.
 
-    With a share above 1 the backward pass wants k and v with as many heads as q has, but reads only the first of each
-    `share`, for `share` heads of q each, and does not add up their gradients.
+    Its own autograd function forgets the longest length in the backward pass, which makes that slow on Hopper. With
+    spread, of rotate_heads, query heads that share keys and values do not add up their gradients: by a kernel derived
+    from that of a known version; others add them up.
     """
     from flash_attn.cute import interface  # pyright: ignore[reportMissingImports]
     warnings.filterwarnings("ignore", "Argument aux_data")  # harmless, but long
-    run, run_backward = interface._flash_attn_fwd, interface._flash_attn_bwd
-    if share > 1:
+    run_forward, run_backward = interface._flash_attn_fwd, interface._flash_attn_bwd
+    known = "4.0.0b36" in [found.version for found in importlib.metadata.distributions(name="flash-attn-4")]
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, _: Any, __: Any, boundaries: Tensor, longest: int):
+        tile = (192, 96) if q.size(-1) == 64 else None  # 2 to 3 % faster than the default
+        return tuple(run_forward(q, k, v, cu_seqlens_q=boundaries, cu_seqlens_k=boundaries, max_seqlen_q=longest,
+                                 max_seqlen_k=longest, causal=True, return_lse=True, tile_mn=tile)[:2])
+
+    @functools.cache
+    def spreading(share: int) -> Any:
+        """The backward pass for k and v with as many heads as q, of which it reads the first (H / share) only."""
         class Shared(interface.FlashAttentionBackwardSm90):
             def load(self, *rest: Any) -> None:
                 self.qhead_per_kvhead = share
                 super().load(*rest[:-1], share)  # the last: what heads of q are divided by
                 self.qhead_per_kvhead = 1
-        names = {**vars(interface), "FlashAttentionBackwardSm90": Shared}  # a function with kernels of its own
-        shared: Any = types.FunctionType(run_backward.__code__, names, None, run_backward.__defaults__)
-        shared.compile_cache, names["_flash_attn_bwd"], run_backward = {}, shared, shared
+        names = {**vars(interface), "FlashAttentionBackwardSm90": Shared}
+        found: Any = types.FunctionType(run_backward.__code__, names, None, run_backward.__defaults__)
+        names["_flash_attn_bwd"], found.compile_cache = found, {}  # of its own
+        return found
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, longest: int) -> tuple[Tensor, ...]:
-        tile = (192, 96) if q.size(-1) == 64 else None  # 2 to 3 % faster than the default
-        return tuple(run(q, k, v, cu_seqlens_q=boundaries, cu_seqlens_k=boundaries, max_seqlen_q=longest,
-                         max_seqlen_k=longest, causal=True, return_lse=True, tile_mn=tile)[:2])
+    def backward(q: Tensor, k: Tensor, v: Tensor, keys: Any, _: Any, boundaries: Tensor, *kept: Any):
+        (y, lse, dy, _, longest), run = kept, run_backward if keys is None else spreading(q.size(1) // k.size(1))
+        if keys is not None: k, v = (x.as_strided(q.shape, x.stride()) for x in (k, v))
+        return tuple(run(q, k, v, y, dy, lse, q.size(-1) ** -0.5, True, cu_seqlens_q=boundaries,
+                         cu_seqlens_k=boundaries, max_seqlen_q=longest, max_seqlen_k=longest,
+                         deterministic=torch.are_deterministic_algorithms_enabled())[:3])
 
-    def backward(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, y: Tensor, lse: Tensor, dy: Tensor, dlse: Any,
-                 longest: int, *outputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(run_backward(q, k, v, y, dy, lse, q.size(-1) ** -0.5, True, cu_seqlens_q=boundaries,
-                                  cu_seqlens_k=boundaries, max_seqlen_q=longest, max_seqlen_k=longest, dlse=dlse,
-                                  deterministic=torch.are_deterministic_algorithms_enabled(),
-                                  **dict(zip(("dq", "dk", "dv"), outputs)))[:3])
-    return forward, backward
-
-
-@functools.cache
-def load_fa4() -> Attention:
-    """FlashAttention-4 (the flash-attn-4 package), as a torch operator that compiles.
-
-    Its own autograd function forgets the longest length in the backward pass, which makes that slow on Hopper.
-    """
-    forward, backward = load_fa4_passes()
-    operator = differentiable("fa4", "TTTTi TT TTT", (forward, lambda q, *_: (torch.empty_like(q), q.new_empty(
-        q.size(1), q.size(0), dtype=torch.float32))), (backward, lambda *inputs: tuple(map(
-            torch.empty_like, inputs[:3]))), lambda kept, _, found: (*found, None, None), kept=2)
-    return lambda q, k, v, segments: operator(q, k, v, segments.boundaries, segments.max_length)[0]
+    def empty(q, k, v, keys, *_): return tuple(map(torch.empty_like, (q, k, v) if keys is None else (q, q, q)))
+    operator = differentiable("fa4", "TTT??Ti TT TTT", (forward, lambda q, *_: (torch.empty_like(q), q.new_empty(
+        q.size(1), q.size(0), dtype=torch.float32))), (backward, empty), lambda kept, _, found: (found[0], *(
+            found[1:] + (None, None) if kept[3] is None else (None, None) + found[1:]), None, None), kept=2)
+    return lambda q, k, v, s, *spread: operator(
+        q, k, v, *(spread if spread and known else (None, None)), s.boundaries, s.max_length)[0]
 
 
-# name -> (loader, oldest compute capability, (0, 0) = any device); in order of preference
-ATTENTIONS = {"fa3": (load_fa3, (9, 0)), "fa4": (load_fa4, (9, 0)), "varlen": (load_varlen, (8, 0)),
-              "sdpa": (lambda: attention_sdpa, (0, 0))}
+# name -> (loader, oldest major compute capability, 0 = any device); in order of preference
+ATTENTIONS: dict[str, tuple[Callable[[], Attention], int]] = {
+    "fa3": (load_fa3, 9), "fa4": (load_fa4, 9), "varlen": (load_varlen, 8), "sdpa": (lambda: attention_sdpa, 0)}
 
 
 def choose_attention(wanted: str, device: torch.device) -> tuple[str, Attention]:
     """'auto' or a name -> (name, back end): the first that this machine has. UserError where a named one is absent."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     for name, (load, needed) in ATTENTIONS.items() if wanted == "auto" else [(wanted, ATTENTIONS[wanted])]:
         try:
-            if capability < needed: raise ImportError("needs a GPU of compute capability {}.{}".format(*needed))
+            if capability < needed: raise ImportError(f"needs a GPU of compute capability {needed}.0")
             return name, load()
         except (ImportError, OSError, AttributeError) as error:
             require(wanted == "auto", f"ATTENTION={wanted}: {error}; install it or use ATTENTION=auto")
@@ -1675,8 +1592,8 @@ def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     embed, window = config.embed_dim or width, width if config.attn_gate == "dense" else config.gate_window
     gated, smear = config.attn_gate != "sparse" or config.sparse_attn_gate_scale > 0, config.smear_gate
     hashed, pair, factored = bool(config.bigram_hash_buckets), config.bigram_hash_dim, bool(config.embed_dim)
-    sizes = {  # a parameter of size 0 does not exist
-        "embedding": (config.vocab_size, embed), "head": (config.vocab_size * (not config.tie_embeddings), embed),
+    # a parameter of size 0 does not exist
+    sizes = {"embedding": (config.vocab_size, embed), "head": (config.vocab_size * (not config.tie_embeddings), embed),
         "vocab_bias": (config.vocab_size * config.vocab_bias,), "embed_in": (factored, width, embed),
         "embed_out": (factored, embed, width), "bigram_table": (config.bigram_hash_buckets, pair),
         "bigram_scale": (hashed * (config.bigram_hash == "36313"),), "bigram_proj": (hashed, embed, pair),
@@ -1793,35 +1710,33 @@ class GPT(nn.Module):
             x = torch.where(keep[:, None], torch.lerp(x.roll(1, 0), x, self.weight("static_smear").sigmoid()), x)
         return norm(F.linear(x, self.weight("embed_in")[0]) if config.embed_dim else x)
 
-    def attend(self, w: Mapping[str, Tensor], n: Tensor, start: Tensor, angles: tuple[Tensor, Tensor],
-               segments: Segments, exclude: bool, first_value: Tensor | None, base: Tensor | None
-               ) -> tuple[Tensor, Tensor]:
+    def attend(self, w: Mapping[str, Tensor], n: Tensor, start: Tensor, angles: Sequence[Tensor], segments: Segments,
+               exclude: bool, first_value: Tensor | None, base: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weights w of a layer, its normalized input n (T, D) -> base plus attention's output (T, D), values (T, K, E).
 
         start = the first channels of n; exclude = XSA; first_value = the first layer's values, for the value residual
         (arXiv:2410.17897).
         """
-        config = self.config
-        kernels, heads = self.active_kernels, (config.num_kv_heads, config.num_heads)
-        vkq = self.project(n, torch.cat([w[f"{x}_proj"] for x in "vkq"]))
+        kernels, heads, spread = self.active_kernels, ((config := self.config).num_heads, config.num_kv_heads), ()
+        qkv = self.project(n, torch.cat((w["q_proj"], w["k_proj"], w["v_proj"])))
         if any(name.endswith("_in") for name in w):
-            parts = vkq.split([len(w[f"{x}_proj"]) for x in "vkq"], -1)
-            vkq = torch.cat([adapted(part, n, w, target) for part, target in zip(parts, "vkq")], -1)
-        v, kq = vkq.unflatten(-1, (-1, config.head_dim)).split([heads[0], sum(heads)], 1)
+            parts = qkv.split([len(w[f"{x}_proj"]) for x in "qkv"], -1)
+            qkv = torch.cat([adapted(part, n, w, target) for part, target in zip(parts, "qkv")], -1)
+        if kernels.rotate_heads: q, k, v, *spread = kernels.rotate_heads(qkv, w["q_gain"], *angles, config.head_dim)
+        else:
+            qk, v = qkv.unflatten(-1, (-1, config.head_dim)).split([sum(heads), heads[1]], 1)
+            q, k = rotary(norm(qk), *angles).split(heads, 1)
+            q = q * w["q_gain"][:, None]
+            if "value_mix" in w and first_value is not None: v = w["value_mix"][0] * first_value + w["value_mix"][1] * v
+        y = self.attention(q, k, v, segments, *spread)
         if "attn_gate" in w:
             inner = config.sparse_attn_gate_scale if config.attn_gate == "sparse" else 1.0
             read, gate = n if config.attn_gate == "dense" else start, w["attn_gate"]  # start may be wider
             gate = F.linear(read, F.pad(gate, (0, read.size(1) - gate.size(1))), w.get("attn_gate_bias"))
             opened = (inner * gate.float()).sigmoid() * (2 if config.attn_gate == "output" else 1)
-        else: opened = torch.ones_like(kq[:, heads[0]:, 0], dtype=torch.float32)
-        if kernels.attend: y = kernels.attend(vkq, w["q_gain"], *angles, opened, *segments[::2], int(exclude))
-        else:
-            if kernels.rotate_heads: kq = kernels.rotate_heads(vkq, w["q_gain"], *angles, config.head_dim)
-            else: kq = rotary(norm(kq), *angles) * F.pad(w["q_gain"], (heads[0], 0), value=1.0)[:, None]
-            if "value_mix" in w and first_value is not None: v = w["value_mix"][0] * first_value + w["value_mix"][1] * v
-            y = self.attention(kq[:, heads[0]:], kq[:, :heads[0]], v, segments)
-            if exclude and kernels.exclude: y = kernels.exclude(y, v, opened)
-            else: y = ((exclusive(y, v) if exclude else y) * opened[:, :, None]).flatten(1).to(self.dtype)
+        else: opened = torch.ones_like(q[:, :, 0], dtype=torch.float32)
+        if exclude and kernels.exclude: y = kernels.exclude(y, v, opened)
+        else: y = ((exclusive(y, v) if exclude else y) * opened[:, :, None]).flatten(1).to(self.dtype)
         return adapted(self.project(norm(y) if config.projection_norm else y, w["out_proj"], base), n, w, "out"), v
 
     def project(self, x: Tensor, weight: Tensor, base: Tensor | None = None) -> Tensor:
@@ -1830,20 +1745,16 @@ class GPT(nn.Module):
         out = self.active_kernels.linear(x, weight)
         return out if base is None else (base.float() + out).to(self.dtype)  # rounded once; no product takes base in
 
-    def feed_forward(self, w: Mapping[str, Tensor], n: Tensor, base: Tensor | None, scale: Tensor | None) -> Tensor:
-        """Weights w of a layer, its normalized input n (T, D), norm(base, scale) if there is a scale -> base plus the
-        MLP's output (T, D)."""
+    def feed_forward(self, w: Mapping[str, Tensor], n: Tensor, base: Tensor | None) -> Tensor:
+        """Weights w of a layer, its normalized input n (T, D) -> base plus the MLP's output (T, D)."""
         config, kernel = self.config, self.active_kernels.leaky2
-        if kernel:
-            rows = None if base is None or scale is None else norm_rows(base, scale)
-            out = kernel(n, w["up_proj"], w["down_proj"], base, rows, config.leaky_relu_slope)
+        if kernel: out = kernel(n, w["up_proj"], w["down_proj"], base, config.leaky_relu_slope)
         else:
             hidden = ACTIVATIONS[config.mlp_activation](self.project(n, w["up_proj"]), config.leaky_relu_slope)
             out = self.project(norm(hidden) if config.projection_norm else hidden, w["down_proj"], base)
         return adapted(out, n, w, "mlp")
 
-    def mix_norm(self, skipped: Tensor | None, x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor,
-                 chain: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def mix_norm(self, skipped: Any, x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, chain: Tensor) -> Any:
         """Streams (T, D), their weights mix (3, D) -> their blend, its norm, the norm's first channels, and the chain
         of x0's gradient (see load_mix_norm). A kernel gives 16 of those channels for 12: their products are faster."""
         window, kernel = self.config.gate_window, self.active_kernels.mix_norm
@@ -1863,9 +1774,8 @@ class GPT(nn.Module):
         config, x, mlp_lane, scale, resid = self.config, lanes[0], lanes[-1], w["ln_scale"], w["resid_mix"]
         mix, w = torch.stack((0 * resid[0], *resid)), w | {m: w[s][:, None] * w[m] for m, s in SCALES.items() if m in w}
         if skipped is not None:
-            gate = w["skip_gate"].sigmoid() if config.skip_gates_enabled else None
-            blend = (w["skip_weight"], torch.ones_like(resid[0])) if gate is None else (
-                (1 - gate) * w["skip_weight"], gate)
+            skip, gate = w["skip_weight"], w["skip_gate"].sigmoid() if config.skip_gates_enabled else None
+            blend = (skip, torch.ones_like(skip)) if gate is None else ((1 - gate) * skip, gate)
             if parallel or "mean_smear" in w: x, skipped = (blend[0] * skipped + blend[1] * x).to(self.dtype), None
             else: mix = torch.stack((resid[0] * blend[0], resid[0] * blend[1], resid[1]))
         w = {name: value.to(self.dtype) for name, value in w.items()}
@@ -1876,10 +1786,9 @@ class GPT(nn.Module):
         attn_out, v = self.attend(w, attn_in, start, angles, segments, exclude, first_value, base)
         v = v if config.value_residual else None
         if not parallel:
-            n, scale = (attn_in, None) if config.gptj_block else (norm(attn_out, scale), scale)
-            return (self.feed_forward(w, n, attn_out, scale),), v, chain
+            return (self.feed_forward(w, attn_in if config.gptj_block else norm(attn_out, scale), attn_out),), v, chain
         # both sublayers read the old lanes; each lane keeps a share of itself and takes some of both outputs
-        mlp_out = self.feed_forward(w, norm(mlp_lane, scale), None, None)
+        mlp_out = self.feed_forward(w, norm(mlp_lane, scale), None)
         stay, share = w["lane_resid"], w["lane_mix"]
         return (stay[0] * x + share[0, 0] * attn_out + share[1, 0] * mlp_out,
                 stay[1] * mlp_lane + share[0, 1] * attn_out + share[1, 1] * mlp_out), v, chain
@@ -1932,18 +1841,16 @@ class GPT(nn.Module):
         others reach the head.
         """
         scale = self.config.ttt_lora_alpha / self.config.ttt_lora_rank
-        parts = {name: (value * scale if name.endswith("out") else value).to(self.dtype).unbind(1)
-                 for name, value in adapters.items()}
+        parts = {k: (x * scale if k.endswith("out") else x).to(self.dtype).unbind(1) for k, x in adapters.items()}
         features = self.features(ids, segments, parts)
         return self.nats(features if rows is None else features[rows], targets[0],
                          {name: part for name, (part, *_) in parts.items() if name.startswith("head")})
 
     def nats(self, features: Tensor, targets: Tensor, adapters: Mapping[str, Tensor] = EMPTY) -> Tensor:
         """features (T, EMBED_DIM), targets (T,) or (T, C) -> nats, shaped like the targets."""
-        kernel = self.active_kernels.cross_entropy
-        if kernel and targets.dim() == 1 and not adapters and self.temperature == 1:
-            return kernel(features, self.head_weight(), targets, self.caps(),
-                          int(self.config.softcap_type == "two_sided"))
+        ce = self.active_kernels.cross_entropy
+        if ce and targets.dim() == 1 and not adapters and self.temperature == 1:
+            return ce(features, self.head_weight(), targets, self.caps(), int(self.config.softcap_type == "two_sided"))
         logits, columns = self.logits(features, adapters), targets.view(len(targets), -1).unbind(1)
         columns = [F.cross_entropy(logits, column, reduction="none", ignore_index=-1) for column in columns]
         if self.config.z_loss and self.training:
@@ -2041,8 +1948,7 @@ class MuonGroup:
 
     def unpack(self, packed: Tensor) -> list[Tensor]:
         """The inverse of pack."""
-        parts = packed[:self.count].split([len(p) for p in self.params])
-        return [part.mT if tall else part for part, tall in zip(parts, self.tall)]
+        return [x.mT if tall else x for x, tall in zip(packed[:self.count].split([*map(len, self.params)]), self.tall)]
 
     def scatter(self, grads: Sequence[Tensor]) -> tuple[Tensor, Any]:
         """Starts averaging the gradients over ranks -> (own share, work to wait for or None)."""
@@ -2552,9 +2458,8 @@ def trellis(states: int) -> tuple[Tensor, Tensor]:
     Ungerboeck's codes (IEEE Trans. Inf. Theory 28, 1982): even and odd codes of both kinds of states are four sets of
     points that lie far apart; the path decides which two of them are on offer. One state is plain rounding.
     """
-    feedback, forward = {1: (1, 0), 4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4)}[states]
-    following = [[(state >> 1) ^ (feedback >> 1) * (state & 1) ^ (forward >> 1) * parity for parity in (0, 1)]
-                 for state in range(states)]
+    back, ahead = {1: (1, 0), 4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4)}[states]
+    following = [[(s >> 1) ^ (back >> 1) * (s & 1) ^ (ahead >> 1) * parity for parity in (0, 1)] for s in range(states)]
     return torch.tensor(following), (torch.arange(states) % 2 * (states > 1)).float()
 
 
@@ -2643,8 +2548,7 @@ def calibrate(config: Config, world: World, model: GPT, batches: Iterable[Batch]
     order = [(names, visit.layer) for visit in model.plans[model.looping] for names in BLOCK_PRODUCTS] + [((head,), 0)]
     shapes = {name: (1, *param_shapes(config)[name])[-3:] for names, _ in order for name in names}
     source = {"k_proj": "q_proj", "v_proj": "q_proj"}  # whose input is theirs
-    hessian = {name: torch.zeros(n, columns, columns, device=world.device)
-               for name, (n, _, columns) in shapes.items() if name not in source}
+    hessian = {k: torch.zeros(n, c, c, device=world.device) for k, (n, _, c) in shapes.items() if k not in source}
     gain = {name: torch.zeros(n, rows, device=world.device) for name, (n, rows, _) in shapes.items()}
     count = {name: torch.zeros(n, 1, device=world.device) for name, (n, _, _) in shapes.items()}
     spread, times = torch.zeros_like(hessian[head]), torch.zeros_like(gain[head])  # of the embedding where it is read
@@ -2746,8 +2650,7 @@ def cut_bank(config: Config, name: str, shape: Sequence[int]) -> dict[str, slice
     layers = config.num_layers if len(shape) == 3 and shape[0] == config.num_layers else 1
     plans = [quantizer_of(config, f"{name}:{layer}") for layer in range(layers)]
     starts: list[Any] = [layer for layer in range(layers) if not layer or plans[layer] != plans[layer - 1]]
-    return {name if len(starts) == 1 else f"{name}:{first}": slice(first, last)
-            for first, last in zip(starts, [*starts[1:], None])}
+    return {name if len(starts) == 1 else f"{name}:{a}": slice(a, b) for a, b in zip(starts, [*starts[1:], None])}
 
 
 def fake_quantizer(config: Config) -> FakeQuantize:
@@ -2756,8 +2659,7 @@ def fake_quantizer(config: Config) -> FakeQuantize:
     Gradients pass as if there were no rounding. QAT_NOISE: looped layers get uniform noise of the grid's step instead,
     fresh in each pass (Noisy QAT, PR #363).
     """
-    plans = {(name, layer): quantizer_of(config, f"{name}:{layer}")
-             for name in param_shapes(config) for layer in range(config.num_layers)}
+    plans = {(k, i): quantizer_of(config, f"{k}:{i}") for k in param_shapes(config) for i in range(config.num_layers)}
 
     def fake(name: str, layer: int, weight: Tensor) -> Tensor:
         quantizer, bits, clip_sigmas = plans[name, max(layer, 0)]
@@ -2782,8 +2684,7 @@ def step_sizes(config: Config, weights: Mapping[str, Tensor], guides: Mapping[st
     plans = {name: quantizer_of(config, name) for name in weights}
     plain = {name: sigma_steps(weights[name], bits, clip_sigmas).clamp_min(MIN_SCALE).log()
              for name, (quantizer, bits, clip_sigmas) in plans.items() if quantizer != "fp16"}
-    guided = {name: -0.5 * guides[name].log_sensitivity.view_as(plain[name])
-              for name in plain if name in guides and plans[name][1] > 2}
+    guided = {k: -0.5 * guides[k].log_sensitivity.view_as(plain[k]) for k in plain if k in guides and plans[k][1] > 2}
     total = max(sum(weights[name].numel() for name in guided), 1)
     shift = sum(weights[name].numel() / total * (plain[name] - other).mean() for name, other in guided.items())
     return {name: value.lerp(guided[name] + shift, config.quant_sensitivity).exp() if name in guided else value.exp()
@@ -2868,8 +2769,8 @@ def rans_decode(data: bytes) -> bytes:
 
 CODECS = {"rans": Pair(rans_encode, rans_decode)} | {
     name: Pair(functools.partial(module.compress, **options), module.decompress) for name, module, options in (
-        ("zlib", zlib, {"level": 9}), ("brotli", brotli, {"quality": 11, "lgwin": 24}),
-        ("zstd", zstandard, {"level": 22}), ("lzma", lzma, {"preset": 9 | lzma.PRESET_EXTREME}))}
+        ("zlib", zlib, {"level": 9}), ("brotli", brotli, {"quality": 11, "lgwin": 24}), ("zstd", zstandard, {
+            "level": 22}), ("lzma", lzma, {"preset": 9 | lzma.PRESET_EXTREME}))}
 SIDE_CODECS = {**dict(zip(CODECS, CODECS)), "rans": "brotli"}  # of float16 values: an order-0 coder sees no repeats
 ARTIFACT_MAGIC = b"PGOLF\x00\x00\x04"  # the last byte is the version
 
@@ -2948,8 +2849,7 @@ def unpack_artifact(data: bytes, where: str) -> tuple[dict[str, Any], dict[str, 
     (*magic, version), file = ARTIFACT_MAGIC, io.BytesIO(data[:-32])
     require(file.read(len(magic)) == bytes(magic), f"{where}: no artifact of this program")
     require((found := file.read(1)) == bytes([version]), f"{where}: artifact version {found.hex()}, here is {version}")
-    require(hashlib.sha256(data[:-32]).digest() == data[-32:],
-            f"{where}: truncated or altered, its sha256 does not fit; copy or make it again")
+    require(hashlib.sha256(data[:-32]).digest() == data[-32:], f"{where}: truncated or altered (sha256); copy it again")
     header = json.loads(zlib.decompress(file.read(int.from_bytes(file.read(4), "little"))))
     streams = [file.read(length) for length in header["streams"]]
     side = io.BytesIO(CODECS[SIDE_CODECS[header["codec"]]].decode(streams.pop()))
@@ -3183,11 +3083,6 @@ class Evaluator:
 # ====================================================================================================================
 
 
-def small_group(config: Config) -> int:
-    """Documents of a group of long ones; other groups have TTT_BATCH_SIZE."""
-    return max(config.ttt_batch_size // 8, 1)
-
-
 def plan_groups(config: Config, lengths: np.ndarray, documents: Sequence[int], world: World) -> list[list[int]]:
     """Lengths of all documents, those to score -> this rank's groups of documents to score side by side.
 
@@ -3198,7 +3093,7 @@ def plan_groups(config: Config, lengths: np.ndarray, documents: Sequence[int], w
     order = list(documents) if in_a_row else sorted(documents, key=lambda i: (-int(lengths[i]), i))
     while order:
         is_long = not in_a_row and lengths[order[0]] > 2 * config.eval_seq_len
-        size = small_group(config) if is_long else config.ttt_batch_size
+        size = config.small_group if is_long else config.ttt_batch_size
         groups, order = [*groups, order[:size]], order[size:]
     return groups[world.rank::world.size]
 
@@ -3239,11 +3134,10 @@ class Slots:
         self.tokens, device = min(size + config.ttt_back_tokens, row), model.embedding.device  # of a pass
         visits, width, kv = len(model.plans[model.looping]), config.model_dim, (config.num_kv_heads, config.head_dim)
         self.memory = torch.zeros(2, visits, count, row, *kv, dtype=model.dtype, device=device)  # keys, values
-        sizes = {"k": (visits, width, math.prod(kv)), "v": (visits, width, math.prod(kv)),
-                 "head": (1, config.embed_dim or width, config.vocab_size)}
         generator, self.first, self.recorded = torch.Generator().manual_seed(config.seed), dict[str, Tensor](), ()
         for target in config.ttt_targets.split(","):
-            layers, inputs, outputs = sizes.get(target, (visits, width, width))
+            layers, inputs, outputs = visits, width, math.prod(kv) if target in "kv" else width
+            if target == "head": layers, inputs, outputs = 1, config.embed_dim or width, config.vocab_size
             inner = torch.empty(layers, config.ttt_lora_rank, inputs)  # drawn on the CPU: the same on all devices
             inner = inner.uniform_(-(inputs ** -0.5), inputs ** -0.5, generator=generator).to(device)
             outer = inner.new_zeros(layers, outputs, config.ttt_lora_rank)
@@ -3273,7 +3167,7 @@ class Slots:
         mask = torch.where(seen, 0.0, -math.inf).to(self.memory).repeat(1, config.num_heads // config.num_kv_heads, 1)
         rows, visits = (slot * row + start + column[:tokens]).flatten(), iter(self.memory.unbind(1))
 
-        def attention(q: Tensor, k: Tensor, v: Tensor, _: Segments) -> Tensor:  # queries that share keys lie in a row
+        def attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:  # queries that share keys lie in a row
             whole, kept = [], next(visits)
             for memory, x in zip(kept, (k, v)):
                 x = x.unflatten(0, (count, -1))[:, 2:]
@@ -3283,12 +3177,11 @@ class Slots:
             y = F.scaled_dot_product_attention(q.flatten(2, 3), *whole, attn_mask=mask[:, None]).view(q.shape)
             return y.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)
         self.leaves = {name: x.detach().requires_grad_() for name, x in self.adapters.items()}
-        usual = self.model.attention, self.model.kernels
-        self.model.attention, self.model.kernels = attention, usual[1]._replace(attend=None)
+        self.model.attention, usual = attention, self.model.attention
         positions = (start - 2 + column[:tokens + 2]).clamp(0).flatten()
         nats = self.model(ids.reshape(1, -1), targets.reshape(1, -1), Segments(place, positions, row), self.leaves,
                           (slot * (tokens + 2) + place - start + 2 + column[:self.size]).flatten())
-        self.model.attention, self.model.kernels = usual
+        self.model.attention = usual
         return nats
 
     def adapt(self, nats: Tensor, table: Tensor) -> None:
@@ -3374,7 +3267,7 @@ class TestTimeTrainer:
 
     def score_group(self, group: Sequence[int]) -> None:
         """score, then adapt, chunk by chunk, as long as there is time; what is left is scored without adapters."""
-        size, few = chunk_size(self.config, longest := int(self.lengths[group].max())), small_group(self.config)
+        size, few = chunk_size(self.config, longest := int(self.lengths[group].max())), self.config.small_group
         slots = self.slots_for(few if len(group) <= few else self.config.ttt_batch_size, size)
         slots.start()
         for start, place, scores in plan_chunks(longest, size, self.config.eval_seq_len):
@@ -3395,8 +3288,7 @@ class TestTimeTrainer:
             self.ledger.nats[lost], self.ledger.times[lost] = plain.nats[lost], 1
             self.evaluator.log(f"adaptation: {len(lost)} targets were scored without adapters")
 
-    def tabulate(self, slots: Slots, group: Sequence[int], start: int, place: int,
-                 scores: bool) -> tuple[Tensor, np.ndarray]:
+    def tabulate(self, slots: Slots, group: Sequence[int], start: int, place: int, scores: bool) -> tuple[Tensor, Any]:
         """A chunk of each document -> the table of Slots.score; its targets' places in the text, -1 = nobody's."""
         last, known = len(self.dataset.val_tokens) - 1, (np.arange(slots.count) < len(group))[:, None] & scores
         begin, end = (np.resize(x[group], (slots.count, 1)) for x in (self.bounds[:-1] + start, self.bounds[1:]))
@@ -3410,9 +3302,8 @@ class TestTimeTrainer:
     # --- all weights
     def windows_of(self, documents: Sequence[int] | np.ndarray, stride: int = 0) -> np.ndarray:
         """-> (W, 3) windows over the documents' targets, see windows; without a stride they do not overlap."""
-        length = self.config.eval_seq_len
-        return np.concatenate([np.array(windows(int(self.lengths[i]), length, stride or length)) + self.bounds[i]
-                               for i in documents])
+        n = self.config.eval_seq_len
+        return np.concatenate([self.bounds[i] + windows(int(self.lengths[i]), n, stride or n) for i in documents])
 
     def score_windows(self, documents: np.ndarray) -> None:
         """Scores documents with the weights as they are."""
@@ -3579,7 +3470,7 @@ def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequ
         facts |= make_artifact(config, trainer, evaluator, stop, artifact_path, code_bytes)
 
     start = time.perf_counter()
-    model, header, artifact_bytes = reload(config, world, artifact_path, attention)
+    model, header, size = reload(config, world, artifact_path, attention)
     require(header["tokenizer_sha256"] == dataset.tokenizer_sha256, f"{artifact_path}: was made with tokenizer "
             f"{header['tokenizer_sha256'][:12]}, TOKENIZER_PATH is {dataset.tokenizer_sha256[:12]}: set the right one")
     if config.eval_mode == "adapted": evaluator.compiled, model.fused = False, True  # CUDA graphs do most of it
@@ -3587,9 +3478,8 @@ def run(config: Config, notes: list[str], world: World, log: Log, stop: StopRequ
     evaluator.keep("quantized", evaluator.score(model, config.eval_seq_len))
     if (official := "smoothed" if config.ngram_order else config.eval_mode) != "packed":
         evaluator.keep(official, score_model(config, evaluator, model, start).score(world))
-    measured = {**facts, "eval_seconds": round(time.perf_counter() - start, 3), "artifact_bytes": artifact_bytes,
-                "code_bytes": code_bytes, "submission_bytes": artifact_bytes + code_bytes,
-                "source_sha256": hashlib.sha256(source).hexdigest()}
+    measured = {**facts, "eval_seconds": round(time.perf_counter() - start, 3), "artifact_bytes": size, "code_bytes":
+                code_bytes, "submission_bytes": size + code_bytes, "source_sha256": hashlib.sha256(source).hexdigest()}
     torch.use_deterministic_algorithms(config.deterministic or config.audit)  # no clock runs any more
     found = audit(config, evaluator, lambda: reload(config, world, artifact_path, attention)[0]) if config.audit else {}
     return report_result(config, world, log, dataset, evaluator.stages, measured, found)

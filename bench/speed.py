@@ -11,7 +11,6 @@ Where the model has kernels of its own, a second table compares each with the co
 that its bytes take at the rate of a copy, or its products at the fastest rate.
 """
 import argparse
-import functools
 import os
 import statistics
 import sys
@@ -147,35 +146,24 @@ def linear_add_twin(x: torch.Tensor, weight: torch.Tensor, base: torch.Tensor | 
 
 
 def leaky2_twin(n: torch.Tensor, up: torch.Tensor, down: torch.Tensor, base: torch.Tensor | None,
-                rows: torch.Tensor | None, slope: float) -> torch.Tensor:
+                slope: float) -> torch.Tensor:
     """What load_leaky2's kernel computes, in plain torch."""
-    if rows is not None and base is not None:
-        scale = (2 / base.size(-1) * rows[0] / rows[1]).sqrt()[:, None]  # the norm's
-        n = (base * (base.float().square().mean(-1, keepdim=True) + train_gpt.RMS_EPS).rsqrt() * scale).to(base.dtype)
     return linear_add_twin(train_gpt.ACTIVATIONS["leaky2"](F.linear(n, up), slope), down, base)
 
 
-def rotate_heads_twin(vkq: torch.Tensor, gain: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-                      width: int) -> torch.Tensor:
+def rotate_heads_twin(qkv: torch.Tensor, gain: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+                      width: int) -> tuple[torch.Tensor, ...]:
     """What load_rotate_heads' kernel computes, in plain torch."""
-    kv = (vkq.size(1) // width - len(gain)) // 2
-    kq = train_gpt.rotary(train_gpt.norm(vkq.unflatten(-1, (-1, width))[:, kv:]), cos, sin)
-    return (kq * F.pad(gain, (kv, 0), value=1.0)[:, None]).to(vkq.dtype)
+    heads, kv = len(gain), (qkv.size(1) // width - len(gain)) // 2
+    qk, v = qkv.unflatten(-1, (-1, width)).split([heads + kv, kv], 1)
+    q, k = train_gpt.rotary(train_gpt.norm(qk), cos, sin).split([heads, kv], 1)
+    spread = (x.repeat_interleave(heads // kv, 1) for x in (k, v))
+    return q * gain[:, None], k.contiguous(), v.contiguous(), *spread
 
 
 def exclude_twin(y: torch.Tensor, v: torch.Tensor, opened: torch.Tensor) -> torch.Tensor:
     """What load_exclude's kernel computes, in plain torch."""
     return (train_gpt.exclusive(y, v) * opened[:, :, None]).flatten(1).to(y.dtype)
-
-
-def attend_twin(vkq: torch.Tensor, gain: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, opened: torch.Tensor,
-                boundaries: torch.Tensor, longest: int, exclude: int, *, width: int) -> torch.Tensor:
-    """What load_attend's kernels compute, in plain torch."""
-    places, kv = torch.arange(len(vkq), device=vkq.device), (vkq.size(1) // width - len(gain)) // 2
-    positions = places - boundaries[torch.searchsorted(boundaries, places, right=True) - 1]
-    kq, v = rotate_heads_twin(vkq, gain, cos, sin, width), vkq.unflatten(-1, (-1, width))[:, :kv]
-    y = train_gpt.attention_sdpa(kq[:, kv:], kq[:, :kv], v, train_gpt.Segments(boundaries, positions, longest))
-    return ((train_gpt.exclusive(y, v) if exclude else y) * opened[:, :, None]).flatten(1).to(vkq.dtype)
 
 
 def cross_entropy_twin(x: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, caps: torch.Tensor,
@@ -221,25 +209,18 @@ def kernel_cases(config: Config, kernels: train_gpt.Kernels, device: torch.devic
             cases[name] = Case(kernels.linear_add, linear_add_twin, [draw(tokens, width), draw(out, width), base],
                                6.0 * tokens * width * out)
     if kernels.leaky2:
-        base, matrices = draw(tokens, width), [draw(hidden, width), draw(width, hidden)]
-        for name, inputs in (("leaky2", [train_gpt.norm(base.detach(), scale), *matrices, base, train_gpt.norm_rows(
-                base.detach(), scale)]), ("leaky2, to nothing", [draw(tokens, width), *matrices, None, None])):
-            cases[name] = Case(kernels.leaky2, leaky2_twin, [*inputs, config.leaky_relu_slope],
-                               12.0 * tokens * width * hidden)
-    angles = train_gpt.rotary_angles(torch.arange(tokens) % config.train_seq_len,
-                                     train_gpt.rotary_frequencies(config, True))
-    turned = [draw(tokens, qkv), draw(heads), *(x.to(device) for x in angles)]
-    opened = draw(tokens, heads, kind=torch.float32)
+        cases["leaky2"] = Case(kernels.leaky2, leaky2_twin, [
+            draw(tokens, width), draw(hidden, width), draw(width, hidden), draw(tokens, width),
+            config.leaky_relu_slope], 12.0 * tokens * width * hidden)
     if kernels.rotate_heads:
-        cases["rotate_heads"] = Case(kernels.rotate_heads, rotate_heads_twin, [*turned, config.head_dim])
+        angles = train_gpt.rotary_angles(torch.arange(tokens) % config.train_seq_len,
+                                         train_gpt.rotary_frequencies(config, True))
+        cases["rotate_heads"] = Case(kernels.rotate_heads, rotate_heads_twin, [
+            draw(tokens, qkv), draw(heads), *(x.to(device) for x in angles), config.head_dim])
     if kernels.exclude:
         values = draw(tokens, config.num_kv_heads, config.head_dim)
-        cases["exclude"] = Case(kernels.exclude, exclude_twin, [draw(tokens, heads, config.head_dim), values, opened])
-    if kernels.attend:
-        length = min(config.train_seq_len, tokens)
-        bounds = torch.arange(0, tokens + length, length, dtype=torch.int32, device=device).clamp_max(tokens)
-        cases["attend"] = Case(kernels.attend, functools.partial(attend_twin, width=config.head_dim), [
-            *turned, opened, bounds, length, 1], 6.0 * width * tokens * length)
+        cases["exclude"] = Case(kernels.exclude, exclude_twin, [
+            draw(tokens, heads, config.head_dim), values, draw(tokens, heads, kind=torch.float32)])
     if kernels.cross_entropy:
         targets = torch.randint(config.vocab_size, (tokens,), device=device)
         learned = config.softcap_type == "two_sided"

@@ -141,8 +141,8 @@ def fake_fa4(calls: list[str]) -> types.ModuleType:
         return reference.attention(q, k, v, segment_starts(cu_seqlens_q)), q.new_zeros(q.size(1), q.size(0)), None
 
     def bwd(q, k, v, y, dy, lse, softmax_scale, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-            dlse, deterministic):
-        assert causal and dlse is None and softmax_scale == q.size(-1) ** -0.5 and lse.shape == (q.size(1), q.size(0))
+            deterministic):
+        assert causal and softmax_scale == q.size(-1) ** -0.5 and lse.shape == (q.size(1), q.size(0))
         assert deterministic == torch.are_deterministic_algorithms_enabled()
         assert dy.is_contiguous(), "the kernels want it so"
         assert max_seqlen_q == max_seqlen_k == 8, "the longest length must reach the backward pass"
@@ -178,6 +178,60 @@ def test_fa4_call_forward_and_backward(monkeypatch, forget_fa4):
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert calls == ["forward", "forward", "backward"]
+
+
+SPREADING = """
+class FlashAttentionBackwardSm90:
+    qhead_per_kvhead = 1
+
+    def load(self, *given):
+        loads.append((self.qhead_per_kvhead, given))
+
+
+def _flash_attn_bwd(q, k, v, y, dy, lse, scale, causal, **named):
+    FlashAttentionBackwardSm90().load("tensors", None)
+    _flash_attn_bwd.compile_cache["key"] = "kernel"
+    return gradients(q, k, v, dy, named["cu_seqlens_q"])
+
+
+_flash_attn_bwd.compile_cache = {}
+"""
+
+
+@pytest.mark.parametrize("version", ["4.0.0b36", "4.0.0b37"])
+def test_fa4_spreads_the_gradients_of_shared_keys_in_the_known_version(monkeypatch, forget_fa4, version):
+    """Its kernel divides heads of q by their share, in a function of its own; k and v look as if they had H heads."""
+    tokens, heads, kv, width, loads, seen = 32, 4, 2, 8, [], []
+
+    def gradients(q, k, v, dy, bounds):
+        seen.append((k, v))
+        if k.size(1) == heads:  # spread
+            k, v = (x[:, :kv].repeat_interleave(heads // kv, 1) for x in (k, v))
+        return *reference.attention_gradients(q, k, v, dy, segment_starts(bounds)), None
+    namespace = (interface := fake_fa4([])).__dict__
+    exec(SPREADING, namespace)  # a function without a closure, as the real one
+    namespace.update(loads=loads, gradients=gradients)
+    package = types.ModuleType("flash_attn.cute")
+    for name, module in (("flash_attn", types.ModuleType("flash_attn")), ("flash_attn.cute", package),
+                         ("flash_attn.cute.interface", interface)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("importlib.metadata.distributions", lambda name: [types.SimpleNamespace(version=version)])
+    _, _, segments = random_batch(0, tokens, 8, num_segments=16)
+    q, dy = torch.randn(tokens, heads, width, requires_grad=True), torch.randn(tokens, heads, width)
+    k, v = (torch.randn(tokens + heads // kv, kv, width)[:tokens].requires_grad_() for _ in "kv")
+    spread = [torch.zeros(()).expand(tokens, heads, width).requires_grad_() for _ in "kv"]
+    load_fa4()(q, k, v, segments, *spread).backward(dy)
+    wanted = reference.attention_gradients(q, k, v, dy, starts_of(segments))
+    if version == "4.0.0b36":
+        sums = [x.grad.unflatten(1, (kv, -1)).sum(2) for x in spread]
+        assert k.grad is None and v.grad is None and loads == [(heads // kv, ("tensors", heads // kv))]
+        assert all(x.shape == q.shape and torch.equal(x[:, :kv], y) for x, y in zip(seen[0], (k, v)))
+        assert not namespace["_flash_attn_bwd"].compile_cache, "other users' kernels stay what they are"
+    else:
+        sums = [k.grad, v.grad]
+        assert loads == [(1, ("tensors", None))] and not any(x.grad is not None for x in spread)
+    for a, b in zip((q.grad, *sums), wanted):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu

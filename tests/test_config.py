@@ -136,7 +136,7 @@ CROSS_CHECKS = [  # environment, what the complaint says
     ({"NUM_HEADS": "4", "NUM_KV_HEADS": "8"}, ("NUM_HEADS=4", "NUM_KV_HEADS=8")),
     ({"MLP_MULT": "2.001"}, ("MLP_MULT=2.001", "MODEL_DIM=512", "change one")),
     ({"ROPE_DIMS": "15"}, ("ROPE_DIMS=15", "even")),
-    ({"ROPE_DIMS": "66"}, ("ROPE_DIMS=66", "at most the head width 64")),
+    ({"ROPE_DIMS": "66"}, ("ROPE_DIMS=66", "at most 64")),
     ({"MODEL_DIM": "1", "NUM_HEADS": "1", "NUM_KV_HEADS": "1"}, ("MODEL_DIM=1", "at least 2")),
     ({"GATE_WINDOW": "513"}, ("GATE_WINDOW=513", "MODEL_DIM=512: must be at least")),
     ({"GATE_WINDOW": "513", "EMBED_DIM": "513"}, ("GATE_WINDOW=513", "MODEL_DIM=512: must be at least")),
@@ -348,7 +348,7 @@ def test_an_alias_that_contradicts_its_field_is_refused(variable):
     default = str(int(FIELDS[name].default) if KINDS[name] is bool else FIELDS[name].default)
     for environ in ({variable: text, name.upper(): default}, {name.upper(): default, variable: text}):
         complaint = refusal(**environ)
-        assert f"{variable}={text} contradicts {name.upper()}=" in complaint and "set one of them" in complaint
+        assert f"{variable}={text} contradicts {name.upper()}=" in complaint and "set one" in complaint
 
 
 @pytest.mark.parametrize("variable, text", TRANSLATED)

@@ -1,5 +1,4 @@
 """Section 4, kernels: each against plain torch in float32 on the same rounded inputs, forward and backward."""
-import functools
 import sys
 
 import numpy as np
@@ -21,9 +20,9 @@ from train_gpt import (
     compile_model,
     cut_segments,
     differentiable,
-    load_attend,
     load_cross_entropy,
     load_exclude,
+    load_fa4,
     load_leaky2,
     load_linear_add,
     load_mix_norm,
@@ -31,8 +30,6 @@ from train_gpt import (
     load_rotate_heads,
     make_batch,
     make_segments,
-    norm,
-    norm_rows,
     rotary_angles,
     to_device,
     written,
@@ -40,7 +37,6 @@ from train_gpt import (
 
 sys.path.insert(0, str(program.ROOT / "bench"))
 from speed import (
-    attend_twin,
     cross_entropy_twin,
     exclude_twin,
     leaky2_twin,
@@ -80,19 +76,11 @@ def no_worse(fused, twin, inputs: list[torch.Tensor | None], *numbers: float) ->
 @gpu
 @pytest.mark.parametrize("tokens, width, hidden, slope", [
     (98304, 512, 2048, 0.5), (1000, 512, 1504, 0.3), (1, 64, 256, 0.5), (777, 48, 112, 0.0), (130, 16, 16, 1.0)])
-@pytest.mark.parametrize("base", ["none", "another", "normed"])
-def test_leaky2_is_its_plain_form(tokens, width, hidden, slope, base):
+@pytest.mark.parametrize("based", [False, True])
+def test_leaky2_is_its_plain_form(tokens, width, hidden, slope, based):
     torch.manual_seed(0)
-    scale = torch.tensor(0.7, device="cuda")
-
-    def form(function):
-        def with_norm(x, up, down, slope):
-            return function(norm(x, scale), up, down, x, norm_rows(x, scale).detach(), slope)
-        return with_norm if base == "normed" else lambda x, up, down, other, slope: function(
-            x, up, down, other, None, slope)
-    inputs = [draw(tokens, width), draw(hidden, width, scale=width ** -0.5), draw(width, hidden, scale=hidden ** -0.5)]
-    others = {"none": [None], "another": [draw(tokens, width)], "normed": []}
-    no_worse(form(load_leaky2()), form(leaky2_twin), inputs + others[base], slope)
+    no_worse(load_leaky2(), leaky2_twin, [draw(tokens, width), draw(hidden, width, scale=width ** -0.5), draw(
+        width, hidden, scale=hidden ** -0.5), draw(tokens, width) if based else None], slope)
 
 
 @pytest.mark.gpu
@@ -124,48 +112,47 @@ def test_leaky2_keeps_the_sign_and_nothing_else_of_what_it_squares():
 @gpu
 @pytest.mark.parametrize("tokens, heads, kv, width, pairs", [
     (98304, 8, 4, 64, 8), (1001, 3, 1, 32, 4), (1, 8, 8, 128, 64), (77, 6, 3, 16, 0), (50, 1, 1, 64, 5)])
-def test_rotate_heads_is_its_plain_form(tokens, heads, kv, width, pairs):
+@pytest.mark.parametrize("used", [(0, 1, 2), (0, 2, 3, 4), (0, 3, 4)])
+def test_rotate_heads_is_its_plain_form(tokens, heads, kv, width, pairs, used):
+    """Gradients of keys and values come to them, or to what takes those of each query head, or to both."""
     torch.manual_seed(0)
-    vkq, gain = draw(tokens, (heads + 2 * kv) * width), torch.randn(heads).cuda()
+    torch._dynamo.reset()
+    qkv, gain = draw(tokens, (heads + 2 * kv) * width), torch.randn(heads).cuda()
     frequencies = 1e4 ** -(torch.arange(pairs) / max(pairs, 1))
     cos, sin = (x.cuda() for x in rotary_angles(torch.arange(tokens) % 2048, frequencies))
-    ours, exact = ([vkq.clone().requires_grad_(), gain.clone().requires_grad_()],
-                   [vkq.float().requires_grad_(), gain.clone().requires_grad_()])
+    ours, exact = ([qkv.clone().requires_grad_(), gain.clone().requires_grad_()],
+                   [qkv.float().requires_grad_(), gain.clone().requires_grad_()])
 
-    fused = torch.compile(load_rotate_heads(), dynamic=False)
-    out, wanted = fused(*ours, cos, sin, width), rotate_heads_twin(*exact, cos, sin, width)
-    grad = draw(tokens, kv + heads, width)
-    out.backward(grad)
-    wanted.backward(grad.float())
-    for a, b in zip((out, ours[0].grad, ours[1].grad), (wanted, exact[0].grad, exact[1].grad)):
+    out = torch.compile(load_rotate_heads(), dynamic=False)(*ours, cos, sin, width)
+    wanted = rotate_heads_twin(*exact, cos, sin, width)
+    assert all(x.untyped_storage().nbytes() < 1024 for x in out[3:])
+    grads = [draw(*wanted[i].shape) for i in used]
+    torch.autograd.backward([out[i] for i in used], grads)
+    torch.autograd.backward([wanted[i] for i in used], [grad.float() for grad in grads])
+    for a, b in zip((*out[:3], ours[0].grad, ours[1].grad), (*wanted[:3], exact[0].grad, exact[1].grad)):
         assert a.shape == b.shape and error(a, b) < 4e-3
 
 
 @pytest.mark.gpu
 @gpu
-@pytest.mark.parametrize("tokens, heads, kv, width, pairs", [
-    (98304, 8, 4, 64, 8), (1001, 4, 1, 64, 4), (77, 8, 8, 128, 64), (500, 6, 3, 64, 0)])
-@pytest.mark.parametrize("exclude", [0, 1])
-def test_attend_is_its_plain_form(tokens, heads, kv, width, pairs, exclude):
-    """In bfloat16, against float32: no worse than the plain form in bfloat16."""
+@pytest.mark.parametrize("tokens, heads, kv, width", [
+    (98304, 8, 4, 64), (1001, 4, 1, 64), (77, 8, 8, 128), (500, 6, 3, 64)])
+def test_fa4_spreads_the_gradients_of_keys_and_values(tokens, heads, kv, width):
+    """Each query head's share, instead of their sums: against the sums of attention in float32."""
     torch.manual_seed(0)
-    inputs = [draw(tokens, (heads + 2 * kv) * width), 1 + torch.randn(heads).cuda(), torch.rand(tokens, heads).cuda()]
     others = np.random.default_rng(0).integers(0, tokens, 1 + tokens // 700)
     starts = np.unique(np.append(np.arange(0, tokens, 2048), others))
-    segments = to_device(make_segments(starts, tokens, 2048, 128), torch.device("cuda"))
-    frequencies = 1e4 ** -(torch.arange(pairs) / max(pairs, 1))
-    cos, sin = (x.cuda() for x in rotary_angles(segments.positions.cpu(), frequencies))
-    twin = functools.partial(attend_twin, width=width)
-    forms, grad, found = {"ours": load_attend(heads, kv, width), "exact": twin, "plain": twin}, draw(
-        tokens, heads * width), {}
-    for form, function in forms.items():
-        leaves = [x.to(torch.float32 if form == "exact" else x.dtype, copy=True).requires_grad_() for x in inputs]
-        out = (torch.compile(function, dynamic=False) if form == "ours" else function)(
-            *leaves[:2], cos, sin, leaves[2], segments.boundaries, 2048, exclude)
-        out.backward(grad.to(out.dtype))
-        found[form] = [out, *(x.grad for x in leaves)]
-    for ours, exact, plain in zip(*found.values()):
-        assert ours.shape == exact.shape and error(ours, exact) < 1.1 * error(plain, exact) + 2e-3
+    segments = to_device(make_segments(starts, tokens, 2048, 256), torch.device("cuda"))
+    q, grad = draw(tokens, heads, width).requires_grad_(), draw(tokens, heads, width)
+    k, v = (draw(tokens + heads // kv, kv, width)[:tokens] for _ in "kv")
+    spread = [q.new_empty(()).detach().expand(tokens, heads, width).requires_grad_() for _ in "kv"]
+    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    out, wanted = load_fa4()(q, k, v, segments, *spread), attention_sdpa(*exact, segments)
+    out.backward(grad)
+    wanted.backward(grad.float())
+    sums = [x.grad.float().unflatten(1, (kv, -1)).sum(2) for x in spread]
+    for a, b in zip((out, q.grad, *sums), (wanted, *(x.grad for x in exact))):
+        assert a.shape == b.shape and error(a, b) < 8e-3
 
 
 @pytest.mark.gpu
@@ -304,7 +291,7 @@ def test_a_kernel_without_triton_says_so(monkeypatch):
     monkeypatch.setattr("train_gpt.triton", None)
     monkeypatch.setattr("train_gpt.TRITON", ("tritone",))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    for load in (load_rotate_heads, load_exclude, load_attend, load_mix_norm, load_cross_entropy):
+    for load in (load_rotate_heads, load_exclude, load_mix_norm, load_cross_entropy):
         load.cache_clear()
     kernels = choose_kernels(tiny_config(mlp_hidden=40), torch.device("cuda"))
     assert kernels == PLAIN._replace(note=" (no cross_entropy: No module named 'tritone')")

@@ -170,11 +170,12 @@ def test_fa4_fakes_have_the_shapes_of_the_real_results(monkeypatch, forget_fa4):
     attend = load_fa4()
     q, k = (torch.empty(10, heads, 8, device="meta", dtype=torch.bfloat16) for heads in (4, 2))
     bounds = torch.empty(3, device="meta", dtype=torch.int32)
-    y, lse = torch.ops.train_gpt.fa4(q, k, k, bounds, 8)
+    y, lse = torch.ops.train_gpt.fa4(q, k, k, None, None, bounds, 8)
     assert y.shape == q.shape and y.dtype == q.dtype and lse.shape == (4, 10) and lse.dtype == torch.float32
     for dlse in (None, lse):
-        grads = torch.ops.train_gpt.fa4_backward(q, k, k, bounds, y, lse, y, dlse, 8)
-        assert [(g.shape, g.dtype) for g in grads] == [(x.shape, x.dtype) for x in (q, k, k)]
+        for spread, shapes in ((None, (q, k, k)), (q, (q, q, q))):
+            grads = torch.ops.train_gpt.fa4_backward(q, k, k, spread, spread, bounds, y, lse, y, dlse, 8)
+            assert [(g.shape, g.dtype) for g in grads] == [(x.shape, x.dtype) for x in shapes]
     inputs = [x.detach().clone().requires_grad_() for x in (q, k, k)]  # and through autograd
     attend(*inputs, Segments(bounds, bounds, 8)).float().sum().backward()
     assert all(x.grad is not None and x.grad.shape == x.shape for x in inputs)

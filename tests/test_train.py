@@ -587,7 +587,7 @@ def test_the_device_is_the_best_that_serves_all_processes(monkeypatch, machine, 
 
 @pytest.mark.parametrize("machine, device, rank, complaint", [
     ({}, "cuda", 0, "DEVICE=cuda: torch finds no CUDA device; .*DEVICE=cpu"),
-    ({"gpus": 2}, "auto", 2, "3 or more processes on this host, 2 GPUs: lower --nproc_per_node")])
+    ({"gpus": 2}, "auto", 2, "3 or more ranks, 2 GPUs: lower --nproc_per_node")])
 def test_devices_that_cannot_serve_are_refused(monkeypatch, machine, device, rank, complaint):
     hardware(monkeypatch, **machine)
     with pytest.raises(UserError, match=complaint):
