@@ -1494,12 +1494,13 @@ def load_fa4() -> Attention:
     @functools.cache
     def spreading(share: int) -> Any:
         """The backward pass for k and v with as many heads as q, of which it reads the first (H / share) only."""
-        class Shared(interface.FlashAttentionBackwardSm90):
-            def load(self, *rest: Any) -> None:
-                self.qhead_per_kvhead = share
-                super().load(*rest[:-1], share)  # the last: what heads of q are divided by
-                self.qhead_per_kvhead = 1
-        names = {**vars(interface), "FlashAttentionBackwardSm90": Shared}
+        base = interface.FlashAttentionBackwardSm90
+
+        def load(self: Any, *rest: Any) -> None:
+            self.qhead_per_kvhead = share
+            base.load(self, *rest[:-1], share)  # the last: what heads of q are divided by
+            self.qhead_per_kvhead = 1
+        names = {**vars(interface), "FlashAttentionBackwardSm90": type("Spreading", (base,), {"load": load})}
         found: Any = types.FunctionType(run_backward.__code__, names, None, run_backward.__defaults__)
         names["_flash_attn_bwd"], found.compile_cache = found, {}  # of its own
         return found
