@@ -348,7 +348,7 @@ class Config:
     seq_lens = property(lambda self: {self.train_seq_len, *map(int, dict(parse_schedule(self.train_seq_schedule)))})
     mlp_dim = property(lambda self: self.mlp_hidden or int(self.mlp_mult * self.model_dim))
     embedding_lr = property(lambda self: self.tied_embed_lr if self.tie_embeddings else self.embed_lr)
-    small_group = property(lambda self: max(self.ttt_batch_size // 8, 1))  # long documents side by side
+    small_group = property(lambda self: max(self.ttt_batch_size // 8, 1))  # of long documents, side by side
 
 
 # Newton-Schulz coefficients (a, b, c) per step: x <- a x + (b A + c A^2) x with A = x x^T.
@@ -386,22 +386,23 @@ def accepted(table: str, note: str | None = None) -> dict[str, Any]:
 # Other published names -> ours, or {value: (our field, its value), or None where we do so anyway, or ("", what the log
 # says of it)}; other values are refused.
 ALIASES: dict[str, str | dict[str, tuple[str, Any] | None]] = {
-    "COMPRESSOR": {"pergroup": ("", "means rans"), **{name: ("compressor", name) for name in CHOICES["compressor"]}},
-    **{name: {"0": None, "1": ("attn_gate", "dense")} for name in ("GATED_ATTN_ENABLED", "GATED_ATTENTION")},
+    "MUON_WEIGHT_DECAY": "muon_wd", "ADAM_WEIGHT_DECAY": "adam_wd", "EMBED_WEIGHT_DECAY": "embed_wd",
+    "SIZE_TARGET": "target_bytes", "BIGRAM_DIM": "bigram_hash_dim", "TTT_EVAL_SEQ_LEN": "eval_seq_len",
+    "VAL_BATCH_SIZE": "val_batch_tokens", "TIED_EMBEDDING_LR": "tied_embed_lr", "EMBEDDING_BITS": "embed_bits",
+    "SKIP_GATE_ENABLED": "skip_gates_enabled", "BIGRAM_VOCAB_SIZE": "bigram_hash_buckets", "TOKEN_ORDER": "ngram_order",
     **{f"TTT_{name}": f"global_ttt_{name.lower()}" for name in ("LR", "EPOCHS", "MOMENTUM", "GRAD_CLIP")},
+    "SMEAR_GATE_ENABLED": {"0": ("smear_gate", "off"), "1": ("smear_gate", "input")},
+    "USE_SMEARGATE": {"0": ("smear_gate", "off"), "1": ("smear_gate", "static")},
     "SPARSE_ATTN_GATE_ENABLED": {"0": ("sparse_attn_gate_scale", 0.0), "1": ("attn_gate", "sparse")},
-    "PHASED_TTT_ENABLED": {"0": ("phased_ttt_num_phases", 0), "1": ("eval_mode", "adapted")}, "TTT_O_LORA": {"1": None},
-    "SMEAR_GATE_ENABLED": {"0": ("smear_gate", "off"), "1": ("smear_gate", "input")}, "EMBED_WEIGHT_DECAY": "embed_wd",
-    "USE_SMEARGATE": {"0": ("smear_gate", "off"), "1": ("smear_gate", "static")}, "VAL_BATCH_SIZE": "val_batch_tokens",
-    "NGRAM_TILT_ENABLED": {"0": ("ngram_order", 0), "1": ("ngram_order", 16)}, "TIED_EMBEDDING_LR": "tied_embed_lr",
-    "TTT_K_LORA": {"0": ("ttt_targets", "q,v,out,mlp,head"), "1": None}, "TTT_CHUNK_TOKENS": "global_ttt_chunk_tokens",
-    "ATTN_OUT_GATE_ENABLED": {"0": None, "1": ("attn_gate", "output")}, "BIGRAM_VOCAB_SIZE": "bigram_hash_buckets",
-    "TTT_MASK": {"no_qv": ("ttt_targets", "k,out,mlp,head"), "": None}, "SKIP_GATE_ENABLED": "skip_gates_enabled",
+    **{name: {"0": None, "1": ("attn_gate", "dense")} for name in ("GATED_ATTN_ENABLED", "GATED_ATTENTION")},
+    "ATTN_OUT_GATE_ENABLED": {"0": None, "1": ("attn_gate", "output")}, "TTT_MLP_LORA": {"1": None},
+    "NGRAM_TILT_ENABLED": {"0": ("ngram_order", 0), "1": ("ngram_order", 16)},
     "LATE_QAT": {"0": ("late_qat_threshold", 0.0), "1": None}, "SWA_ENABLED": {"0": ("swa_start_frac", 0.0), "1": None},
-    "TTT_ENABLED": {"0": None, "1": ("eval_mode", "adapted")}, "EMA_ENABLED": {"0": ("ema_decay", 0.0), "1": None},
-    "TTT_EVAL_SEQ_LEN": "eval_seq_len", "BIGRAM_DIM": "bigram_hash_dim", "MUON_WEIGHT_DECAY": "muon_wd",
-    "ADAM_WEIGHT_DECAY": "adam_wd", "EMBEDDING_BITS": "embed_bits", "SIZE_TARGET": "target_bytes",
-    "TOKEN_ORDER": "ngram_order", "TTT_MLP_LORA": {"1": None},
+    "EMA_ENABLED": {"0": ("ema_decay", 0.0), "1": None}, "TTT_ENABLED": {"0": None, "1": ("eval_mode", "adapted")},
+    "PHASED_TTT_ENABLED": {"0": ("phased_ttt_num_phases", 0), "1": ("eval_mode", "adapted")}, "TTT_O_LORA": {"1": None},
+    "TTT_K_LORA": {"0": ("ttt_targets", "q,v,out,mlp,head"), "1": None}, "TTT_CHUNK_TOKENS": "global_ttt_chunk_tokens",
+    "TTT_MASK": {"no_qv": ("ttt_targets", "k,out,mlp,head"), "": None},
+    "COMPRESSOR": {"pergroup": ("", "means rans"), **{name: ("compressor", name) for name in CHOICES["compressor"]}},
     **accepted("LQER_ENABLED=0,1 LQER_ASYM_ENABLED=0,1 LQER_RANK=2,4,6 LQER_TOP_K=1,3,4 LQER_FACTOR_BITS=4 "
                "LQER_ASYM_GROUP=32,64 AWQ_LITE_ENABLED=0,1", "is not needed: tcq leaves less error at the same size"),
     **accepted("ASYM_LOGIT_RESCALE=0,1", "changes nothing, as published; SOFTCAP_TYPE=two_sided trains its caps"),
@@ -834,8 +835,8 @@ def open_dataset(config: Config, world: World) -> Dataset:
     return Dataset(train, val_tokens, val_bytes, sha256, fingerprint, leaked, most)
 
 
-def check_tokens(largest: int, config: Config, path: Path) -> None:
-    require(largest < (n := config.vocab_size), f"{path}: holds token {largest}, outside VOCAB_SIZE={n}: set theirs")
+def check_tokens(top: int, config: Config, path: Path) -> None:
+    require(top < (n := config.vocab_size), f"{path}: holds token {top}, outside VOCAB_SIZE={n}: set the shards' own")
 
 
 def load_tokenizer(config: Config, optional: bool) -> tuple[Any, str]:
@@ -990,8 +991,8 @@ def load_product() -> Callable[..., Tensor]:
         root = value(bits(cute.math.sqrt(post, approx=True, ftz=True)) | bits(post) << 15)  # with the sign
         return {"D": (acc + acc) * cute.arch.fmax(root, root * slope)}
 
-    ends = {"plain": plain, "add": add, "leaky2": leaky2, "leaky2_slope": leaky2_slope}
-    ends = dict(zip(ends, map(gemm_epilogue(), ends.values())))
+    ends = {name: gemm_epilogue()(end) for name, end in {
+        "plain": plain, "add": add, "leaky2": leaky2, "leaky2_slope": leaky2_slope}.items()}
     wide, narrow = ({"config": GemmConfig(*tile, is_dynamic_persistent=False, cluster_m=m, cluster_n=3 - m)}
                     for tile, m in (((128, 192), 2), ((192, 128), 1)))  # the fastest of eleven tiles, on an H200
 
@@ -1059,9 +1060,8 @@ def load_linear_add() -> Callable[..., Tensor]:
     """(x (T, K), weight (N, K), base (T, N) or None) -> base + x weight^T in bfloat16, rounded once, on Hopper."""
     product = load_product()
     forward = lambda x, w, base: product(x, w.T, "add", res=base), lambda x, w, _: x.new_empty(len(x), len(w))
-    backward = lambda x, w, base, grad: product(grad, w), lambda x, *_: torch.empty_like(x)
-    return differentiable("linear_add", "TT? T T", forward, backward, lambda kept, grads, dx: (
-        dx, grads[0].T @ kept[0], None if kept[2] is None else grads[0]))
+    return differentiable("linear_add", "TT? T T", forward, (lambda x, w, _, g: product(g, w), lambda x, *_: (
+        torch.empty_like(x))), lambda kept, g, dx: (dx, g[0].T @ kept[0], None if kept[2] is None else g[0]))
 
 
 @functools.cache
@@ -2770,8 +2770,8 @@ def rans_decode(data: bytes) -> bytes:
 
 CODECS = {"rans": Pair(rans_encode, rans_decode)} | {
     name: Pair(functools.partial(module.compress, **options), module.decompress) for name, module, options in (
-        ("zlib", zlib, {"level": 9}), ("brotli", brotli, {"quality": 11, "lgwin": 24}), ("zstd", zstandard, {
-            "level": 22}), ("lzma", lzma, {"preset": 9 | lzma.PRESET_EXTREME}))}
+        ("zlib", zlib, {"level": 9}), ("brotli", brotli, {"quality": 11, "lgwin": 24}),
+        ("zstd", zstandard, {"level": 22}), ("lzma", lzma, {"preset": 9 | lzma.PRESET_EXTREME}))}
 SIDE_CODECS = {**dict(zip(CODECS, CODECS)), "rans": "brotli"}  # of float16 values: an order-0 coder sees no repeats
 ARTIFACT_MAGIC = b"PGOLF\x00\x00\x04"  # the last byte is the version
 
