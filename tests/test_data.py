@@ -622,7 +622,7 @@ def test_the_sidecar_is_checked_against_the_tokenizer(tmp_path, models):
     assert np.array_equal(open_dataset(config, one_world()).val_bytes, right[1:])
     shifted, doubled = np.where(val == BOS, 0, np.roll(right, 1)), 2 * right
     spaced = np.array([processor(models["plain"]).id_to_piece(int(i)).startswith(SPACE) for i in val])
-    for wrong, complaint in ((right[:-1], f"{len(val) - 1} counts for {len(val)} tokens"),
+    for wrong, complaint in ((right[:-1], f"{len(val) - 1} counts, {len(val)} tokens"),
                              (right + (val == BOS), "counts bytes for BOS"), (shifted, "does not belong to these"),
                              (doubled, "does not belong to these"), (val, "counts bytes for BOS"),
                              (right + spaced, "does not belong to these")):  # each space counted twice (PR #1719)
