@@ -257,6 +257,7 @@ class Config:
         for variable in sorted(environ.keys() - NAMES): refuse_near_miss(variable)
         for variable in sorted(filter(NAMES.__contains__, environ), key=ALIASES.__contains__):
             name, value = resolve(variable, (text := environ[variable]).strip())
+            # nan, which is not equal to itself, is in (nan,)
             require(values.get(name, value) in (value,), f"{variable}={text} contradicts {origin.get(name)}: set one")
             if name: values[name], origin[name] = value, f"{variable}={text}"
             else: notes.append(f"{variable}={text} {value or 'has no effect of its own here'}")
@@ -285,7 +286,7 @@ class Config:
             whole, part = pair.split()
             yield getattr(self, whole) % getattr(self, part) == 0, f"{{{whole}}} is not divisible by {{{part}}}"
         yield self.model_dim >= max(self.gate_window, 2), "{model_dim}: must be at least 2 and {gate_window}"
-        yield self.mlp_hidden or self.mlp_mult * self.model_dim % 1 == 0, \
+        yield self.mlp_hidden > 0 or float(self.mlp_mult * self.model_dim).is_integer(), \
             "{mlp_mult} x {model_dim} is no whole width: change one of them"
         yield self.rope_dims in range(0, self.head_dim + 1, 2), f"{{rope_dims}}: must be even, at most {self.head_dim}"
         yield not 0 < self.rope_stretch < 1, "{rope_stretch}: must be 0, or at least 1"
@@ -405,9 +406,9 @@ ALIASES: dict[str, str | dict[str, tuple[str, Any] | None]] = {
     "COMPRESSOR": {"pergroup": ("", "means rans"), **{name: ("compressor", name) for name in CHOICES["compressor"]}},
     **accepted("LQER_ENABLED=0,1 LQER_ASYM_ENABLED=0,1 LQER_RANK=2,4,6 LQER_TOP_K=1,3,4 LQER_FACTOR_BITS=4 "
                "LQER_ASYM_GROUP=32,64 AWQ_LITE_ENABLED=0,1", "is not needed: tcq leaves less error at the same size"),
+    **accepted("SMEAR_GATE_BOS_FIX=0,1", "changes nothing here: no token is ever smeared into another document"),
     **accepted("ASYM_LOGIT_RESCALE=0,1", "changes nothing, as published; SOFTCAP_TYPE=two_sided trains its caps"),
     **accepted("TOKEN_THRESHOLD=0.8,0.800 TOKEN_BOOST=2.625", "is not needed: shares follow from counts"),
-    **accepted("SMEAR_GATE_BOS_FIX=0,1", "changes nothing here: no token is ever smeared into another document"),
     **accepted("GATED_ATTN_QUANT_GATE=0,1", "changes nothing here: gates are kept in float16"),
     **accepted("CASEOPS_ENABLED=0,1", "chooses no data here: DATA_PATH and TOKENIZER_PATH do"),
     **accepted("PARALLEL_FINAL_LANE=mean SPARSE_ATTN_GATE_INIT_STD=0,0.0 FUSED_CE_ENABLED=0,1 QAT_ENABLED=0 "
@@ -1332,7 +1333,7 @@ def choose_kernels(config: Config, device: torch.device) -> Kernels:
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     odd = [width for width in (config.model_dim, config.mlp_dim, config.num_kv_heads * config.head_dim) if width % 16]
     require(not config.fp8_matmul or (not odd and 10 * major + minor >= 89), f"FP8_MATMUL=1 DEVICE={config.device}: "
-            f"needs 8-bit floats (this is {device.type} {major}.{minor}), multiples of 16, not {odd}; set FP8_MATMUL=0")
+            f"needs fp8 (this is {device.type} {major}.{minor}), widths: multiples of 16, not {odd}; set FP8_MATMUL=0")
     kernels = Kernels(Fp8Linear.apply) if config.fp8_matmul else PLAIN
     heads, even = not config.head_dim & (config.head_dim - 1), not (odd or config.fp8_matmul)
     leaky2 = even and config.mlp_activation == "leaky2" and not config.projection_norm
@@ -1457,9 +1458,10 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *_: Any)
 def load_varlen() -> Any:
     """torch.nn.attention.varlen: the FlashAttention-2 kernels that come with torch."""
     from torch.nn.attention.varlen import varlen_attn
-    names = {"enable_gqa"} & {*inspect.signature(varlen_attn).parameters}
-    more: Any = {"window_size": (-1, 0)} | dict.fromkeys(names, True)  # any distance back, none ahead
-    return lambda q, k, v, s, *_: varlen_attn(q, k, v, s.boundaries, s.boundaries, s.max_length, s.max_length, **more)
+    options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+    return lambda q, k, v, s, *_: varlen_attn(  # any distance back, none ahead
+        q, k, v, s.boundaries, s.boundaries, s.max_length, s.max_length, window_size=(-1, 0), **options)
 
 
 def load_fa3() -> Attention:
@@ -1507,6 +1509,7 @@ def load_fa4() -> Attention:
 
     def backward(q: Tensor, k: Tensor, v: Tensor, keys: Any, _: Any, boundaries: Tensor, *kept: Any):
         (y, lse, dy, _, longest), run = kept, run_backward if keys is None else spreading(q.size(1) // k.size(1))
+        # rotate_heads leaves memory for that behind them
         if keys is not None: k, v = (x.as_strided(q.shape, x.stride()) for x in (k, v))
         return tuple(run(q, k, v, y, dy, lse, q.size(-1) ** -0.5, True, cu_seqlens_q=boundaries,
                          cu_seqlens_k=boundaries, max_seqlen_q=longest, max_seqlen_k=longest,

@@ -200,7 +200,6 @@ def kernel_cases(config: Config, kernels: train_gpt.Kernels, device: torch.devic
     """The kernels that the model has, each with inputs of a micro-batch."""
     tokens, width, hidden, cases = config.micro_batch_tokens, config.model_dim, config.mlp_dim, {}
     heads, qkv = config.num_heads, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    scale = torch.tensor(0.7, device=device)
 
     def draw(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
         return torch.randn(shape, device=device, dtype=kind).requires_grad_()
@@ -229,6 +228,7 @@ def kernel_cases(config: Config, kernels: train_gpt.Kernels, device: torch.devic
             draw(tokens, width), draw(config.vocab_size, width), targets, caps, int(learned)],
             6.0 * tokens * width * config.vocab_size)
     if kernels.mix_norm:
+        scale = torch.tensor(0.7, device=device)
         for name, skipped in (("mix_norm", None), ("mix_norm, with a skip", draw(tokens, width))):
             chain = draw(tokens, width)
             cases[name] = Case(kernels.mix_norm, mix_norm_twin, [

@@ -155,6 +155,13 @@ def fake_fa4(calls: list[str]) -> types.ModuleType:
     return module
 
 
+def install(monkeypatch, interface: types.ModuleType) -> None:
+    """Makes a stub the flash_attn.cute.interface that imports."""
+    for name in ("flash_attn", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", interface)
+
+
 @pytest.fixture
 def forget_fa4():
     """No stub stays behind in the cache, nor any earlier one."""
@@ -165,9 +172,7 @@ def forget_fa4():
 
 def test_fa4_call_forward_and_backward(monkeypatch, forget_fa4):
     calls: list[str] = []
-    for name in ("flash_attn", "flash_attn.cute"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", fake_fa4(calls))
+    install(monkeypatch, fake_fa4(calls))
     attention = load_fa4()
     check(attention)
     _, _, segments = random_batch(0, 32, 8, num_segments=16)
@@ -211,10 +216,7 @@ def test_fa4_spreads_the_gradients_of_shared_keys_in_the_known_version(monkeypat
     namespace = (interface := fake_fa4([])).__dict__
     exec(SPREADING, namespace)  # a function without a closure, as the real one
     namespace.update(loads=loads, gradients=gradients)
-    package = types.ModuleType("flash_attn.cute")
-    for name, module in (("flash_attn", types.ModuleType("flash_attn")), ("flash_attn.cute", package),
-                         ("flash_attn.cute.interface", interface)):
-        monkeypatch.setitem(sys.modules, name, module)
+    install(monkeypatch, interface)
     monkeypatch.setattr("importlib.metadata.distributions", lambda name: [types.SimpleNamespace(version=version)])
     _, _, segments = random_batch(0, tokens, 8, num_segments=16)
     q, dy = torch.randn(tokens, heads, width, requires_grad=True), torch.randn(tokens, heads, width)
